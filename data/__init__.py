@@ -15,10 +15,10 @@ def command(main):
     """
     try:
         main()
+    except BrokenPipeError:  # `command | head`: nobody reads on, nothing went wrong
+        sys.stderr.close()
     except (InputError, OSError) as error:
         if os.environ.get("TRIMPI_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
