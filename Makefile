@@ -1,0 +1,37 @@
+# Two commands need nothing but Python, make and git: `make demo` and `make test`. Each makes .venv itself when it is
+# missing or when the pins have changed.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+SEED   ?= 0
+CLEVR  ?=
+
+.PHONY: demo demo-real test study fault gpu clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,report]'
+	touch $@
+
+demo: $(VENV)/ready            ## the whole method on the tiny base, with a report: runs/demo/report.html
+	$(PY) -m tiny.demo --out runs/demo --seed $(SEED) --overwrite
+
+demo-real: $(VENV)/ready       ## the same path on a folder in the official CLEVR layout: make demo-real CLEVR=FOLDER
+	$(PY) -m tiny.demo --out runs/demo-real --seed $(SEED) --clevr-root '$(CLEVR)' --overwrite
+
+test: $(VENV)/ready            ## all tests
+	$(PY) -m pytest
+
+study: $(VENV)/ready           ## the paper's ablation and more on the tiny base; hours, resumable: results/
+	$(PY) -m tiny.study --out runs/study
+
+fault: $(VENV)/ready           ## kill training at random moments, compare with an undisturbed run
+	$(PY) tests/fault.py
+
+gpu: $(VENV)/ready             ## kernel tests, block sweep and benchmark table on a CUDA machine
+	$(PY) -m benchmarks.logprob --gpu
+
+clean:
+	rm -rf $(VENV) runs *.egg-info
