@@ -1,0 +1,832 @@
+"""What the three training scripts and evaluate.py share: config, ranks, batches, checkpoints, metrics.
+
+A reader of the method needs none of it. A script reads
+
+    with Run(config, stage="sft") as run:
+        model, processor = run.load()
+        optimizer = run.optimizer(model)
+        for step in range(run.restore(model, optimizer), steps):
+            ... backward of a loss whose denominator is global ...
+            run.reduce_gradients(model)                       # the one collective: gradients are SUMMED over ranks
+            run.report(step, {"loss": loss, "grad_norm": run.update(model, optimizer, step, steps)})
+            run.checkpoint(step + 1, model, optimizer)        # also where SIGTERM ends the run, with exit code 0
+        return run.finish(model, results)
+
+Axes: B batch, T tokens, R learned tokens of a row, N learned tokens of a batch, D width.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+import typing
+import zlib
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import model as qwen
+from data import InputError
+from kernels.logprob import linear_logprob
+
+# -- 1. config: defaults < --config file.json < flags -----------------------------------------------------------------
+
+
+def option(default, help, **limits):
+    """A config field: its default, its --help line (unit, when to change it), and limits: least, above, most, choices."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def redefault(base, name, default):
+    """The same option as in `base` with another default."""
+    return field(default=default, metadata=base.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class CommonConfig:
+    model: str = option("", "checkpoint: folder in the hub's layout, hub id, or the folder of a finished run", required=True)
+    data: str = option("", "folder of policies.json and the .jsonl files", required=True)
+    out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
+    init: str = option("", "start from the stage before: the folder of its run (its adapter is continued, or merged by --full)")
+    adapter: str = option("", "start from this LoRA adapter on top of --model")
+    full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
+    lora_rank: int = option(8, "rank of the adapter", least=1)
+    lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
+    lora_dropout: float = option(0.0, "dropout before A, probability", least=0, most=0.99)
+    lora_targets: str = option("", "projections with an adapter: names by commas, or one regex; empty: all of the text model")
+    train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
+    lr: float = option(1e-5, "peak learning rate", above=0)
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
+    beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
+    warmup: int = option(0, "steps of linear warm-up", least=0)
+    schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    batch_size: int = option(128, "items an update, over all ranks and micro-batches", least=1)
+    micro_batch: int = option(4, "items a forward pass; lower it when memory runs out, results stay the same", least=1)
+    epochs: float = option(1.0, "passes over the data", above=0)
+    steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
+    max_prompt: int = option(4096, "longest prompt in tokens, pictures included; a longer one is an error, never cut", least=1)
+    max_response: int = option(2048, "longest response in tokens", least=1)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    max_skipped: float = option(0.1, "share of updates that NaN or infinity may cost before the run stops (from step 10 on)", least=0, most=1)
+    seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of matrix products; weights and AdamW stay float32. auto: bfloat16 on GPUs, float32 on CPUs",
+                        choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = option(False, "torch.compile each layer: minutes at the start, faster steps on GPUs")
+    fsdp: str = option("auto", "shard weights, gradients and AdamW over ranks (full only); auto: on several GPUs",
+                       choices=("auto", "on", "off"))
+    save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run, so that --resume works", least=0)
+    keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)
+    resume: bool = option(False, "continue from the newest whole checkpoint of --out (from the start if there is none)")
+    overwrite: bool = option(False, "delete the run that --out holds")
+    timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
+
+
+def parse(config_class, doc, argv=None):
+    """The config of a command: dataclass defaults, then the JSON of --config FILE, then flags; InputError for what is unknown.
+
+    Field `batch_size` is the flag --batch-size; a bool is --full / --no-full. Each option's metadata is its --help line.
+    """
+    kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items()}
+    options = {f.name: f for f in dataclasses.fields(config_class)}
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: _refuse(f"{message} (--help lists the flags)")
+    parser.add_argument("--config", metavar="FILE", help="JSON of option names and values; flags win over it")
+    for name, f in options.items():
+        text = f.metadata["help"].replace("%", "%%") + ("" if f.metadata.get("required") else f" (default: {f.default!r})")
+        extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": name.upper()}
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
+    flags = vars(parser.parse_args(argv))
+    values = _read_config(flags.pop("config"), options)
+    values |= flags
+    config = config_class(**{name: _convert(name, value, kinds[name], options[name].metadata) for name, value in values.items()})
+    for name, f in options.items():
+        if f.metadata.get("required") and not getattr(config, name):
+            raise InputError(f"--{name.replace('_', '-')} is missing: {f.metadata['help']}")
+    return config
+
+
+def _refuse(message):
+    raise InputError(message)
+
+
+def _kind(hint):
+    """The plain type of an annotation: int of int | None."""
+    return next((a for a in typing.get_args(hint) if a is not types.NoneType), hint)
+
+
+def _read_config(path, options):
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: {error}, expected a JSON file") from None
+    if not isinstance(values, dict) or set(values) - set(options):
+        unknown = ", ".join(sorted(set(values) - set(options))) if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"--config {path}: found {unknown}, expected one object of known options (--help lists them)")
+    return values
+
+
+def _convert(name, value, kind, limits):
+    """One option's value in its type and within its limits; text comes from flags, JSON values from --config."""
+    flag = "--" + name.replace("_", "-")
+    try:
+        good = isinstance(value, (str, kind)) or (kind is float and type(value) is int)
+        if not good or (kind is not bool and isinstance(value, bool)) or (kind is bool and isinstance(value, str)):
+            raise ValueError
+        value = kind(value)
+    except ValueError:
+        raise InputError(f"{flag}: found {value!r}, expected {'a' if kind is not int else 'an'} {kind.__name__}") from None
+    if "choices" in limits and value not in limits["choices"]:
+        raise InputError(f"{flag}: found {value!r}, expected one of {', '.join(limits['choices'])}")
+    if kind in (int, float) and not (math.isfinite(value) and value >= limits.get("least", -math.inf)
+                                     and value > limits.get("above", -math.inf) and value <= limits.get("most", math.inf)):
+        bounds = [f"{word} {limits[key]}" for key, word in (("least", "at least"), ("above", "above"), ("most", "at most")) if key in limits]
+        raise InputError(f"{flag}: found {value}, expected a finite number {' and '.join(bounds)}")
+    return value
+
+
+# -- 2. batches -------------------------------------------------------------------------------------------------------
+
+
+def rng(*key):
+    """A numpy generator that depends on nothing but the integers of `key`, e.g. (seed, step, item): resuming replays nothing."""
+    return np.random.default_rng(key)
+
+
+def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
+    """Item indices of this rank's share of the global batch number `step`.
+
+    The stream is one shuffled epoch behind the other, so no item is dropped at an epoch's end; `limit` (items) ends it,
+    and its last batch may be short. Ranks take every world-th index: together they hold each of the batch exactly once.
+    """
+    start, stop = step * batch_size, min((step + 1) * batch_size, limit or math.inf)
+    chosen = []
+    for epoch in range(start // n_items, -(-stop // n_items)):
+        order = rng(seed, epoch).permutation(n_items)
+        chosen += order[max(start - epoch * n_items, 0): stop - epoch * n_items].tolist()
+    return chosen[rank::world]
+
+
+@dataclass
+class Batch:
+    """Right-padded rows: what the model reads and which of its predictions count."""
+
+    input_ids: torch.Tensor              # (B,T) int64
+    attention_mask: torch.Tensor         # (B,T) int64: 1 where a token stands
+    labels: torch.Tensor                 # (B,T) int64: the token after position t where it is learned, else -100
+    index: torch.Tensor                  # (N,) int64: flat positions b*T + t of the learned ones
+    pixel_values: torch.Tensor | None    # (patches, 1176) fp32, the rows' pictures one after the other
+    image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in moved.items()})
+
+
+def collate(prompts, targets, pad_id, learn=None):
+    """Rows `prompt + target` as one Batch.
+
+    prompts: model.Encoded each; targets: token ids each (list or tensor); learn: bool (T,) each over the whole row, the
+    tokens whose prediction counts (None: those of the target).
+    """
+    rows = [torch.cat([p.input_ids, torch.as_tensor(t, dtype=torch.long)]) for p, t in zip(prompts, targets, strict=True)]
+    if learn is None:
+        learn = [torch.arange(len(row)) >= len(p.input_ids) for row, p in zip(rows, prompts)]
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for b, (row, counts) in enumerate(zip(rows, learn)):
+        input_ids[b, :len(row)] = row
+        attention_mask[b, :len(row)] = 1
+        labels[b, :len(row) - 1] = torch.where(counts[1:], row[1:], -100)  # position t predicts token t + 1
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [p.grid_thw for p in prompts if p.pixel_values is not None]
+    return Batch(input_ids, attention_mask, labels, (labels != -100).flatten().nonzero().squeeze(1),
+                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
+
+
+def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
+    """log p of every learned token of the batch -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
+    hidden = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.image_grid_thw)  # (B,T,D)
+    if batch.pixel_values is None and _is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
+        patch = torch.zeros(4, 1176, device=hidden.device)
+        hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()
+    hidden = hidden.flatten(0, 1)[batch.index]                                                       # (N,D)
+    targets = batch.labels.flatten()[batch.index]                                                    # (N,)
+    return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)
+
+
+def response_logprobs(model, batch, *, temperature=1.0, entropy=False):
+    """The same laid out by rows -> (logp (B,R), entropy (B,R) | None): row b's learned tokens from the left, then zeros."""
+    counts = (batch.labels != -100).sum(1)                                                # (B,)
+    where = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]       # (B,R)
+    spread = lambda x: None if x is None else x.new_zeros(where.shape).masked_scatter(where, x)
+    return tuple(spread(x) for x in token_logprobs(model, batch, temperature=temperature, entropy=entropy))
+
+
+# -- 3. where a run starts --------------------------------------------------------------------------------------------
+
+
+def locate(path):
+    """A --model or --init value as (base checkpoint: folder or hub id, adapter folder | None).
+
+    A run's folder names what it made: <run>/model, or <run>/adapter on top of the base that its config.json records.
+    """
+    path = str(path)
+    if os.path.isdir(os.path.join(path, "model")):
+        return os.path.join(path, "model"), None
+    if os.path.isdir(os.path.join(path, "adapter")):
+        return _run_config(path)["base"], os.path.join(path, "adapter")
+    if "base" in _run_config(path):
+        raise InputError(f"{path}: a run that has not ended, expected its model/ or adapter/ (continue it with --resume)")
+    return path, None
+
+
+def _run_config(folder):
+    """The config.json of a run's folder; {} where there is none or it is a model's own."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+        return config if "stage" in config else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/config.json: {error}, expected the JSON of a run or of a model") from None
+
+
+def _is_fsdp(model):
+    return hasattr(model, "unshard")  # fully_shard mixes FSDPModule in; asking so spares its import, two seconds
+
+
+def trainable(model):
+    """{name: parameter} of what the optimiser moves, in the model's own order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# -- 4. the run -------------------------------------------------------------------------------------------------------
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
+
+
+class Run:
+    """One training run: its ranks, folder, lock, checkpoints and metrics. Use as a context manager.
+
+    rank, world: this process and their number (torchrun's). device, dtype: where and in what matrix products run.
+    is_main: rank 0, which writes. extra: what the last checkpoint() was given, after --resume.
+    """
+
+    def __init__(self, config, stage):
+        self.config, self.stage, self.out = config, stage, Path(config.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        if cuda and not torch.cuda.is_available():
+            raise InputError("--device: found cuda, expected cpu or auto: this machine has no usable GPU")
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" or (cuda and config.dtype == "auto") else torch.float32
+        self.fsdp = config.full and (config.fsdp == "on" or (config.fsdp == "auto" and cuda and self.world > 1))
+        self.base, self.adapter = locate(config.init or config.model)
+        self.adapter = config.adapter or self.adapter
+        self.step, self.skipped, self.extra = 0, 0, {}
+        self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
+        if config.batch_size % self.world:
+            raise InputError(f"--batch-size {config.batch_size}: found {self.world} ranks, expected a number that divides it")
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(minutes=self.config.timeout))
+        self.on_main(self._open)
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._heartbeat, daemon=True)
+        self._heart.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self._ended.set()
+        self._heart.join()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.is_main:
+            self._lock.close()
+        if self.world > 1:
+            if kind not in (None, SystemExit):
+                print(f"rank {self.rank}: failed in {self._phase!r} of step {self.step}: {error}", file=sys.stderr, flush=True)
+            if kind in (None, SystemExit):
+                dist.destroy_process_group()
+
+    # -- the folder
+
+    def _open(self):
+        """Lock the folder, refuse another run's, write config.json."""
+        config = dataclasses.asdict(self.config)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.out / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+        except OSError:
+            raise InputError(f"--out {self.out}: another process is writing this run, expected a folder of its own") from None
+        before = _run_config(self.out)
+        if before and self.config.overwrite:
+            for name in ("config.json", "results.json", "checkpoints", "model", "adapter"):
+                path = self.out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in self.out.glob("*.jsonl"):
+                path.unlink()
+        elif before and self.config.resume:
+            free = {"out", "resume", "overwrite", "save_every", "keep", "micro_batch", "fsdp", "timeout", "device",
+                    "gradient_checkpointing", "compile", "max_skipped"}  # these change the path, not the goal
+            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in config.items() if k not in free and before.get(k) != v]
+            if changed or before["stage"] != self.stage:
+                raise InputError(f"--resume {self.out}: the run was started with another config ({', '.join(changed) or before['stage']}), "
+                                 "expected the same")
+        elif before or (self.out / "model").exists() or (self.out / "adapter").exists():
+            raise InputError(f"--out {self.out}: holds another run, expected a new folder, --resume or --overwrite")
+        record = {"stage": self.stage, "base": os.path.abspath(self.base) if os.path.exists(self.base) else self.base, **config}
+        write_json(self.out / "config.json", record)
+
+    def append(self, name, row):
+        """Add one line to <out>/<name>.jsonl; a row has its "step", so that a resumed run cuts what it does again."""
+        if self.is_main:
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    # -- ranks
+
+    def on_main(self, work):
+        """work() on rank 0 alone; its JSON-able value reaches every rank, and so does its failure."""
+        if self.world == 1:
+            return work()
+        answer, failure = {}, None
+        if self.is_main:
+            try:
+                answer = {"value": work()}
+            except (InputError, OSError) as error:
+                failure = error
+        text = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8, device=self.device)
+        size = torch.tensor(len(text), device=self.device)
+        dist.broadcast(size, 0)
+        text = text if self.is_main else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(text, 0)  # JSON: torch's own object collectives would unpickle what they receive
+        if failure:
+            raise failure
+        answer = json.loads(bytes(text.tolist()))
+        if "value" not in answer:
+            sys.exit(2)  # rank 0 says why
+        return answer["value"]
+
+    def sum(self, x):
+        """A number, or a list of numbers, summed over the ranks in float64."""
+        return self._all_reduce(x, "SUM")
+
+    def max(self, x):
+        """The largest over the ranks of a number, or of each number of a list."""
+        return self._all_reduce(x, "MAX")
+
+    def _all_reduce(self, x, how):
+        if self.world == 1:
+            return x.item() if isinstance(x, torch.Tensor) else x
+        x = torch.as_tensor(x, dtype=torch.float64, device=self.device).clone()
+        dist.all_reduce(x, getattr(dist.ReduceOp, how))
+        return x.tolist()
+
+    def micro_batches(self, items, size=None):
+        """Split a rank's items into lists of at most `size` (default: --micro-batch), as many lists on every rank.
+
+        A rank with fewer gets empty lists at the end: under FSDP each forward pass is a collective, so it still has to
+        make one, of any row with weight 0, or the others would wait for ever.
+        """
+        size = size or self.config.micro_batch
+        chunks = [items[i:i + size] for i in range(0, len(items), size)]
+        return chunks + [[]] * (int(self.max(len(chunks))) - len(chunks)) if self.fsdp else chunks
+
+    def reduce_gradients(self, model):
+        """Sum the gradients over the ranks, in one flat buffer; FSDP has already done it during the backward pass."""
+        if self.world == 1 or self.fsdp:
+            return
+        parameters = list(trainable(model).values())
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, summed in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(summed.view_as(p))
+
+    # -- model and optimiser
+
+    def load(self, frozen=False):
+        """-> (model, processor): --model or --init with its adapter, made trainable as --full says, placed on the device.
+
+        frozen: the same start as a reference policy, without gradients, its adapter merged, in the compute dtype.
+        """
+        config = self.config
+        torch.manual_seed(config.seed)  # a new adapter is drawn alike on every rank
+        full = config.full or frozen
+        dtype = self.dtype if frozen or not config.full else torch.float32
+        model = qwen.load_pretrained(self.base, device="cpu" if self.fsdp else self.device, dtype=dtype)
+        if self.adapter:
+            qwen.load_adapter(model, self.adapter)
+            if full:
+                qwen.merge_lora(model)
+        elif not full:
+            targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
+            qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None, dropout=config.lora_dropout)
+        if full:
+            qwen.set_trainable(model, vision=config.train_vision and not frozen, text=not frozen)
+        if config.gradient_checkpointing and not frozen:
+            model.enable_gradient_checkpointing()
+        if config.compile:
+            for layer in model.model.layers:
+                layer.compile(dynamic=True)
+        if self.fsdp:
+            self._shard(model)
+        return model.train(not frozen), qwen.Processor.from_pretrained(self.base)
+
+    def _shard(self, model):
+        """FSDP2 from outside: a unit a layer; the rest (tower, embedding, head) is one, as not every batch has pictures."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        half = self.dtype if self.dtype != torch.float32 else None
+        precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for unit in [*model.model.layers, model]:
+            fully_shard(unit, mesh=mesh, mp_policy=precision)
+            unit.set_gradient_divide_factor(1.0)  # sums, not means: the loss has its global denominator already
+
+    def autocast(self):
+        """Matrix products in the compute dtype over float32 weights (FSDP casts by itself)."""
+        on = self.dtype != torch.float32 and not self.fsdp
+        return torch.autocast(self.device.type, self.dtype) if on else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def gathered(self, model):
+        """For sampling: whole weights in the compute dtype, gathered or cast once, no gradients; yields the model."""
+        units = [m for m in model.modules() if _is_fsdp(m)]
+        masters = {} if units or self.dtype == torch.float32 else {p: p.data for p in model.parameters()}
+        for p in masters:
+            p.data = p.data.to(self.dtype)
+        for unit in units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False)
+        training = model.training
+        try:
+            with torch.no_grad():
+                yield model.eval()
+        finally:
+            model.train(training)
+            for p, data in masters.items():
+                p.data = data
+            for unit in units:
+                unit.set_reshard_after_forward(unit is not model)
+                unit.reshard()
+
+    def optimizer(self, model):
+        """AdamW on what is trainable; weight decay on matrices only."""
+        parameters = list(trainable(model).values())
+        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.config.weight_decay},
+                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=not self.fsdp)
+
+    def learning_rate(self, step, steps):
+        """The rate of update number `step` (from 0) of `steps`: warm-up, then --schedule."""
+        config = self.config
+        done = min(max(step - config.warmup, 0) / max(steps - config.warmup, 1), 1.0)
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
+        return config.lr * min((step + 1) / (config.warmup + 1), 1.0) * shape
+
+    def update(self, model, optimizer, step, steps):
+        """Clip, step, clear the gradients -> their norm before clipping.
+
+        A norm that is not finite skips the update and is counted; past --max-skipped of the updates the run ends.
+        """
+        gradients = [p.grad for p in trainable(model).values() if p.grad is not None]
+        local = [g.to_local() for g in gradients] if self.fsdp else gradients
+        norm = torch.stack(torch._foreach_norm(local)).norm() if local else torch.zeros((), device=self.device)
+        norm = math.sqrt(self.sum(norm.double() ** 2)) if self.fsdp else norm.item()
+        if math.isfinite(norm):
+            if norm > self.config.max_grad_norm:
+                torch._foreach_mul_(local, self.config.max_grad_norm / norm)
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate(step, steps)
+            optimizer.step()
+        else:
+            self.skipped += 1
+            if self.skipped > self.config.max_skipped * max(step + 1, 10):
+                raise InputError(f"step {step}: gradient norm {norm}, and {self.skipped} of {step + 1} updates were skipped for that "
+                                 f"(--max-skipped {self.config.max_skipped}); expected finite losses: lower --lr")
+        optimizer.zero_grad()
+        return norm
+
+    # -- the loop
+
+    def total_steps(self, n_items):
+        """Updates of the whole run: --steps, or what --epochs of n_items items need."""
+        return self.config.steps or math.ceil(self.limit(n_items) / self.config.batch_size)
+
+    def limit(self, n_items):
+        """Items of the whole run, for batches(): None where --steps counts."""
+        return None if self.config.steps else round(n_items * self.config.epochs)
+
+    def steps(self, model, optimizer, total):
+        """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
+        first = self.restore(model, optimizer)
+        self._bar = tqdm(initial=first, total=total, desc=self.stage, unit="step", leave=True,
+                         disable=not (self.is_main and sys.stderr.isatty()))
+        self._total = total
+        for self.step in range(first, total):
+            torch.manual_seed(int(rng(self.config.seed, self.step, self.rank).integers(2**62)))  # dropout
+            self._times, self._began = {}, time.perf_counter()
+            yield self.step
+        self._bar.close()
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Time a part of the step; heartbeats and failures name it."""
+        before, self._phase, start = self._phase, name, time.perf_counter()
+        yield
+        self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - start
+        self._phase = before  # not in a finally: after a failure it still says where
+
+    def report(self, step, metrics, tokens=0, parameters=0):
+        """One row of metrics.jsonl and of the terminal; "speed" holds what differs from run to run.
+
+        tokens: those that all ranks learned from in this step; parameters: the model's, for the MFU on a known GPU.
+        """
+        seconds = time.perf_counter() - self._began
+        speed = {"seconds": round(seconds, 4), **{k: round(v, 4) for k, v in self._times.items()}, "memory_gb": memory_gb(self.device)}
+        if tokens:
+            speed["tokens_per_second"] = round(tokens / seconds, 1)
+            peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda"
+                         and k in torch.cuda.get_device_name(self.device)), None)
+            if peak and parameters:
+                work = 6 if self.config.full else 4  # frozen weights need no gradient: a third of the work less
+                speed["mfu"] = round(work * parameters * tokens / seconds / peak / self.world, 4)
+        metrics = {"step": step, **metrics, "skipped": self.skipped}
+        self.append("metrics", {**metrics, "speed": speed})
+        line = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("step", "skipped"))
+        if self.is_main and not self._bar.disable:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update()
+        elif self.is_main and (step + 1 == self._total or step % max(self._total // 10, 1) == 0):
+            print(f"{self.stage} step {step + 1}/{self._total}  {line}", flush=True)
+
+    def _heartbeat(self, every=60):
+        """A line a minute while one phase of one step lasts: who waits, and where."""
+        last, since = None, 0
+        while not self._ended.wait(every):
+            now = (self.step, self._phase)
+            since = since + every if now == last else 0
+            last = now
+            if since:
+                print(f"rank {self.rank}: {self.stage} step {self.step} in {self._phase!r} for {since} s", file=sys.stderr, flush=True)
+
+    def _on_signal(self, number, frame):
+        self._stop = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
+
+    # -- checkpoints: <out>/checkpoints/step-N/{shard-*.safetensors, state.json}; a name without .tmp is a whole one
+
+    def checkpoint(self, step, model, optimizer, extra=None, score=None):
+        """Save after `step` updates where --save-every says so; after SIGTERM or SIGINT save and end with exit code 0.
+
+        extra: a JSON-able dict that the resumed run finds in run.extra. score: the checkpoint with the highest is kept, too.
+        """
+        stop = bool(self.max(int(self._stop)))
+        if stop or (self.config.save_every and step % self.config.save_every == 0):
+            with self.phase("save"):
+                self._save(step, model, optimizer, extra or {}, score)
+        if stop:
+            if self.is_main:
+                print(f"{self.stage}: stopped by a signal after step {step}; --resume continues", file=sys.stderr, flush=True)
+            sys.exit(0)
+
+    def _save(self, step, model, optimizer, extra, score):
+        final = self.out / "checkpoints" / f"step-{step:08d}"
+        aside = final.with_suffix(".tmp")
+        shards = self.world if self.fsdp else 1
+        tensors = {}
+        for name, p in trainable(model).items():
+            state = optimizer.state.get(p, {})
+            for key, t in {"param": p.detach(), **state}.items():
+                t = t.to_local() if hasattr(t, "to_local") else t
+                tensors[f"{key}.{name}"] = t.cpu().contiguous()
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+
+        def prepare():
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.mkdir(parents=True)
+            free = shutil.disk_usage(aside).free
+            if free < size * shards + 2**20:
+                aside.rmdir()
+                raise InputError(f"{final}: {free / 2**30:.2f} GB free, expected {size * shards / 2**30:.2f} GB for a checkpoint")
+
+        self.on_main(prepare)
+        crc = 0
+        try:
+            if self.rank < shards:
+                path = aside / f"shard-{self.rank:05d}-of-{shards:05d}.safetensors"
+                save_file(tensors, path)
+                crc = _sync(path)
+            sums = [int(x) for x in self.sum([crc if r == self.rank else 0 for r in range(self.world)])][:shards]
+            state = {"step": step, "stage": self.stage, "shards": sums, "skipped": self.skipped, "extra": extra, "score": score,
+                     "config": dataclasses.asdict(self.config), "version": code_version(), "torch": torch.__version__}
+            self.on_main(lambda: self._publish(aside, final, state))
+        except BaseException:
+            if self.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _publish(self, aside, final, state):
+        write_json(aside / "state.json", state, sync=True)
+        os.replace(aside, final)
+        _sync_folder(final.parent)
+        kept = sorted(final.parent.glob("step-????????"))
+        scores = {}
+        for path in kept[:-self.config.keep]:
+            with contextlib.suppress(OSError, ValueError):
+                scores[path] = json.loads((path / "state.json").read_text()).get("score")
+        ranked = [path for path in scores if scores[path] is not None]
+        best = max(ranked, key=lambda path: scores[path], default=None)
+        for path in kept[:-self.config.keep]:
+            if path != best:
+                shutil.rmtree(path)
+
+    def restore(self, model, optimizer):
+        """Load the newest whole checkpoint, on any number of ranks -> its step; 0 without --resume or checkpoint."""
+        names = self.on_main(self._whole_checkpoints) if self.config.resume else []
+        if not names:
+            self._cut_logs(0)
+            return 0
+        folder = self.out / "checkpoints" / names[0]
+        state = json.loads((folder / "state.json").read_text())
+        shards = len(state["shards"])
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safe_open(folder / f"shard-{r:05d}-of-{shards:05d}.safetensors", "pt")) for r in range(shards)]
+            known = set(files[0].keys())
+            for name, p in trainable(model).items():
+                if f"param.{name}" not in known:
+                    raise InputError(f"{folder}: no tensor {name}, expected a checkpoint of this model")
+                for key in ("param", "step", "exp_avg", "exp_avg_sq"):
+                    if f"{key}.{name}" in known:
+                        t = self._read_rows(files, f"{key}.{name}", p)
+                        if key == "param":
+                            p.data.copy_(t)
+                        else:
+                            optimizer.state[p][key] = t
+        self.skipped, self.extra = state["skipped"], state["extra"]
+        self._cut_logs(state["step"])
+        if self.is_main:
+            print(f"{self.stage}: resumed after step {state['step']}", file=sys.stderr, flush=True)
+        return state["step"]
+
+    def _read_rows(self, files, key, p):
+        """This rank's rows of a tensor that `files` hold in equal chunks along dim 0 (0-dim: whole in each)."""
+        if not files[0].get_slice(key).get_shape():
+            return files[0].get_tensor(key).to(self.device if not self.fsdp else "cpu")
+        rows = p.shape[0]
+        start, stop = 0, rows
+        if self.fsdp:
+            chunk = -(-rows // self.world)
+            start, stop = min(self.rank * chunk, rows), min((self.rank + 1) * chunk, rows)
+        stored = -(-rows // len(files))
+        parts = [f.get_slice(key)[max(start - r * stored, 0):max(min(stop - r * stored, stored), 0)] for r, f in enumerate(files)]
+        local = torch.cat(parts).to(self.device)
+        if not self.fsdp:
+            return local
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+    def _whole_checkpoints(self):
+        """Names of the checkpoints that can be read to the last byte, newest first; a line for each damaged one."""
+        for path in sorted((self.out / "checkpoints").glob("step-????????"), reverse=True):
+            try:
+                shards = json.loads((path / "state.json").read_text())["shards"]
+                for r, crc in enumerate(shards):
+                    if _crc(path / f"shard-{r:05d}-of-{len(shards):05d}.safetensors") != crc:
+                        raise ValueError(f"shard {r} is damaged")
+                return [path.name]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(f"{path}: skipped, not a whole checkpoint: {error}", file=sys.stderr, flush=True)
+        return []
+
+    def _cut_logs(self, step):
+        """Drop the rows of steps that will be done again, and a line that a kill cut short."""
+        for path in self.out.glob("*.jsonl") if self.is_main else []:
+            rows = []
+            for line in path.read_text().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):
+                    if line.endswith("\n") and json.loads(line).get("step", 0) < step:
+                        rows.append(line)
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(rows))
+            os.replace(aside, path)
+
+    # -- the end
+
+    def finish(self, model, results=None):
+        """Write the final weights (<out>/model in the hub's layout, or <out>/adapter) and results.json -> results."""
+        with self.phase("finish"):
+            name = "model" if self.config.full else "adapter"
+            if self.fsdp:
+                whole = {}
+                for key, t in model.state_dict().items():  # one tensor at a time: only rank 0 ever holds all of them
+                    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+                    if self.is_main:
+                        whole[key] = t.to("cpu", self.dtype)
+            self.on_main(lambda: self._write_weights(name, model, whole if self.fsdp else None))
+            if results is not None and self.is_main:
+                write_json(self.out / "results.json", results)
+        return results
+
+    def _write_weights(self, name, model, state_dict):
+        aside, final = self.out / f"{name}.tmp", self.out / name
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            if name == "adapter":
+                qwen.save_adapter(model, aside)
+            else:
+                qwen.save_pretrained(model, aside, **({"state_dict": state_dict} if state_dict else {}))
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+
+
+# -- 5. small things --------------------------------------------------------------------------------------------------
+
+
+def write_json(path, value, sync=False):
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    if sync:
+        _sync(aside)
+    os.replace(aside, path)
+
+
+def _crc(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _sync(path):
+    """Force a file to the disk -> its checksum."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return _crc(path)
+
+
+def _sync_folder(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def code_version():
+    """The commit of this code, read from .git; empty outside a clone."""
+    git = Path(__file__).resolve().parent / ".git"
+    with contextlib.suppress(OSError):
+        head = (git / "HEAD").read_text().strip()
+        return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
+    return ""
+
+
+def memory_gb(device):
+    """Peak memory of this process so far, GB: the GPU's, or the resident set."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
