@@ -215,13 +215,14 @@ def render(scene, size=(320, 240)):
     # the objects: rays on a grid twice as fine as the picture's
     fine = (2 * width, 2 * height)
     ray, owner = _rays_at(objects, radius, centre, camera, fine)
-    direction = axes[:2].T @ _pixel_grid(*fine, camera["zoom"])[:, ray] + axes[2][:, None]  # (3, R)
-    depth, normal = _hit(direction, owner, objects, radius, centre, place)
+    direction = axes[:2].T @ _pixel_grid(*fine, camera["zoom"]).take(ray, axis=1) + axes[2][:, None]  # (3, R)
+    hit, depth, normal = _hit(direction, owner, objects, radius, centre, place)
     nearest = np.full(fine[0] * fine[1], np.inf, np.float32)
-    np.minimum.at(nearest, ray, depth)
-    seen = np.flatnonzero((depth == nearest[ray]) & (depth < np.inf))
-    ray, owner, depth, normal, direction = ray[seen], owner[seen], depth[seen], normal[:, seen], direction[:, seen]
-    color = RGB[:, [COLORS.index(o["color"]) for o in objects]].reshape(3, -1)[:, owner]
+    np.minimum.at(nearest, ray[hit], depth)
+    seen = np.flatnonzero(depth == nearest[ray[hit]])  # of several objects on a ray the first
+    depth, normal, hit = depth[seen], normal.take(seen, 1), hit[seen]
+    ray, owner, direction = ray[hit], owner[hit], direction.take(hit, 1)
+    color = RGB[:, [COLORS.index(o["color"]) for o in objects]].reshape(3, -1).take(owner, 1)
     metal = np.array([o["material"] == "metal" for o in objects], bool)[owner]
     shade = _shade(place[:, None] + depth * direction, normal, direction, color, metal, radius[owner], lamps)
     pixel = _pixel_of_ray(width, height)[ray]
@@ -247,8 +248,8 @@ def _shadows(ground, centre, radius, lamps, camera, size):
         windows.append((rows[:, None] * width + columns).ravel())
     pixel = np.concatenate([np.zeros(0, int), *windows])
     owner = np.repeat(np.arange(len(windows)), [len(w) for w in windows])
-    r, point = radius[owner], ground[:, pixel]
-    to = centre.T[:, owner] - point  # (3, R)
+    r, point = radius[owner], ground.take(pixel, 1)
+    to = centre.T.take(owner, 1) - point  # (3, R)
     square = _dot(to, to)
     near = r / np.sqrt(square)
     fade = np.clip(1.75 - 0.5 / near, 0, 1)  # gone before the window ends
@@ -282,21 +283,21 @@ def _rays_at(objects, radius, centre, camera, size):
 
 
 def _hit(direction, owner, objects, radius, centre, place):
-    """Depth (R,), inf where the ray misses its object, and the outward normal (3, R), with softened edges."""
+    """The rays that hit the object they are meant for (indices into R), their depth, and the outward normal (3, hits)."""
     angle = np.array([o.get("rotation", 0.0) for o in objects])  # Blender takes these numbers for radians
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     start = (place - centre).T / radius  # (3, N): in its own frame every object has radius 1
-    start = np.stack([cos * start[0] + sin * start[1], cos * start[1] - sin * start[0], start[2]])[:, owner]
+    start = np.stack([cos * start[0] + sin * start[1], cos * start[1] - sin * start[0], start[2]]).take(owner, 1)
     scale, cos, sin = 1 / radius[owner], cos[owner], sin[owner]
     step = np.stack([cos * direction[0] + sin * direction[1], cos * direction[1] - sin * direction[0], direction[2]])
     step *= scale
-    depth, normal = np.full(len(owner), np.inf, np.float32), np.zeros_like(step)
+    hits, depths, normals = [], [], []
     shapes = [o["shape"] for o in objects]
     ends = np.searchsorted(owner, [shapes.count("cube"), shapes.count("cube") + shapes.count("sphere")])
     inner = 1 - EDGE
     for name, part in zip(SHAPES, (slice(0, ends[0]), slice(*ends), slice(ends[1], None))):
         o, d = start[:, part], step[:, part]
-        near, far = np.float32(-np.inf), np.float32(np.inf)
+        near, far = np.full(o.shape[1], -np.inf, np.float32), np.float32(np.inf)
         for i in {"cube": (0, 1, 2), "cylinder": (2,), "sphere": ()}[name]:  # between two planes
             inverse = 1 / np.where(d[i] == 0, np.float32(1e-9), d[i])
             middle, half = -o[i] * inverse, np.abs(inverse)
@@ -309,19 +310,21 @@ def _hit(direction, owner, objects, radius, centre, place):
             near, far = np.maximum(near, (-b - reach) / a), np.minimum(far, (reach - b) / a)
             far = np.where(root < 0, -np.float32(np.inf), far)
         hit = np.flatnonzero(near < far)
-        p = o[:, hit] + near[hit] * d[:, hit]
+        p = o.take(hit, 1) + near[hit] * d.take(hit, 1)
         if name == "cube":  # the normal points away from a core that is smaller by the rounded edge
             p = p - np.clip(p, -inner, inner)
         elif name == "cylinder":
             ring = np.sqrt(p[0] ** 2 + p[1] ** 2)
             out = np.maximum(ring - inner, 0) / np.maximum(ring, 1e-6)
             p = np.stack([p[0] * out, p[1] * out, p[2] - np.clip(p[2], -inner, inner)])
-        hit_ray = hit + part.start
-        depth[hit_ray] = near[hit]
         p /= np.sqrt(np.maximum(_dot(p, p), 1e-12))
-        c, s = cos[hit_ray], sin[hit_ray]
-        normal[:, hit_ray] = np.stack([c * p[0] - s * p[1], s * p[0] + c * p[1], p[2]])
-    return depth, normal
+        hits.append(hit + part.start)
+        depths.append(near[hit])
+        normals.append(p)
+    hits, normal = np.concatenate(hits), np.concatenate(normals, 1)
+    cos, sin = cos[hits], sin[hits]
+    normal[:2] = cos * normal[0] - sin * normal[1], sin * normal[0] + cos * normal[1]
+    return hits, np.concatenate(depths), normal
 
 
 def _shade(point, normal, direction, color, metal, radius, lamps):
@@ -340,11 +343,12 @@ def _shade(point, normal, direction, color, metal, radius, lamps):
     gloss = (LAMP_RGB.T / LAMP_RGB.max()) @ gloss
     out = color * light + gloss
     m = np.flatnonzero(metal)
-    p, d = point[:, m], mirror[:, m]
+    p, d = point.take(m, 1), mirror.take(m, 1)
     foot = p + d * (p[2] / np.maximum(-d[2], 0.02))
     floor = (LAMP_RGB.T @ _light(foot, None, lamps) + AMBIENT) * np.clip(0.35 + 0.4 * above[m], 0, 1)
     world = np.where(d[2] < -0.02, floor, AMBIENT * np.clip(1 - 1.6 * d[2], 0.12, 1))
-    out[:, m] = color[:, m] * (0.06 * light[:, m] + 1.25 * world) + gloss[:, m]
+    for c in range(3):  # row by row, which numpy does much faster than all at once
+        out[c, m] = color[c, m] * (0.06 * light[c, m] + 1.25 * world[c]) + gloss[c, m]
     return out
 
 
