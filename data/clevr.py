@@ -414,11 +414,15 @@ def word(answer):
     return {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
 
 
+CODE_BITS = tuple((name, value) for name, values in ATTRIBUTES.items() for value in values)  # bit k of SceneTable.code
+
+
 class SceneTable:
     """Many scenes as arrays, so that a program is answered for all of them in a few array operations.
 
     `mask` (S, N) bool: the objects that exist; `value[attribute]` (S, N) int8: indices into ATTRIBUTES[attribute], -1
-    where there is no object; `related[direction]` (S, N, N) bool: [s, i, j], j lies that way of i.
+    where there is no object; `code` (S, N) uint16: all values of an object as bits, in the order of CODE_BITS;
+    `related[direction]` (S, N, N) bool: [s, i, j], j lies that way of i.
     """
 
     def __init__(self, scenes):
@@ -438,6 +442,9 @@ class SceneTable:
                     where = scene.get("image_filename", f"scene {s}")
                     raise InputError(f"{where}: {name} found {found}, expected values of {values}") from None
                 self.value[name][s, : len(row)] = row
+        self.code = np.zeros((len(scenes), most), np.uint16)
+        for k, (name, value) in enumerate(CODE_BITS):
+            self.code |= (self.value[name] == ATTRIBUTES[name].index(value)).astype(np.uint16) << np.uint16(k)
 
     def __len__(self):
         return len(self.scenes)
@@ -453,12 +460,23 @@ class SceneTable:
                         self._related[name][s, i, others] = True
         return self._related
 
-    def filter(self, wanted):
-        """The objects with all the wanted attribute values, {"color": "red", ...}: (S, N) bool."""
-        out = self.mask
-        for name, value in wanted.items():
-            out = out & (self.value[name] == ATTRIBUTES[name].index(value))
-        return out
+    def take(self, rows):
+        """The table of some of the scenes; rows: their indices."""
+        part = object.__new__(SceneTable)
+        part.scenes, part.mask, part.code = [self.scenes[r] for r in rows], self.mask[rows], self.code[rows]
+        part.value = {name: column[rows] for name, column in self.value.items()}
+        part._related = self._related and {name: cube[rows] for name, cube in self._related.items()}
+        return part
+
+    def answers(self, program):
+        """Answer a program, as words, for every scene: (S,) strings, INVALID where a `unique` does not find one object."""
+        found, valid = self.evaluate(program)
+        name = list(steps(program))[-1][0]
+        if name.startswith("query_"):
+            found = np.array(ATTRIBUTES[name[6:]])[found]
+        elif found.dtype == bool:
+            found = np.array(["no", "yes"])[found.astype(int)]
+        return np.where(valid, found.astype(str), INVALID)
 
     def evaluate(self, program):
         """Answer a program for every scene: (answers (S,), valid (S,) bool), valid where every `unique` found one.
