@@ -31,6 +31,7 @@ import time
 import types
 import typing
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -63,6 +64,7 @@ def redefault(base, name, default):
 class CommonConfig:
     model: str = option("", "checkpoint: folder in the hub's layout, hub id, or the folder of a finished run", required=True)
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
+    split: str = option("", "file of the items to learn from, inside --data")
     out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
     init: str = option("", "start from the stage before: the folder of its run (its adapter is continued, or merged by --full)")
     adapter: str = option("", "start from this LoRA adapter on top of --model")
@@ -81,6 +83,10 @@ class CommonConfig:
     micro_batch: int = option(4, "items a forward pass; lower it when memory runs out, results stay the same", least=1)
     epochs: float = option(1.0, "passes over the data", above=0)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
+    replay: str = option("", "folder of other policies' items, learned with their policy in the prompt: keeps the model reading policies")
+    replay_split: str = option("sft.jsonl", "file of the items to replay, inside --replay")
+    replay_share: float = option(0.5, "share of each batch that is replayed, where --replay is given", least=0, most=0.9)
+    workers: int = option(4, "threads that read and scale pictures one step ahead on GPU machines; 0: none", least=0)
     max_prompt: int = option(4096, "longest prompt in tokens, pictures included; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens", least=1)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
@@ -187,6 +193,41 @@ def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
     return chosen[rank::world]
 
 
+def replayed_items(config):
+    """How many items of each batch come from --replay."""
+    return round(config.batch_size * config.replay_share) if config.replay else 0
+
+
+def mixture(step, n_items, n_replay, config):
+    """The global batch of update `step` as (replayed: bool, index): first the own items, then those of --replay."""
+    replayed = replayed_items(config)
+    limit = None if config.steps else round(n_items * config.epochs)
+    chosen = [(False, i) for i in batches(n_items, config.batch_size - replayed, config.seed, step, limit=limit)]
+    return chosen + ([(True, i) for i in batches(n_replay, replayed, config.seed + 1, step)] if replayed else [])
+
+
+def share(chosen, sizes, rank, world):
+    """This rank's part of a global batch: equal counts, near-equal sizes (dealt to and fro), sorted by size for little padding."""
+    order = sorted(range(len(chosen)), key=lambda i: (sizes[i], i))
+    return [chosen[i] for turn, i in enumerate(order) if turn % (2 * world) in (rank, 2 * world - 1 - rank)]
+
+
+class Ahead:
+    """[make(key) for key in keys(step)], with the next step's made in threads meanwhile; in line where workers = 0."""
+
+    def __init__(self, keys, make, workers):
+        self.keys, self.make, self.futures = keys, make, {}
+        self.pool = ThreadPoolExecutor(workers) if workers else None
+
+    def __call__(self, step):
+        if not self.pool:
+            return [self.make(key) for key in self.keys(step)]
+        for s in (step, step + 1):
+            if s not in self.futures:
+                self.futures[s] = [self.pool.submit(self.make, key) for key in self.keys(s)]
+        return [future.result() for future in self.futures.pop(step)]
+
+
 @dataclass
 class Batch:
     """Right-padded rows: what the model reads and which of its predictions count."""
@@ -203,15 +244,15 @@ class Batch:
         return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in moved.items()})
 
 
-def collate(prompts, targets, pad_id, learn=None):
+def collate(prompts, targets, learn=None, *, pad_id):
     """Rows `prompt + target` as one Batch.
 
     prompts: model.Encoded each; targets: token ids each (list or tensor); learn: bool (T,) each over the whole row, the
     tokens whose prediction counts (None: those of the target).
     """
     rows = [torch.cat([p.input_ids, torch.as_tensor(t, dtype=torch.long)]) for p, t in zip(prompts, targets, strict=True)]
-    if learn is None:
-        learn = [torch.arange(len(row)) >= len(p.input_ids) for row, p in zip(rows, prompts)]
+    learn = learn or [None] * len(rows)
+    learn = [torch.arange(len(row)) >= len(p.input_ids) if l is None else l for row, p, l in zip(rows, prompts, learn)]
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -228,7 +269,8 @@ def collate(prompts, targets, pad_id, learn=None):
 
 def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
     """log p of every learned token of the batch -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
-    hidden = model(batch.input_ids, batch.attention_mask, batch.pixel_values, batch.image_grid_thw)  # (B,T,D)
+    # no mask: padding stands on the right, where causal attention does not reach it
+    hidden = model(batch.input_ids, None, batch.pixel_values, batch.image_grid_thw)                  # (B,T,D)
     if batch.pixel_values is None and _is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
         patch = torch.zeros(4, 1176, device=hidden.device)
         hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()
@@ -278,6 +320,16 @@ def _is_fsdp(model):
     return hasattr(model, "unshard")  # fully_shard mixes FSDPModule in; asking so spares its import, two seconds
 
 
+def _dissolve_lora(model):
+    """Merge the adapter and put plain linear layers back: what was frozen under it can be tuned again."""
+    qwen.merge_lora(model)
+    for name, layer in qwen.lora_layers(model).items():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, plain)
+
+
 def trainable(model):
     """{name: parameter} of what the optimiser moves, in the model's own order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -308,6 +360,7 @@ class Run:
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
         self.step, self.skipped, self.extra = 0, 0, {}
+        self.workers = config.workers if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
         if config.batch_size % self.world:
             raise InputError(f"--batch-size {config.batch_size}: found {self.world} ranks, expected a number that divides it")
@@ -415,15 +468,16 @@ class Run:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x.tolist()
 
-    def micro_batches(self, items, size=None):
-        """Split a rank's items into lists of at most `size` (default: --micro-batch), as many lists on every rank.
+    def micro_batches(self, rows, filler=None):
+        """Split a rank's rows into [(at most --micro-batch rows, weight 1.0)].
 
-        A rank with fewer gets empty lists at the end: under FSDP each forward pass is a collective, so it still has to
-        make one, of any row with weight 0, or the others would wait for ever.
+        Under FSDP each forward pass is a collective: a rank with fewer parts repeats a row (filler[0] if it has none) with
+        weight 0.0, or the others would wait for it for ever.
         """
-        size = size or self.config.micro_batch
-        chunks = [items[i:i + size] for i in range(0, len(items), size)]
-        return chunks + [[]] * (int(self.max(len(chunks))) - len(chunks)) if self.fsdp else chunks
+        size = self.config.micro_batch
+        parts = [(rows[i:i + size], 1.0) for i in range(0, len(rows), size)]
+        missing = int(self.max(len(parts))) - len(parts) if self.fsdp else 0
+        return parts + [(rows[:1] or [filler[0]], 0.0)] * missing
 
     def reduce_gradients(self, model):
         """Sum the gradients over the ranks, in one flat buffer; FSDP has already done it during the backward pass."""
@@ -453,7 +507,7 @@ class Run:
         if self.adapter:
             qwen.load_adapter(model, self.adapter)
             if full:
-                qwen.merge_lora(model)
+                _dissolve_lora(model)
         elif not full:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
             qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None, dropout=config.lora_dropout)
@@ -547,13 +601,9 @@ class Run:
 
     # -- the loop
 
-    def total_steps(self, n_items):
-        """Updates of the whole run: --steps, or what --epochs of n_items items need."""
-        return self.config.steps or math.ceil(self.limit(n_items) / self.config.batch_size)
-
-    def limit(self, n_items):
-        """Items of the whole run, for batches(): None where --steps counts."""
-        return None if self.config.steps else round(n_items * self.config.epochs)
+    def total_steps(self, n_items, per_update):
+        """Updates of the whole run: --steps, or what --epochs of n_items items need, so many of them an update."""
+        return self.config.steps or math.ceil(round(n_items * self.config.epochs) / per_update)
 
     def steps(self, model, optimizer, total):
         """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
@@ -756,31 +806,25 @@ class Run:
     def finish(self, model, results=None):
         """Write the final weights (<out>/model in the hub's layout, or <out>/adapter) and results.json -> results."""
         with self.phase("finish"):
-            name = "model" if self.config.full else "adapter"
             if self.fsdp:
-                whole = {}
-                for key, t in model.state_dict().items():  # one tensor at a time: only rank 0 ever holds all of them
-                    t = t.full_tensor() if hasattr(t, "full_tensor") else t
-                    if self.is_main:
-                        whole[key] = t.to("cpu", self.dtype)
-            self.on_main(lambda: self._write_weights(name, model, whole if self.fsdp else None))
+                model = self._whole(model)
+            name, save = ("model", qwen.save_pretrained) if self.config.full else ("adapter", qwen.save_adapter)
+            self.on_main(lambda: save(model, self.out / name))
             if results is not None and self.is_main:
                 write_json(self.out / "results.json", results)
         return results
 
-    def _write_weights(self, name, model, state_dict):
-        aside, final = self.out / f"{name}.tmp", self.out / name
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            if name == "adapter":
-                qwen.save_adapter(model, aside)
-            else:
-                qwen.save_pretrained(model, aside, **({"state_dict": state_dict} if state_dict else {}))
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
+    def _whole(self, model):
+        """The sharded model with all its weights, on rank 0's CPU; one tensor at a time is gathered."""
+        with torch.device("meta"):
+            whole = qwen.Qwen25VL(model.config)
+        whole.source = model.source
+        for name, p in model.named_parameters():
+            p = p.full_tensor()
+            if self.is_main:
+                owner, _, leaf = name.rpartition(".")
+                setattr(whole.get_submodule(owner), leaf, torch.nn.Parameter(p.detach().to("cpu", self.dtype)))
+        return whole
 
 
 # -- 5. small things --------------------------------------------------------------------------------------------------
