@@ -55,14 +55,15 @@ class Examples:
         item = self.items[i]
         policy = self.policies[item["policy"]] if self.policy_in_prompt else None
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
-        response = self.tokens(target(item, cot=not getattr(self.config, "answer_only", False)))
+        response = response_ids(self.processor, target(item, cot=not getattr(self.config, "answer_only", False)))
         check_length(item, "prompt", prompt.input_ids, self.config.max_prompt)
         check_length(item, "response", response, self.config.max_response)
         return prompt, response, None
 
-    def tokens(self, text):
-        """A response as the model has to end it: with the token that stops generation."""
-        return self.processor.tokenizer.encode(text, add_special_tokens=False).ids + [self.processor.stop_ids[0]]
+
+def response_ids(processor, text):
+    """A response in tokens, ended as the model has to end it: with the token that stops generation."""
+    return processor.tokenizer.encode(text, add_special_tokens=False).ids + [processor.stop_ids[0]]
 
 
 def check_length(item, what, ids, most):
@@ -78,21 +79,20 @@ def train(config):
     with Run(config, stage="sft") as run:
         model, processor = run.load()
         own = Examples(config.data, config.split, processor, config, config.policy_in_prompt)
-        replay = Examples(config.replay, config.replay_split, processor, config, True) if config.replay else []
-        source = {False: own, True: replay}
+        replay = Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True) if config.replay else []
 
         def keys(step):
             chosen = mixture(step, len(own), len(replay), config)
-            return share(chosen, [source[replayed].size(i) for replayed, i in chosen], run.rank, run.world)
+            sizes = [(replay if replayed else own).size(i) for replayed, i in chosen]
+            return share(chosen, sizes, run.rank, run.world)
 
-        rows = Ahead(keys, lambda key: source[key[0]][key[1]], run.workers)
+        rows = Ahead(keys, lambda replayed, i: replay[i] if replayed else own[i], run.workers)
         optimizer = run.optimizer(model)
         steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
 
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight)
-                         for part, weight in run.micro_batches(rows(step), own)]
+                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight) for part, weight in run.micro_batches(rows(step))]
             tokens = run.sum(sum(weight * len(batch.index) for batch, weight in parts))  # |O|, over all ranks
             loss = 0.0
             with run.phase("learn"):

@@ -213,7 +213,7 @@ def share(chosen, sizes, rank, world):
 
 
 class Ahead:
-    """[make(key) for key in keys(step)], with the next step's made in threads meanwhile; in line where workers = 0."""
+    """[make(*key) for key in keys(step)], with the next step's made in threads meanwhile; in line where workers = 0."""
 
     def __init__(self, keys, make, workers):
         self.keys, self.make, self.futures = keys, make, {}
@@ -221,10 +221,10 @@ class Ahead:
 
     def __call__(self, step):
         if not self.pool:
-            return [self.make(key) for key in self.keys(step)]
+            return [self.make(*key) for key in self.keys(step)]
         for s in (step, step + 1):
             if s not in self.futures:
-                self.futures[s] = [self.pool.submit(self.make, key) for key in self.keys(s)]
+                self.futures[s] = [self.pool.submit(self.make, *key) for key in self.keys(s)]
         return [future.result() for future in self.futures.pop(step)]
 
 
@@ -359,7 +359,7 @@ class Run:
         self.fsdp = config.full and (config.fsdp == "on" or (config.fsdp == "auto" and cuda and self.world > 1))
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
-        self.step, self.skipped, self.extra = 0, 0, {}
+        self.step, self.skipped, self.extra, self._spare = 0, 0, {}, []
         self.workers = config.workers if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
         if config.batch_size % self.world:
@@ -468,16 +468,20 @@ class Run:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x.tolist()
 
-    def micro_batches(self, rows, filler=None):
+    def micro_batches(self, rows):
         """Split a rank's rows into [(at most --micro-batch rows, weight 1.0)].
 
-        Under FSDP each forward pass is a collective: a rank with fewer parts repeats a row (filler[0] if it has none) with
-        weight 0.0, or the others would wait for it for ever.
+        Under FSDP each forward pass is a collective: a rank with fewer parts repeats a row with weight 0.0, or the others
+        would wait for it for ever.
         """
         size = self.config.micro_batch
         parts = [(rows[i:i + size], 1.0) for i in range(0, len(rows), size)]
-        missing = int(self.max(len(parts))) - len(parts) if self.fsdp else 0
-        return parts + [(rows[:1] or [filler[0]], 0.0)] * missing
+        if self.fsdp:
+            self._spare = rows[:1] or self._spare
+            if not self._spare:
+                raise InputError(f"rank {self.rank}: found no item, expected at least as many items as ranks")
+            parts += [(self._spare, 0.0)] * (int(self.max(len(parts))) - len(parts))
+        return parts
 
     def reduce_gradients(self, model):
         """Sum the gradients over the ranks, in one flat buffer; FSDP has already done it during the backward pass."""
