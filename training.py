@@ -30,7 +30,6 @@ import threading
 import time
 import types
 import typing
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -39,11 +38,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import model as qwen
+from checkpoint import Checkpoints, cut_logs, trainable, write_json
 from data import InputError
 from kernels.logprob import linear_logprob
 
@@ -100,6 +98,7 @@ class CommonConfig:
     fsdp: str = option("auto", "shard weights, gradients and AdamW over ranks (full only); auto: on several GPUs",
                        choices=("auto", "on", "off"))
     save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run, so that --resume works", least=0)
+    async_save: bool = option(False, "write checkpoints in a thread while training goes on: for large models")
     keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)
     resume: bool = option(False, "continue from the newest whole checkpoint of --out (from the start if there is none)")
     overwrite: bool = option(False, "delete the run that --out holds")
@@ -330,11 +329,6 @@ def _dissolve_lora(model):
         setattr(model.get_submodule(owner), leaf, plain)
 
 
-def trainable(model):
-    """{name: parameter} of what the optimiser moves, in the model's own order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 # -- 4. the run -------------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
@@ -356,7 +350,7 @@ class Run:
             raise InputError("--device: found cuda, expected cpu or auto: this machine has no usable GPU")
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if config.dtype == "bfloat16" or (cuda and config.dtype == "auto") else torch.float32
-        self.fsdp = config.full and (config.fsdp == "on" or (config.fsdp == "auto" and cuda and self.world > 1))
+        self.fsdp = config.full and self.world > 1 and (config.fsdp == "on" or config.fsdp == "auto" and cuda)
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
         self.step, self.skipped, self.extra, self._spare = 0, 0, {}, []
@@ -372,6 +366,7 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=timedelta(minutes=self.config.timeout))
         self.on_main(self._open)
+        self.checkpoints = Checkpoints(self)
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
             self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -404,6 +399,8 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
         except OSError:
             raise InputError(f"--out {self.out}: another process is writing this run, expected a folder of its own") from None
+        for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
+            shutil.rmtree(path)
         before = _run_config(self.out)
         if before and self.config.overwrite:
             for name in ("config.json", "results.json", "checkpoints", "model", "adapter"):
@@ -412,7 +409,7 @@ class Run:
             for path in self.out.glob("*.jsonl"):
                 path.unlink()
         elif before and self.config.resume:
-            free = {"out", "resume", "overwrite", "save_every", "keep", "micro_batch", "fsdp", "timeout", "device",
+            free = {"out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout", "device",
                     "gradient_checkpointing", "compile", "max_skipped"}  # these change the path, not the goal
             changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in config.items() if k not in free and before.get(k) != v]
             if changed or before["stage"] != self.stage:
@@ -507,7 +504,9 @@ class Run:
         torch.manual_seed(config.seed)  # a new adapter is drawn alike on every rank
         full = config.full or frozen
         dtype = self.dtype if frozen or not config.full else torch.float32
-        model = qwen.load_pretrained(self.base, device="cpu" if self.fsdp else self.device, dtype=dtype)
+        # sharded: only shapes now, then each rank reads its rows; an adapter has to be merged into whole weights first
+        device = self.device if not self.fsdp else "cpu" if self.adapter else "meta"
+        model = qwen.load_pretrained(self.base, device, dtype)
         if self.adapter:
             qwen.load_adapter(model, self.adapter)
             if full:
@@ -537,6 +536,15 @@ class Run:
         for unit in [*model.model.layers, model]:
             fully_shard(unit, mesh=mesh, mp_policy=precision)
             unit.set_gradient_divide_factor(1.0)  # sums, not means: the loss has its global denominator already
+        if next(model.parameters()).is_meta:
+            model.to_empty(device=self.device)
+            stored = {qwen.hub_name(name): (file, name) for file in qwen.weight_files(qwen.find_folder(self.base)) for name in file.entries}
+            for name, p in model.named_parameters():
+                file, name = stored[name]
+                rows = file.read(name, "cpu", p.dtype).chunk(self.world)
+                local = p.to_local()
+                if self.rank < len(rows):
+                    local.copy_(rows[self.rank])
 
     def autocast(self):
         """Matrix products in the compute dtype over float32 weights (FSDP casts by itself)."""
@@ -666,150 +674,40 @@ class Run:
         self._stop = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
 
-    # -- checkpoints: <out>/checkpoints/step-N/{shard-*.safetensors, state.json}; a name without .tmp is a whole one
+    # -- stop and go on
 
     def checkpoint(self, step, model, optimizer, extra=None, score=None):
         """Save after `step` updates where --save-every says so; after SIGTERM or SIGINT save and end with exit code 0.
 
         extra: a JSON-able dict that the resumed run finds in run.extra. score: the checkpoint with the highest is kept, too.
         """
-        stop = bool(self.max(int(self._stop)))
-        if stop or (self.config.save_every and step % self.config.save_every == 0):
-            with self.phase("save"):
-                self._save(step, model, optimizer, extra or {}, score)
+        stop = bool(self.max(int(self._stop)))  # a signal reaches the ranks at different moments
+        with self.phase("save"):
+            self.checkpoints.publish_if_done()
+            if stop or (self.config.save_every and step % self.config.save_every == 0):
+                self.checkpoints.save(step, model, optimizer, extra or {}, score, wait=stop or not self.config.async_save)
         if stop:
             if self.is_main:
                 print(f"{self.stage}: stopped by a signal after step {step}; --resume continues", file=sys.stderr, flush=True)
             sys.exit(0)
 
-    def _save(self, step, model, optimizer, extra, score):
-        final = self.out / "checkpoints" / f"step-{step:08d}"
-        aside = final.with_suffix(".tmp")
-        shards = self.world if self.fsdp else 1
-        tensors = {}
-        for name, p in trainable(model).items():
-            state = optimizer.state.get(p, {})
-            for key, t in {"param": p.detach(), **state}.items():
-                t = t.to_local() if hasattr(t, "to_local") else t
-                tensors[f"{key}.{name}"] = t.cpu().contiguous()
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-
-        def prepare():
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.mkdir(parents=True)
-            free = shutil.disk_usage(aside).free
-            if free < size * shards + 2**20:
-                aside.rmdir()
-                raise InputError(f"{final}: {free / 2**30:.2f} GB free, expected {size * shards / 2**30:.2f} GB for a checkpoint")
-
-        self.on_main(prepare)
-        crc = 0
-        try:
-            if self.rank < shards:
-                path = aside / f"shard-{self.rank:05d}-of-{shards:05d}.safetensors"
-                save_file(tensors, path)
-                crc = _sync(path)
-            sums = [int(x) for x in self.sum([crc if r == self.rank else 0 for r in range(self.world)])][:shards]
-            state = {"step": step, "stage": self.stage, "shards": sums, "skipped": self.skipped, "extra": extra, "score": score,
-                     "config": dataclasses.asdict(self.config), "version": code_version(), "torch": torch.__version__}
-            self.on_main(lambda: self._publish(aside, final, state))
-        except BaseException:
-            if self.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-    def _publish(self, aside, final, state):
-        write_json(aside / "state.json", state, sync=True)
-        os.replace(aside, final)
-        _sync_folder(final.parent)
-        kept = sorted(final.parent.glob("step-????????"))
-        scores = {}
-        for path in kept[:-self.config.keep]:
-            with contextlib.suppress(OSError, ValueError):
-                scores[path] = json.loads((path / "state.json").read_text()).get("score")
-        ranked = [path for path in scores if scores[path] is not None]
-        best = max(ranked, key=lambda path: scores[path], default=None)
-        for path in kept[:-self.config.keep]:
-            if path != best:
-                shutil.rmtree(path)
-
     def restore(self, model, optimizer):
-        """Load the newest whole checkpoint, on any number of ranks -> its step; 0 without --resume or checkpoint."""
-        names = self.on_main(self._whole_checkpoints) if self.config.resume else []
-        if not names:
-            self._cut_logs(0)
-            return 0
-        folder = self.out / "checkpoints" / names[0]
-        state = json.loads((folder / "state.json").read_text())
-        shards = len(state["shards"])
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(safe_open(folder / f"shard-{r:05d}-of-{shards:05d}.safetensors", "pt")) for r in range(shards)]
-            known = set(files[0].keys())
-            for name, p in trainable(model).items():
-                if f"param.{name}" not in known:
-                    raise InputError(f"{folder}: no tensor {name}, expected a checkpoint of this model")
-                for key in ("param", "step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}.{name}" in known:
-                        t = self._read_rows(files, f"{key}.{name}", p)
-                        if key == "param":
-                            p.data.copy_(t)
-                        else:
-                            optimizer.state[p][key] = t
+        """With --resume, load the newest whole checkpoint -> its step; else 0. Logs are cut back to that step."""
+        state = self.checkpoints.restore(model, optimizer) if self.config.resume else None
+        state = state or {"step": 0, "skipped": 0, "extra": {}}
         self.skipped, self.extra = state["skipped"], state["extra"]
-        self._cut_logs(state["step"])
         if self.is_main:
-            print(f"{self.stage}: resumed after step {state['step']}", file=sys.stderr, flush=True)
+            cut_logs(self.out, state["step"])
+            if self.config.resume:
+                print(f"{self.stage}: resumed after step {state['step']}", file=sys.stderr, flush=True)
         return state["step"]
-
-    def _read_rows(self, files, key, p):
-        """This rank's rows of a tensor that `files` hold in equal chunks along dim 0 (0-dim: whole in each)."""
-        if not files[0].get_slice(key).get_shape():
-            return files[0].get_tensor(key).to(self.device if not self.fsdp else "cpu")
-        rows = p.shape[0]
-        start, stop = 0, rows
-        if self.fsdp:
-            chunk = -(-rows // self.world)
-            start, stop = min(self.rank * chunk, rows), min((self.rank + 1) * chunk, rows)
-        stored = -(-rows // len(files))
-        parts = [f.get_slice(key)[max(start - r * stored, 0):max(min(stop - r * stored, stored), 0)] for r, f in enumerate(files)]
-        local = torch.cat(parts).to(self.device)
-        if not self.fsdp:
-            return local
-        from torch.distributed.tensor import DTensor
-
-        return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-
-    def _whole_checkpoints(self):
-        """Names of the checkpoints that can be read to the last byte, newest first; a line for each damaged one."""
-        for path in sorted((self.out / "checkpoints").glob("step-????????"), reverse=True):
-            try:
-                shards = json.loads((path / "state.json").read_text())["shards"]
-                for r, crc in enumerate(shards):
-                    if _crc(path / f"shard-{r:05d}-of-{len(shards):05d}.safetensors") != crc:
-                        raise ValueError(f"shard {r} is damaged")
-                return [path.name]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(f"{path}: skipped, not a whole checkpoint: {error}", file=sys.stderr, flush=True)
-        return []
-
-    def _cut_logs(self, step):
-        """Drop the rows of steps that will be done again, and a line that a kill cut short."""
-        for path in self.out.glob("*.jsonl") if self.is_main else []:
-            rows = []
-            for line in path.read_text().splitlines(keepends=True):
-                with contextlib.suppress(ValueError):
-                    if line.endswith("\n") and json.loads(line).get("step", 0) < step:
-                        rows.append(line)
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(rows))
-            os.replace(aside, path)
 
     # -- the end
 
     def finish(self, model, results=None):
         """Write the final weights (<out>/model in the hub's layout, or <out>/adapter) and results.json -> results."""
         with self.phase("finish"):
+            self.checkpoints.publish_if_done(wait=True)
             if self.fsdp:
                 model = self._whole(model)
             name, save = ("model", qwen.save_pretrained) if self.config.full else ("adapter", qwen.save_adapter)
@@ -829,48 +727,6 @@ class Run:
                 owner, _, leaf = name.rpartition(".")
                 setattr(whole.get_submodule(owner), leaf, torch.nn.Parameter(p.detach().to("cpu", self.dtype)))
         return whole
-
-
-# -- 5. small things --------------------------------------------------------------------------------------------------
-
-
-def write_json(path, value, sync=False):
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    if sync:
-        _sync(aside)
-    os.replace(aside, path)
-
-
-def _crc(path):
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _sync(path):
-    """Force a file to the disk -> its checksum."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return _crc(path)
-
-
-def _sync_folder(path):
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def code_version():
-    """The commit of this code, read from .git; empty outside a clone."""
-    git = Path(__file__).resolve().parent / ".git"
-    with contextlib.suppress(OSError):
-        head = (git / "HEAD").read_text().strip()
-        return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
-    return ""
 
 
 def memory_gb(device):

@@ -1,0 +1,95 @@
+"""A data set of a dozen items in the layout of data/clevr_policy.py, and runs of the training scripts: for tests of training."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import picture
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTANT = {  # every test's runs are small and quiet
+    "--batch-size": "4", "--micro-batch": "2", "--lr": "1e-3", "--device": "cpu", "--max-response": "64",
+}  # fmt: skip
+
+
+def small_data(folder, items=12):
+    """Two policies, one with a picture in it; items of every kind, on pictures of three sizes. Returns the folder."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True)
+    for i, size in enumerate([(56, 56), (84, 56), (112, 112)] * -(-items // 3)):
+        picture(*size, seed=i).save(folder / "images" / f"{i}.png")
+    node = lambda name: {"id": "1", "program": [], "question": "red?", "branches": {"yes": "A", "no": "B"}}
+    leaves = [{"id": "A", "response": "A"}, {"id": "B", "response": "B"}]
+    policies = [
+        {"name": name, "root": "1", "nodes": [node(name)], "leaves": leaves, "images": images, "text": f"policy {name}: {text}"}
+        for name, text, images in [("P1", "red? yes: A, no: B", []), ("P2", "like <image>? yes: A, no: B", ["images/0.png"])]
+    ]
+    (folder / "policies.json").write_text(json.dumps(policies))
+    rows = [
+        {"id": f"i{i}", "policy": f"P{1 + i % 2}", "scene": f"{i}.png", "images": [f"images/{i}.png"],
+         "question": f"apply P{1 + i % 2}: ", "answer": "AB"[i % 3 % 2], "cot": "it is " + "so " * (i % 4),
+         "path": [{"node": "1", "answer": "yes"}]}
+        for i in range(items)
+    ]  # fmt: skip
+    for name in ("sft", "rl", "test"):
+        write_lines(folder / f"{name}.jsonl", rows)
+    documents = [{"id": f"d{p}", "policy": p, "kind": "document", "images": [], "question": "", "answer": ""} for p in ("P1", "P2")]
+    asked = [{"id": "s1", "policy": "P1", "kind": "section", "images": [], "question": "section 1 of P1?", "answer": "red?"}]
+    write_lines(folder / "cpt.jsonl", rows + documents + asked)
+    return folder
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arguments(model, data, out, **flags):
+    """Flags of a training script: CONSTANT, then the named ones; full=True is --full, full=False --no-full."""
+    values = {**CONSTANT, "--model": model, "--data": data, "--out": out}
+    words = []
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            values[flag] = value
+    return [*(str(word) for pair in values.items() for word in pair), *words]
+
+
+def metrics(out):
+    """The rows of metrics.jsonl without what differs from run to run."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "speed"} for row in rows]
+
+
+def quiet(main, argv):
+    """main(argv) with its lines kept from the terminal -> (exit code, what it printed to stderr)."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            main(argv)
+            return 0, errors.getvalue()
+        except SystemExit as end:
+            return end.code or 0, errors.getvalue()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(world, script, *words, timeout=120):
+    """Run a Python file as torchrun would, in `world` processes -> [(exit code, output)]; it costs one start, not two."""
+    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen([sys.executable, script, *map(str, words)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for r in range(world)
+    ]  # fmt: skip
+    outputs = [child.communicate(timeout=timeout)[0] for child in children]
+    return list(zip([child.returncode for child in children], outputs))
