@@ -427,7 +427,8 @@ class SceneTable:
 
     def __init__(self, scenes):
         """scenes: list of scene dicts with the official keys; raises InputError for an unknown attribute value."""
-        self.scenes = scenes
+        self.scenes = np.empty(len(scenes), object)
+        self.scenes[:] = scenes
         most = max((len(s["objects"]) for s in scenes), default=0)
         self.mask = np.zeros((len(scenes), most), bool)
         self.value = {name: np.full((len(scenes), most), -1, np.int8) for name in ATTRIBUTES}
@@ -463,7 +464,7 @@ class SceneTable:
     def take(self, rows):
         """The table of some of the scenes; rows: their indices."""
         part = object.__new__(SceneTable)
-        part.scenes, part.mask, part.code = [self.scenes[r] for r in rows], self.mask[rows], self.code[rows]
+        part.scenes, part.mask, part.code = self.scenes[rows], self.mask[rows], self.code[rows]
         part.value = {name: column[rows] for name, column in self.value.items()}
         part._related = self._related and {name: cube[rows] for name, cube in self._related.items()}
         return part

@@ -20,6 +20,7 @@ from PIL import Image
 
 from data import InputError, command
 from data.clevr import ATTRIBUTES, CAMERA, CODE_BITS, FOCAL, INVALID, RADIUS, SceneTable, project, render, sample_scene
+from data.conditions import grow_full
 from data.dataset import KINDS
 from data.prose import Prose
 
@@ -93,7 +94,7 @@ def _options(code, held, past, total):
         if options:
             return options
     best = max(allowed, key=lambda k: smaller[k], default=None)
-    if best is not None and smaller[best] >= max(1, total / 2000):
+    if best is not None and smaller[best] >= max(1, total / 1000):
         return [best]
     return allowed if total < FEW else []
 
@@ -110,9 +111,12 @@ def build_policy(rng, depth, variant, table, style=None, conditions="existence",
     if conditions == "existence":
         nodes, leaves = grow(rng, depth, table)
     else:
-        from data.conditions import grow_full
-
         nodes, leaves = grow_full(rng, depth, table)
+        for node in nodes:  # a value that a picture could show
+            names = list(node["target"] or ())
+            if names:
+                name = names[int(rng.integers(len(names)))]
+                node["asked"] = (name, node["target"][name])
     shown = [k for k, node in enumerate(nodes) if "asked" in node] if variant == "M" else []
     shown = set(rng.permutation(shown)[: max(1, round(crop_share * len(shown)))].tolist()) if shown else set()
     policy = {"name": name or style.name(rng, depth, taken), "root": "n0", "depth": depth, "variant": variant,

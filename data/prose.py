@@ -36,6 +36,29 @@ def article(words):
     return "an" if words[0] in "aeiou" else "a"
 
 
+def example(attribute, value):
+    """An example picture in words, as a chain of thought speaks of it."""
+    return f"the example ({article(value) + ' ' if attribute == 'shape' else ''}{value})"
+
+
+def either(answers):
+    """Several answers that lead the same way: "1", "red, blue or gray", "0, 2 or more"."""
+    if answers[-1] == "10":  # the most objects a scene has
+        run = [n for n in range(11) if all(str(m) in answers for m in range(n, 11))]
+        answers = [answer for answer in answers if int(answer) < run[0]] + [f"{run[0]} or more"]
+    return " or ".join([", ".join(answers[:-1]), answers[-1]] if len(answers) > 1 else answers)
+
+
+def phrase(form, target, crop=None, example=None):
+    """The words of a condition; with `crop` that attribute of the target is shown by `example` in place of its word."""
+    if target is None:
+        return form
+    kept = {name: value for name, value in target.items() if name != crop}
+    tail = f" of the same {crop} as {example}" if crop else ""
+    one = noun(kept, plural=False) + tail
+    return form.format(a=article(one), np=one, np_plural=noun(kept) + tail)
+
+
 class Prose:
     """Policies as a person would write them: a general instruction, a name, numbered sections in plain sentences."""
 
@@ -77,6 +100,7 @@ class Prose:
     )
 
     def name(self, rng, depth, taken=()):
+        """A name that no other policy has."""
         while True:
             word = "".join(SYLLABLES[i] for i in rng.integers(len(SYLLABLES), size=3))
             name = f"L{depth}-{word.capitalize()}"
@@ -103,7 +127,10 @@ class Prose:
 
     def ask(self, node, rng):
         """The node's question and how a chain quotes it: the same sentence, with words for the pictures."""
-        if "asked" not in node:  # conditions beyond existence come with their own words
+        if "form" in node:  # conditions beyond existence come with their own words
+            attribute = node["asked"][0] if node["crop"] else None
+            node["question"] = phrase(node["form"], node["target"], attribute, f"the object in {IMAGE}")
+            node["quote"] = phrase(node["form"], node["target"], attribute, node["crop"] and example(*node["asked"]))
             return
         (attribute, value), held = node["asked"], node["held"]
         if held:
@@ -116,9 +143,8 @@ class Prose:
         node["question"] = node["quote"]
         if node["crop"]:
             objects = "is any" if held else "Does the picture show an object"
-            node["question"] = f"{lead}{objects} of the same {attribute} as the object in {IMAGE}?"
-            named = f"{article(value)} {value}" if attribute == "shape" else value
-            node["quote"] = node["question"].replace(IMAGE, f"the example, which is {named}")
+            form = f"{lead}{objects} of the same {attribute} as {{}}?"
+            node["question"], node["quote"] = form.format(f"the object in {IMAGE}"), form.format(example(attribute, value))
 
     def text(self, policy, rng):
         leaves = {leaf["id"] for leaf in policy["leaves"]}
@@ -133,7 +159,7 @@ class Prose:
                 if set(node["branches"]) == {"yes", "no"}:
                     lines.append(f"- If {answers[0]}, {go}.")
                 else:
-                    lines.append(f"- If the answer is {' or '.join(answers)}, {go}.")
+                    lines.append(f"- If the answer is {either(answers)}, {go}.")
             parts.append("\n".join([node["id"], node["question"], *lines]))
             node["section"] = "\n".join([node["id"], node["quote"], *lines])
         return "\n\n".join(parts)
