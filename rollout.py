@@ -1,0 +1,545 @@
+"""Sampling groups of responses from a policy model: what is shared is read once and held once.
+
+    1. Parts of attention     exact softmax over keys that lie in several places
+    2. Caches                 a prefix <- the prompts that begin with it <- the responses to each prompt
+    3. The next word          temperature, top-k, top-p, inverse-CDF sampling with one uniform a (seed, position)
+    4. sample                 prefill, decode, continuous slots
+    5. PolicyRollout          G responses to x, K more to (P, x): one group
+    6. Learning               a group as one row: its responses share the forward pass of their prompt
+
+    policy prefix   held once, by every query that names the policy     (G, S, K) a layer
+      prompt        held once, by all responses to it                   (B, G, S, K), the prompts of one prefill
+        response    one slot each, given on when the response ends      (R, G, S, K)
+
+A decoding step multiplies the queries of all rows that share a segment with its keys in one batched product, and joins the
+parts by their log-sum-exp: no key or value is ever copied to where it is used.
+
+Axes: B batch, R rows (responses being written), T tokens, S keys, H heads, G kv heads, K head dim, D width, V vocab.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import model as qwen
+from data import InputError
+from data.dataset import messages
+from training import Batch
+
+# -- 1. parts of attention ----------------------------------------------------------------------------------------------
+
+SCORES = 1 << 24  # scores held at a time where no fused kernel gives the log-sum-exp
+
+
+def attend_part(q, k, v, bias=None, causal=False):
+    """Attention over one part of the keys, and the logarithm of what its softmax divided by.
+
+    q (B,G,T,K), k and v (B,G,S,K), bias added to the scores, broadcast to (B,G,T,S). Returns (B,G,T,K) and fp32 (B,G,T,1).
+    """
+    if q.device.type == "cpu":  # tiles stay in the processor's cache: 2-4 times the speed of the lines below
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+        return out, lse[..., None]
+    if causal:
+        bias = q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(1)
+    outs, lses = [], []
+    for rows, lift in chunks(q, k.shape[2], bias):
+        scores = torch.matmul(rows / math.sqrt(q.shape[-1]), k.mT).float()  # (B,G,T,S)
+        scores = scores if lift is None else scores + lift
+        lses.append(scores.logsumexp(-1, keepdim=True))
+        outs.append(torch.matmul(scores.sub_(lses[-1]).exp_().to(v.dtype), v))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def chunks(q, S, bias):
+    """Rows of q few enough that their scores fit SCORES, with the bias rows that belong to them."""
+    size = max(1, SCORES // (q.shape[0] * q.shape[1] * S))
+    parts = q.split(size, dim=2)
+    per_row = bias is not None and bias.shape[-2] > 1
+    return zip(parts, bias.split(size, dim=-2) if per_row else [bias] * len(parts))
+
+
+def join(part, other):
+    """Attention over two sets of keys from that over each: (output, lse) both, softmax over the union, exactly."""
+    (a, lse_a), (b, lse_b) = part, other
+    lse = torch.logaddexp(lse_a, lse_b)
+    return (a * (lse_a - lse).exp() + b * (lse_b - lse).exp()).to(a.dtype), lse
+
+
+def padding_bias(lengths, S, like):
+    """0 where a row's keys are real, -inf behind them: (B,1,1,S); None where every row is full."""
+    lengths = torch.as_tensor(lengths, device=like.device)
+    behind = torch.arange(S, device=like.device) >= lengths[:, None]
+    return like.new_zeros(behind.shape).masked_fill_(behind, -torch.inf)[:, None, None]
+
+
+# -- 2. caches ----------------------------------------------------------------------------------------------------------
+
+
+class Segment:
+    """Cache of one forward pass over prompts: keeps their keys and values, and lets them see the prefix they share.
+
+    A finished segment is only read: `keys[layer]`, `values[layer]` (B,G,S,K), `bias` over padding, and `parent`, the prefix.
+    """
+
+    def __init__(self, parent=None):
+        self.parent = parent
+        self.keys, self.values, self.bias = [], [], None
+        self.length = 0  # the model's protocol: tokens seen before, which matter only to masks that we never pass
+
+    def attend(self, layer, q, k, v, mask):
+        self.keys.append(k)
+        self.values.append(v)
+        if self.parent is None:
+            return qwen.attend(q, k, v)
+        B, r = len(q), q.shape[1] // k.shape[1]
+        own = attend_part(q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), causal=True)
+        out, lse = attend_part(rearrange(q, "b (g r) t k -> 1 g (b r t) k", r=r), self.parent.keys[layer], self.parent.values[layer])
+        shape = dict(b=B, r=r)
+        prefix = rearrange(out, "1 g (b r t) k -> b (g r) t k", **shape), rearrange(lse, "1 g (b r t) k -> b (g r) t k", **shape)
+        return join(own, prefix)[0]
+
+    def keep(self, rows):
+        """Forget all prompts but these (B',)."""
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.bias = None if self.bias is None else self.bias[rows]
+
+
+class Slots:
+    """Cache of decoding: a place for each row's own tokens, and which rows read which place of which segment."""
+
+    def __init__(self, model, rows, capacity):
+        config, like = model.config, model.head_weight
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]  # zeros: what is masked must be finite
+        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.readers, self.length = [], 0
+
+    def connect(self, where):
+        """Group the rows by what they read. where: {row: (segment, index in it)} of the rows that are alive."""
+        grids = {}
+        for row, (segment, index) in where.items():
+            grids.setdefault(segment, {}).setdefault(index, []).append(row)
+            if segment.parent is not None:
+                grids.setdefault(segment.parent, {}).setdefault(0, []).append(row)
+        self.readers = []
+        for segment, readers in grids.items():
+            grid = np.full((len(segment.keys[0]), max(map(len, readers.values()))), -1)  # (B, rows at most), -1: nobody
+            for index, rows in readers.items():
+                grid[index, : len(rows)] = rows
+            rows, real = torch.from_numpy(grid.ravel()), torch.from_numpy(np.flatnonzero(grid.ravel() >= 0))
+            device = segment.keys[0].device
+            self.readers.append((segment, rows.clamp(min=0).to(device), rows[real].to(device), real.to(device)))
+
+    def set(self, place, device):
+        """Before a step: the place (R,) in each slot where the new token goes; it sees what stands before, and itself."""
+        self.span = int(place.max()) + 1
+        self.row, self.place = torch.arange(len(place), device=device), torch.from_numpy(place).to(device)
+        self.bias = None if (place == place[0]).all() else padding_bias(self.place + 1, self.span, self.keys[0])
+
+    def attend(self, layer, q, k, v, mask):
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.row, :, self.place] = k[:, :, 0]
+        values[self.row, :, self.place] = v[:, :, 0]
+        q = rearrange(q, "b (g r) 1 k -> b g r k", g=k.shape[1])
+        out, lse = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
+        for segment, rows, readers, real in self.readers:
+            B, r = len(segment.keys[layer]), q.shape[2]
+            asked = rearrange(q[rows], "(b n) g r k -> b g (n r) k", b=B)
+            part = attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)
+            part = [rearrange(x, "b g (n r) k -> (b n) g r k", r=r)[real] for x in part]
+            out[readers], lse[readers] = join((out[readers], lse[readers]), part)
+        return rearrange(out, "b g r k -> b (g r) 1 k")
+
+    def keep(self, rows):
+        """Give up all slots but these (R',)."""
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+
+
+# -- 3. the next word ---------------------------------------------------------------------------------------------------
+
+
+def uniforms(seed, count):
+    """The random numbers of one response, float64 (count,), one a position: they depend on its seed alone."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+@dataclass
+class Rules:
+    """How the next word is drawn from the scores."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_tokens: int
+    stop_ids: torch.Tensor
+    banned_ids: torch.Tensor
+
+    def draw(self, logits, u, used):
+        """One word a row and its log-probability under the distribution it was drawn from.
+
+        logits (R,V) fp32, overwritten; u (R,) float64 in [0, 1); used (R,) words written so far. Returns words (R,) int64 and
+        logp (R,) float64; at temperature 0 the best word, and its log-probability at temperature 1.
+        """
+        logits[:, self.banned_ids] = -torch.inf
+        if self.min_tokens and int(used.min()) < self.min_tokens:
+            early = (used < self.min_tokens).to(logits.device)[:, None]
+            logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early, -torch.inf)
+        if self.temperature not in (0, 1):
+            logits /= self.temperature
+        logits = truncate(logits, self.top_k, self.top_p)
+        best = logits.argmax(-1) if self.temperature == 0 else None
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (R,V)
+        blocks = F.pad(weights, (0, -weights.shape[1] % 128)).unflatten(1, (-1, 128))
+        mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (R, V/128)
+        words = invert(mass, blocks, u.to(mass.device)[:, None]) if best is None else best
+        return words, (weights.gather(1, words[:, None]).double().log() - mass[:, -1:].log())[:, 0]
+
+
+def truncate(logits, top_k, top_p):
+    """-inf for all words but the top_k best (0: all), of those all but the fewest that reach the share top_p."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # what stands before a word reaches the share already; never the first
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def invert(mass, blocks, u):
+    """The word (R,) where the cumulative distribution passes u (R,1), in two steps: the block of 128 words, then the word.
+
+    mass (R, V/128) float64: cumulative weight at each block's end; blocks (R, V/128, 128) fp32.
+    """
+    below = lambda x, end: torch.minimum(x, end.nextafter(torch.zeros_like(end)))  # rounding must not pass the last word
+    u = below(u * mass[:, -1:], mass[:, -1:])
+    block = torch.searchsorted(mass, u, right=True)  # (R,1)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, 128))[:, 0].double().cumsum(-1)  # (R,128)
+    rest = below(u - torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0), inside[:, -1:])
+    return (block * 128 + torch.searchsorted(inside, rest, right=True))[:, 0]
+
+
+# -- 4. sample ----------------------------------------------------------------------------------------------------------
+
+PREFILL = 1 << 14  # tokens of one prefill pass, padding included
+BUDGET = 1 << 17  # tokens of prompts and responses held at a time
+
+
+@dataclass
+class Response:
+    tokens: list  # up to and with the stop token
+    logprobs: list  # of each token, under the distribution it was drawn from
+    finished: bool  # False: cut at max_tokens
+
+
+class Pictures:
+    """The pictures of all prompts, equal ones numbered alike, each encoded once, when first needed."""
+
+    def __init__(self, model):
+        self.model, self.merge = model, model.config.vision.spatial_merge_size**2
+        self.numbers, self.patches, self.features = {}, [], {}
+
+    def read(self, prompt):
+        """A prompt as (key (T,), [(place, number) of its pictures]): equal keys read alike.
+
+        The key is the token ids with those of picture number i replaced by -1 - i.
+        """
+        key, pictures = prompt.input_ids.cpu().numpy().copy(), []
+        if prompt.grid_thw is not None:
+            counts = prompt.grid_thw.prod(1)  # (n,) patches
+            for patches, grid in zip(prompt.pixel_values.split(counts.tolist()), prompt.grid_thw):
+                digest = hashlib.sha1(np.ascontiguousarray(patches.cpu().numpy())).digest() + bytes(str(grid.tolist()), "ascii")
+                number = self.numbers.setdefault(digest, len(self.numbers))
+                if number == len(self.patches):
+                    self.patches.append((patches, grid))
+                pictures.append(number)
+            tokens = counts.numpy() // self.merge  # (n,)
+            places = np.flatnonzero(key == self.model.config.image_token_id)
+            key[places] = np.repeat(-1 - np.array(pictures), tokens)
+            pictures = list(zip(places[np.cumsum(tokens) - tokens].tolist(), pictures))
+        return key, pictures
+
+    def encode(self, numbers):
+        """Features (M, D) of these pictures one after the other; None without pictures."""
+        if new := [i for i in dict.fromkeys(numbers) if i not in self.features]:
+            device = self.model.head_weight.device
+            pixels, grids = torch.cat([self.patches[i][0] for i in new]), torch.stack([self.patches[i][1] for i in new])
+            features = self.model.visual(pixels.to(device), grids.to(device))
+            self.features |= dict(zip(new, features.split((grids.prod(1) // self.merge).tolist())))
+        return torch.cat([self.features[i] for i in numbers]) if numbers else None
+
+
+def shared_prefixes(keys, known=()):
+    """How many first tokens each prompt shares with others, grouped: [(length, prompts)], every prompt in one group.
+
+    Sorted prompts that begin alike are neighbours; two belong together if they share a quarter of their tokens at least, and
+    half of what either shares with its other neighbour: one policy each, though all policies may begin with the same words.
+    known: prefixes as bytes that are held already, and win.
+    """
+    groups, rest = {}, []
+    lengths = sorted({len(prefix) // 8 for prefix in known}, reverse=True)
+    for i, key in enumerate(keys):
+        held = next((key[:n].tobytes() for n in lengths if n < len(key) and key[:n].tobytes() in known), None)
+        groups.setdefault(held, []).append(i) if held else rest.append(i)
+    rest.sort(key=lambda i: keys[i].tobytes())
+
+    def common(a, b):
+        n = min(len(a), len(b)) - 1  # a prompt keeps its last token to itself: the response starts from it
+        differ = np.flatnonzero(a[:n] != b[:n])
+        return int(differ[0]) if len(differ) else n
+
+    edges = [0, *(common(keys[i], keys[j]) for i, j in zip(rest, rest[1:])), 0]
+    clusters = []
+    for n, i in enumerate(rest):
+        edge = edges[n]
+        near = 2 * edge >= max(edges[max(n - 1, 0)], edges[n + 1])
+        if edge and near and 4 * edge >= len(keys[i]):
+            length, members = clusters[-1]
+            clusters[-1] = (min(length or edge, edge), [*members, i])
+        else:
+            clusters.append((0, [i]))
+    return [(len(prefix) // 8, members) for prefix, members in groups.items()] + clusters
+
+
+@torch.no_grad()
+def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_tokens=0, stop_ids=(), banned_ids=(),
+           seeds=None, budget=BUDGET, prefixes=None):  # fmt: skip
+    """n responses to each prompt -> [[Response]], in the order of the prompts.
+
+    prompts: model.Encoded each; n: int, or one for each prompt. max_tokens: longest response, min_tokens: how many words come
+    before a stop token may. temperature 0: greedy. top_k 0 and top_p 1 leave the distribution whole. banned_ids are never
+    drawn. seeds: [[int]], one a response (default: from the numbers of prompt and response); a response depends on its seed and
+    its prompt, not on what else is sampled. budget: tokens of prompts and responses held at a time; what does not fit waits.
+    prefixes: a dict that keeps the shared prefixes for later calls; empty it when the weights change.
+    """
+    counts = [n] * len(prompts) if isinstance(n, int) else list(n)
+    seeds = seeds or [[(p << 32) + i for i in range(count)] for p, count in enumerate(counts)]
+    if [len(s) for s in seeds] != counts or max_tokens < 1 or temperature < 0:
+        raise InputError(f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds, max_tokens {max_tokens}, "
+                         f"temperature {temperature}; expected a seed a response, a positive length, no negative temperature")
+    decoder = Decoder(model, prompts, seeds, max_tokens, budget, {} if prefixes is None else prefixes)
+    rules = Rules(temperature, top_k, top_p, min_tokens, torch.tensor(stop_ids), torch.tensor(banned_ids, dtype=torch.long))
+    while decoder.waiting or decoder.alive.any():
+        decoder.admit()
+        decoder.write(rules)
+    return decoder.responses
+
+
+class Decoder:
+    """Responses on their way: R rows, each writing one; a row whose response ends takes the next that waits."""
+
+    def __init__(self, model, prompts, seeds, max_tokens, budget, prefixes):
+        self.model, self.prompts, self.seeds, self.max_tokens, self.prefixes = model, prompts, seeds, max_tokens, prefixes
+        self.device, self.pictures = model.head_weight.device, Pictures(model)
+        self.keys = [self.pictures.read(prompt) for prompt in prompts]
+        self.responses, self.left = [[None] * len(s) for s in seeds], [len(s) for s in seeds]
+        self.prefix, self.ready, order = {}, {}, []
+        for length, members in shared_prefixes([key for key, _ in self.keys], prefixes):
+            self.prefix |= {p: length for p in members}
+            order += sorted(members, key=lambda p: len(self.keys[p][0]))
+        self.waiting = [(p, i) for p in order for i in range(len(seeds[p]))][::-1]  # the next is the last
+
+        share = max((math.ceil((len(self.keys[p][0]) - self.prefix[p]) / len(seeds[p])) for p, _ in self.waiting), default=0)
+        rows = max(1, min(len(self.waiting), budget // (max_tokens + share)))
+        self.slots = Slots(model, rows, max_tokens)
+        self.hidden = model.head_weight.new_zeros(rows, model.config.hidden_size)  # (R,D) what the next word is drawn from
+        self.alive, self.job = np.zeros(rows, dtype=bool), np.zeros((rows, 2), dtype=np.int64)  # which response, (prompt, number)
+        self.used, self.start = np.zeros((2, rows), dtype=np.int64)  # words written; position of the first
+        self.chance, self.logps = np.zeros((2, rows, max_tokens))
+        self.words = np.zeros((rows, max_tokens), dtype=np.int64)
+
+    # -- prompts
+
+    def admit(self):
+        """Give free rows to waiting responses, their prompts read first; a few at a time, so that prompts are read together."""
+        free = np.flatnonzero(~self.alive)
+        if not self.waiting:
+            return self.shrink() if len(free) >= len(self.alive) / 4 else None
+        if len(free) < len(self.alive) / 8:
+            return None
+        jobs = [self.waiting.pop() for _ in free[: len(self.waiting)]]
+        self.read(list(dict.fromkeys(p for p, _ in jobs if p not in self.ready)))
+        for row, (p, i) in zip(free, jobs):
+            self.alive[row], self.job[row], self.used[row] = True, (p, i), 0
+            _, _, self.hidden[row], self.start[row] = self.ready[p]
+            self.chance[row] = uniforms(self.seeds[p][i], self.max_tokens)
+        self.connect()
+
+    def read(self, new):
+        """Read prompts: those that share a prefix in one pass, as far as PREFILL allows, and the prefix before them."""
+        while new:
+            length, key = self.prefix[new[0]], self.keys[new[0]][0]
+            name = key[:length].tobytes()
+            if length and name not in self.prefixes:
+                self.prefixes[name] = self.forward(new[:1], None, 0, length)[0]
+            longest, members = 0, []
+            for p in new:
+                longest = max(longest, len(self.keys[p][0]) - length)
+                if self.keys[p][0][:length].tobytes() != name or self.prefix[p] != length or longest * len(members) > PREFILL:
+                    break
+                members.append(p)
+            segment, hidden, position = self.forward(members, self.prefixes.get(name), length, None)
+            for b, p in enumerate(members):
+                self.ready[p] = segment, b, hidden[b], int(position[b])
+            new = new[len(members):]
+
+    def forward(self, members, parent, first, last):
+        """Tokens first..last of some prompts -> (Segment, last hidden states (B,D), positions (B,) of what comes next)."""
+        prompts, lengths = [self.prompts[p] for p in members], torch.tensor([len(self.keys[p][0]) for p in members])
+        ids = torch.zeros(len(members), int(lengths.max()), dtype=torch.long)  # (B,T)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt.input_ids)] = prompt.input_ids
+        grids = [prompt.grid_thw for prompt in prompts if prompt.grid_thw is not None]
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        position_ids, delta = self.model.positions(ids, real, torch.cat(grids) if grids else None)
+        seen = slice(first, last)
+        pictures = [number for p in members for place, number in self.keys[p][1] if first <= place < (last or place + 1)]
+        segment = Segment(parent)
+        x = self.model(ids[:, seen].to(self.device), position_ids=position_ids[:, :, seen].to(self.device), cache=segment,
+                       image_embeds=self.pictures.encode(pictures))  # (B,T,D)
+        own = (last or lengths) - first  # tokens read of each prompt
+        if last is None and int(lengths.min()) < ids.shape[1]:
+            segment.bias = padding_bias(own, x.shape[1], x)
+        return segment, x[torch.arange(len(x)), own - 1], lengths + delta
+
+    def connect(self):
+        jobs = self.job[self.alive, 0]
+        self.slots.connect({int(row): self.ready[p][:2] for row, p in zip(np.flatnonzero(self.alive), jobs)})
+
+    def shrink(self):
+        """Nothing waits: drop the rows that have ended, and the prompts that nobody reads."""
+        rows = np.flatnonzero(self.alive)
+        for name in ("alive", "job", "used", "start", "chance", "logps", "words"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.hidden = self.hidden[rows]
+        self.slots.keep(torch.from_numpy(rows).to(self.device))
+        of = {}
+        for p, (segment, *_) in self.ready.items():
+            of.setdefault(segment, []).append(p)
+        for segment, prompts in of.items():
+            if 2 * len(prompts) <= len(segment.keys[0]):
+                segment.keep(torch.tensor([self.ready[p][1] for p in prompts], device=self.device))
+                self.ready |= {p: (segment, b, *self.ready[p][2:]) for b, p in enumerate(prompts)}
+        self.connect()
+
+    # -- responses
+
+    def write(self, rules):
+        """Draw the next word of every row, end the responses that are whole, and read the words of the others."""
+        u = self.chance[np.arange(len(self.used)), self.used.clip(max=self.max_tokens - 1)]
+        words, logps = rules.draw(self.model.logits(self.hidden).float(), torch.from_numpy(u), torch.from_numpy(self.used))
+        rows = np.flatnonzero(self.alive)
+        self.words[rows, self.used[rows]], self.logps[rows, self.used[rows]] = words.cpu().numpy()[rows], logps.cpu().numpy()[rows]
+        self.used[rows] += 1
+        stopped = np.isin(self.words[rows, self.used[rows] - 1], rules.stop_ids.numpy())
+        for row, finished in zip(rows, stopped):
+            if finished or self.used[row] == self.max_tokens:
+                self.end(row, bool(finished))
+        if self.alive.any():
+            place = np.where(self.alive, self.used, self.used[self.alive].max()) - 1  # where each row's word belongs
+            self.slots.set(place, self.device)
+            position_ids = torch.from_numpy(self.start + place).to(self.device).expand(3, -1)[..., None]  # (3,R,1)
+            self.hidden = self.model(words[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
+
+    def end(self, row, finished):
+        p, i = self.job[row]
+        words, logps = (x[row, : self.used[row]].tolist() for x in (self.words, self.logps))
+        self.responses[p][i] = Response(words, logps, finished)
+        self.alive[row] = False
+        self.left[p] -= 1
+        if not self.left[p]:
+            del self.ready[p]
+
+
+# -- 5. PolicyRollout ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """The responses to one query, all of them learned as responses to x: G written without the policy, then K with it."""
+
+    item: dict
+    prompt: qwen.Encoded  # x = (Q, I), without the policy
+    policy_prompt: qwen.Encoded | None  # (P, x); with noise, x with its pictures noised
+    responses: list
+    aware: list  # bool a response: written with the policy in the prompt
+
+
+class PolicyRollout:
+    """o_1 .. o_G from pi(. | x) and o_G+1 .. o_G+K from pi(. | P, x): one group (METHOD: equation of PolicyRollout).
+
+    The loss reads all G + K behind x alone, so that gradients flow along the path without the policy. K = 0 is plain GRPO.
+    sampler: another model that writes the policy-aware half (the frozen start model; each policy is then read once a run).
+    noise: instead of the policy, the other half sees x with Gaussian noise of this deviation on its pictures (NoisyRollout).
+    """
+
+    def __init__(self, processor, policies, G, K, *, max_prompt=1 << 30, sampler=None, noise=0.0, **sampling):
+        self.processor, self.policies, self.G, self.K = processor, policies, G, K
+        self.max_prompt, self.sampler, self.noise, self.sampling, self.prefixes = max_prompt, sampler, noise, sampling, {}
+
+    def __call__(self, model, items, seeds):
+        """Groups of items (data.dataset), with seeds [[int]] of G + K responses each."""
+        G, K = self.G, self.K
+        x = [self.encode(item) for item in items]
+        other = [self.other(*pair) for pair in zip(items, x)] if K else []
+        first, second = [s[:G] for s in seeds], [s[G : G + K] for s in seeds] if K else []
+        if self.sampler is None or not K:
+            drawn = sample(model, x + other, [G] * len(x) + [K] * len(other), seeds=first + second, **self.sampling)
+        else:
+            drawn = sample(model, x, G, seeds=first, **self.sampling)
+            drawn += sample(self.sampler, other, K, seeds=second, prefixes=self.prefixes, **self.sampling)
+        plain, aware = drawn[: len(x)], drawn[len(x) :] or [[]] * len(x)
+        marks, other = [False] * G + [True] * K, other or [None] * len(x)
+        return [Group(*group, marks) for group in zip(items, x, other, (a + b for a, b in zip(plain, aware)))]
+
+    def encode(self, item, policy=None):
+        prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
+        if len(prompt.input_ids) > self.max_prompt:
+            pictures = int((prompt.input_ids == self.processor.image_pad_id).sum())
+            raise InputError(f"item {item['id']}: found a prompt of {len(prompt.input_ids)} tokens, {pictures} of them of pictures, "
+                             f"expected at most --max-prompt {self.max_prompt}")
+        return prompt
+
+    def other(self, item, x):
+        if not self.noise or x.pixel_values is None:
+            return self.encode(item, self.policies[item["policy"]])
+        generator = torch.Generator().manual_seed(int(hashlib.sha1(item["id"].encode()).hexdigest()[:15], 16))
+        noise = torch.randn(x.pixel_values.shape, generator=generator)
+        return qwen.Encoded(x.input_ids, x.pixel_values + self.noise * noise, x.grid_thw)
+
+
+# -- 6. learning --------------------------------------------------------------------------------------------------------
+
+
+def pack(model, prompts, responses, pad_id):
+    """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
+
+    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last token,
+    which predicts its first, so that every place predicts one token; positions restart behind the prompt.
+    """
+    shared = [prompt.input_ids[:-1] for prompt in prompts]
+    length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
+    input_ids, labels = torch.full((len(prompts), length), pad_id), torch.full((len(prompts), length), -100)
+    part = torch.full_like(input_ids, -1)  # 0 the prompt, 1, 2, ... its responses, -1 padding
+    position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+    for b, (prompt, group) in enumerate(zip(prompts, responses)):
+        places, delta = model.positions(prompt.input_ids[None], None, prompt.grid_thw)
+        stop = len(shared[b])
+        input_ids[b, :stop], part[b, :stop], position_ids[:, b, :stop] = shared[b], 0, places[:, 0, :-1]
+        for number, tokens in enumerate(map(torch.as_tensor, group), 1):
+            here = slice(stop, stop + len(tokens))
+            input_ids[b, here] = torch.cat([prompt.input_ids[-1:], tokens[:-1]])
+            labels[b, here], part[b, here] = tokens, number
+            position_ids[:, b, here] = len(shared[b]) + delta + torch.arange(len(tokens))
+            stop = here.stop
+    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B,T,S), and nothing that comes later
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
+    return Batch(input_ids, sees.tril(), labels, (labels != -100).flatten().nonzero()[:, 0],
+                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None, position_ids)
