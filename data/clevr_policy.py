@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 
 from data import InputError, command
-from data.clevr import ATTRIBUTES, CAMERA, CODE_BITS, FOCAL, INVALID, RADIUS, SceneTable, project, render, sample_scene
+from data.clevr import ATTRIBUTES, CAMERA, CODE_BITS, FOCAL, INVALID, RADIUS, SceneTable, execute, project, render, sample_scene, word
 from data.conditions import grow_full
 from data.dataset import KINDS
 from data.prose import Prose
+from data.sections import section_items
 
 CROP = {"cube": 1.75, "sphere": 1.3, "cylinder": 1.55}  # half-width of an object's crop, in its radii
 
@@ -78,7 +79,8 @@ def grow(rng, depth, table):
 def _options(code, held, past, total):
     """The conditions (bits of CODE_BITS) worth asking next: not settled yet, and dividing the scenes that come here.
 
-    Those that leave a quarter of the scenes on either side, else a tenth, else the most even one.
+    Those that leave a quarter of the scenes on either side, else a tenth, else the most even one; never fewer than one
+    in a thousand of all.
     """
     allowed = []
     for k, (attribute, value) in enumerate(CODE_BITS):
@@ -89,12 +91,13 @@ def _options(code, held, past, total):
     present = np.bitwise_or.reduce(code, axis=1)
     counts = {k: int(np.count_nonzero(present & np.uint16(1 << k))) for k in allowed}
     smaller = {k: min(yes, len(code) - yes) for k, yes in counts.items()}
+    least = max(1, total / 1000)
     for share in (0.25, 0.1):
-        options = [k for k in allowed if smaller[k] >= max(1, share * len(code))]
+        options = [k for k in allowed if smaller[k] >= max(least, share * len(code))]
         if options:
             return options
     best = max(allowed, key=lambda k: smaller[k], default=None)
-    if best is not None and smaller[best] >= max(1, total / 1000):
+    if best is not None and smaller[best] >= least:
         return [best]
     return allowed if total < FEW else []
 
@@ -113,10 +116,10 @@ def build_policy(rng, depth, variant, table, style=None, conditions="existence",
     else:
         nodes, leaves = grow_full(rng, depth, table)
         for node in nodes:  # a value that a picture could show
-            names = list(node["target"] or ())
-            if names:
-                name = names[int(rng.integers(len(names)))]
-                node["asked"] = (name, node["target"][name])
+            attributes = list(node["target"] or ())
+            if attributes:
+                attribute = attributes[int(rng.integers(len(attributes)))]
+                node["asked"] = (attribute, node["target"][attribute])
     shown = [k for k, node in enumerate(nodes) if "asked" in node] if variant == "M" else []
     shown = set(rng.permutation(shown)[: max(1, round(crop_share * len(shown)))].tolist()) if shown else set()
     policy = {"name": name or style.name(rng, depth, taken), "root": "n0", "depth": depth, "variant": variant,
@@ -409,7 +412,7 @@ def make_dataset(out, scenes, *, depth, variant, policies, queries, sft, test, s
                     thoughtful = choose(leaf[rows], len(policy["leaves"]), sft, rng)
                     sft_items = [items["train"][k] for k in sorted(thoughtful.tolist())]
                     sft_rows = rows[np.sort(thoughtful)]
-                    files["cpt"] += cpt_items(policy, style, sft_items, sft_rows, answers, cpt, rng)
+                    files["cpt"] += cpt_items(policy, style, sft_items, tables[split].scenes[sft_rows], cpt, rng)
             files["sft"] += sft_items
             files["rl"] += items["train"]
             files["test"] += items["test"]
@@ -419,7 +422,7 @@ def make_dataset(out, scenes, *, depth, variant, policies, queries, sft, test, s
                 crop.save(os.path.join(draft, policy["images"][-1]))
             drawn.append(policy)
             report.append(figures(policy, items["train"] + items["test"]))
-        write_json(os.path.join(draft, "policies.json"), [_stored(policy) for policy in drawn])
+        write_json(os.path.join(draft, "policies.json"), [stored(policy) for policy in drawn])
         for name, lines in files.items():
             write_jsonl(os.path.join(draft, f"{name}.jsonl"), lines)
         os.makedirs(os.path.join(draft, "scenes"))
@@ -435,7 +438,7 @@ def make_dataset(out, scenes, *, depth, variant, policies, queries, sft, test, s
     return report
 
 
-def _stored(policy):
+def stored(policy):
     """A policy as policies.json keeps it: without what only its making needed."""
     nodes = []
     for node in policy["nodes"]:
@@ -458,11 +461,12 @@ def figures(policy, items):
             "unreached": sum(count == 0 for count in counts.values())}  # fmt: skip
 
 
-def cpt_items(policy, style, items, rows, answers, kinds, rng):
-    """VM-CPT items of one policy, of the kinds wanted, around its chain-of-thought items (rows: their scenes).
+def cpt_items(policy, style, items, scenes, kinds, rng):
+    """VM-CPT items of one policy, of the kinds wanted, around its chain-of-thought items and their scenes.
 
     "applied": the item with the policy in front; "document": the policy alone, one for every ten items; "response":
-    the same query, answered by all sections in random order, each with its answer on the picture.
+    the same query, answered by all sections in random order, each with its answer on the picture; "section": items about
+    single sections, with one simulated case a response.
     """
     out = []
     if "applied" in kinds:
@@ -472,14 +476,16 @@ def cpt_items(policy, style, items, rows, answers, kinds, rng):
             out.append({"id": f"{policy['name']}-document-{k}", "policy": policy["name"], "kind": "document",
                         "images": [], "question": "", "answer": ""})  # fmt: skip
     if "response" in kinds:
-        for item, row in zip(items, rows.tolist()):
+        for item, scene in zip(items, scenes):
             path = []
             for k in rng.permutation(len(policy["nodes"])).tolist():
                 node = policy["nodes"][k]
-                found = str(answers[node["id"]][row])
+                found = word(execute(node["program"], scene))
                 path += [{"node": node["id"], "answer": found}] if found in node["branches"] else []
             out.append({**item, "id": f"{item['id']}-response", "kind": "response", "path": path,
                         "answer": f"<think>{style.chain(policy, path)}</think>", "cot": ""})  # fmt: skip
+    if "section" in kinds:
+        out += section_items(policy, style, rng, scenes[: len(policy["leaves"])])
     return out
 
 

@@ -1,0 +1,91 @@
+"""What a chain of thought says about its policy: sections quoted rightly, sections that do not exist, detours.
+
+The paper asks an LLM judge how well the reasoning refers to the policy; for a tree it can be read off exactly. A judge's
+file is written besides, for whoever has one.
+"""
+
+import json
+import re
+from collections import Counter
+
+from data.rewards import accuracy, parse, thoughts
+
+REACH = 16  # characters between a section's name and its quotation: " asks: "
+
+
+def mentions(text, policy):
+    """All section names in a text, in order, whether the policy has them or not: ["Condition 1", "Condition 1.2"]."""
+    prefixes = {re.match(r"\D*", node["id"]).group() for node in policy["nodes"]}
+    start = "|".join(re.escape(p) for p in sorted(prefixes, key=len, reverse=True))
+    return re.findall(rf"(?<!\w)(?:{start})[0-9]+(?:\.[0-9]+)*(?![0-9])", text) if prefixes else []
+
+
+def _plain(text):
+    return " ".join(text.split()).lower()
+
+
+def referral(response, item, policy):
+    """Read a response's thoughts against its policy, exactly.
+
+    response: text; item: with "path" and "answer"; policy: with nodes. Returns {"visited": sections that the thoughts
+    work through, "quoted": share of these followed by the section's own question, "unknown": sections named that do not
+    exist, "path": 1.0 if the sections visited are those of the gold path in its order, "answer": accuracy, "score":
+    quoted rightly and on the gold path, over all sections visited or due (Jaccard)}.
+    """
+    text = thoughts(response) or response.partition("\\boxed")[0]
+    quotes = {node["id"]: _plain(node.get("quote", node["question"])) for node in policy["nodes"]}
+    opening = [m.group(2) for m in re.finditer(r"(^|[.:;\n])\s*(\S.*?)(?=[.:;]\s|\n|$)", text)]
+    visited = []
+    for part in opening:  # a sentence that begins with a section's name works through that section
+        named = mentions(part, policy)
+        if named and part.startswith(named[0]) and named[0] not in visited:
+            visited.append(named[0])
+    if not visited:  # free wording: every section named counts
+        visited = list(dict.fromkeys(mentions(text, policy)))
+    plain = _plain(text)
+    right = set()
+    for section in visited:
+        if section in quotes:
+            gap = rf"{re.escape(_plain(section))}(?![0-9]|\.[0-9]).{{0,{REACH}}}?{re.escape(quotes[section])}"
+            right |= {section} if re.search(gap, plain) else set()
+    due = [step["node"] for step in item["path"]]
+    return {"visited": len(visited), "quoted": len(right) / max(1, len(visited)),
+            "unknown": sum(section not in quotes for section in mentions(text, policy)),
+            "path": float(visited == due), "answer": accuracy(None, response, item),
+            "score": len(right & set(due)) / max(1, len(set(visited) | set(due)))}  # fmt: skip
+
+
+def branching_error(responses, items, policies):
+    """How far the sections named in the reasoning are from the gold chains', over a whole evaluation.
+
+    responses: texts, one an item; policies: {name: policy}. Returns {"branching_error": mean over all sections of the
+    absolute difference between how often the responses and the gold chains name them (the paper's figure), "relative":
+    the same over all gold mentions, "unknown": share of the names that no policy section has}.
+    """
+    found, gold, unknown = Counter(), Counter(), 0
+    for response, item in zip(responses, items, strict=True):
+        policy = policies[item["policy"]]
+        ids = {node["id"] for node in policy["nodes"]}
+        for section in mentions(response, policy):
+            found[policy["name"], section] += section in ids
+            unknown += section not in ids
+        gold.update((policy["name"], section) for section in mentions(item["cot"], policy))
+    sections = [(name, node["id"]) for name, policy in policies.items() for node in policy["nodes"]]
+    difference = [abs(found[s] - gold[s]) for s in sections]
+    named = sum(found.values()) + unknown
+    return {"branching_error": sum(difference) / max(1, len(sections)),
+            "relative": sum(difference) / max(1, sum(gold.values())), "unknown": unknown / max(1, named)}  # fmt: skip
+
+
+RUBRIC = (
+    "Grade from 0 to 10 how faithfully the reasoning refers to the policy: 10 if every section it relies on exists, is "
+    "quoted with its real content and is the one that the policy leads to; 0 if its references are invented. The "
+    "correctness of the final answer does not count. Reply with the number alone."
+)
+
+
+def judge_line(response, item, policy):
+    """One line of JSONL for an LLM judge: the policy, the question, the gold path, the reasoning and the task."""
+    return json.dumps({"id": item["id"], "task": RUBRIC, "policy": policy["text"], "question": item["question"],
+                       "gold": item.get("cot", ""), "reasoning": thoughts(response) or response,
+                       "answer": parse(response)}, ensure_ascii=False)  # fmt: skip

@@ -1,0 +1,75 @@
+"""Items about single sections of a policy: to learn them (VM-CPT of the kind "section"), and to ask for them.
+
+Continual pre-training on restatements, questions about a section and simulated cases is CAP-CPT's idea (arXiv
+2510.11588). Reciting a section on request tells whether a policy is stored in words, apart from whether it is followed.
+"""
+
+from collections import Counter
+
+from data.clevr import execute, word
+from data.prose import noun
+
+RESTATE = ("What does {} of policy {} say?", "State {} of policy {} word for word.", "Quote {} as policy {} has it.")
+NEXT = ("Under policy {}, the answer at {} is {}. What comes next?",
+        "Policy {}: at {} the answer was {}. Where does that lead?")  # fmt: skip
+CASE = ("Suppose a picture shows {}, and nothing else. What is the response under policy {}?",
+        "A picture has only these objects: {}. Which response does policy {} give?")  # fmt: skip
+
+
+def _pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def _item(policy, number, question, answer):
+    return {"id": f"{policy['name']}-section-{number}", "policy": policy["name"], "kind": "section", "images": [],
+            "question": question, "answer": answer}  # fmt: skip
+
+
+def section_items(policy, style, rng, scenes=()):
+    """Every section restated, every branch asked for, and a simulated case for each scene given (objects in words).
+
+    Returns items of the kind "section", whose answer is the whole response. Scenes whose conditions speak of places
+    have no case: words do not say where things stand.
+    """
+    out, name = [], policy["name"]
+    children = {node["id"]: node for node in policy["nodes"]}
+    for node in policy["nodes"]:
+        out.append(_item(policy, len(out), _pick(rng, RESTATE).format(node["id"], name), node["section"]))
+        for answer, child in node["branches"].items():
+            goes = f"Go on to {child}." if child in children else f"The response is {child}."
+            out.append(_item(policy, len(out), _pick(rng, NEXT).format(name, node["id"], answer), goes))
+    for scene in scenes:
+        path, key = [], policy["root"]
+        while key in children:
+            program = children[key]["program"]
+            if any(step["type"] == "relate" for step in program):
+                break
+            path.append({"node": key, "answer": word(execute(program, scene))})
+            key = children[key]["branches"][path[-1]["answer"]]
+        else:
+            objects = ", ".join(f"a {noun(o, plural=False)}" for o in scene["objects"])
+            answer = f"<think>{style.chain(policy, path)}</think>\\boxed{{{key}}}"
+            out.append(_item(policy, len(out), _pick(rng, CASE).format(objects, name), answer))
+    return out
+
+
+def recitation_items(policies):
+    """One question a section, "What does Condition 1.2 of policy L4-Beverga say?", without the policy in the prompt.
+
+    policies: {name: policy} as load_policies gives them. The answer is the section in words.
+    """
+    return [_item(policy, f"recite-{k}", RESTATE[0].format(node["id"], policy["name"]), node["section"])
+            for policy in policies.values() for k, node in enumerate(policy["nodes"]) if "section" in node]  # fmt: skip
+
+
+def token_f1(found, expected):
+    """Overlap of two texts' words, order aside: 2 x shared / (words of both), lower case, 0 to 1."""
+    a, b = found.lower().split(), expected.lower().split()
+    shared = sum((Counter(a) & Counter(b)).values())
+    return 2 * shared / (len(a) + len(b)) if a and b else 0.0
+
+
+def recitation(response, item):
+    """How well a section was recited: {"exact": word for word, "f1": token F1}; thoughts before the answer are dropped."""
+    said = response.rpartition("</think>")[2]
+    return {"exact": float(said.split() == item["answer"].split()), "f1": token_f1(said, item["answer"])}
