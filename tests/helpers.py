@@ -187,3 +187,18 @@ def batch(processor: Processor, chats, side="left"):
         inputs["pixel_values"] = torch.cat([e.pixel_values for e in encoded if e.grid_thw is not None])
         inputs["image_grid_thw"] = torch.cat([e.grid_thw for e in encoded if e.grid_thw is not None])
     return inputs
+
+
+def oracle(folder, dtype=torch.float32):
+    """The same checkpoint in transformers."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+
+
+def oracle_inputs(inputs, image_token_id=280):
+    """`batch` as transformers takes it: without the kind of each token it would fall back to positions on one axis."""
+    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == image_token_id).int()}
