@@ -16,6 +16,7 @@ Axes: B batch, T tokens, R learned tokens of a row, N learned tokens of a batch,
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -237,6 +238,7 @@ class Batch:
     index: torch.Tensor                  # (N,) int64: flat positions b*T + t of the learned ones
     pixel_values: torch.Tensor | None    # (patches, 1176) fp32, the rows' pictures one after the other
     image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
+    position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed; attention_mask is then bool (B,T,T)
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -268,8 +270,9 @@ def collate(prompts, targets, learn=None, *, pad_id):
 
 def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
     """log p of every learned token of the batch -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
-    # no mask: padding stands on the right, where causal attention does not reach it
-    hidden = model(batch.input_ids, None, batch.pixel_values, batch.image_grid_thw)                  # (B,T,D)
+    # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
+    mask = None if batch.position_ids is None else batch.attention_mask
+    hidden = model(batch.input_ids, mask, batch.pixel_values, batch.image_grid_thw, batch.position_ids)  # (B,T,D)
     if batch.pixel_values is None and _is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
         patch = torch.zeros(4, 1176, device=hidden.device)
         hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()
@@ -362,9 +365,10 @@ class Run:
     def __enter__(self):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():  # one group for all the runs of a process
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=timedelta(minutes=self.config.timeout))
+            atexit.register(dist.destroy_process_group)
         self.on_main(self._open)
         self.checkpoints = Checkpoints(self)
         self._handlers = {}
@@ -382,11 +386,8 @@ class Run:
             signal.signal(number, handler)
         if self.is_main:
             self._lock.close()
-        if self.world > 1:
-            if kind not in (None, SystemExit):
-                print(f"rank {self.rank}: failed in {self._phase!r} of step {self.step}: {error}", file=sys.stderr, flush=True)
-            if kind in (None, SystemExit):
-                dist.destroy_process_group()
+        if self.world > 1 and kind not in (None, SystemExit):
+            print(f"rank {self.rank}: failed in {self._phase!r} of step {self.step}: {error}", file=sys.stderr, flush=True)
 
     # -- the folder
 
@@ -536,13 +537,15 @@ class Run:
         for unit in [*model.model.layers, model]:
             fully_shard(unit, mesh=mesh, mp_policy=precision)
             unit.set_gradient_divide_factor(1.0)  # sums, not means: the loss has its global denominator already
+            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
         if next(model.parameters()).is_meta:
             model.to_empty(device=self.device)
-            stored = {qwen.hub_name(name): (file, name) for file in qwen.weight_files(qwen.find_folder(self.base)) for name in file.entries}
+            files = [qwen.TensorFile(path) for path in sorted(Path(model.source).glob("*.safetensors"))]
+            stored = {qwen.hub_name(name): (file, name) for file in files for name in file.entries}
             for name, p in model.named_parameters():
                 file, name = stored[name]
                 rows = file.read(name, "cpu", p.dtype).chunk(self.world)
-                local = p.to_local()
+                local = p.detach().to_local()
                 if self.rank < len(rows):
                     local.copy_(rows[self.rank])
 

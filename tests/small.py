@@ -85,11 +85,16 @@ def free_port():
 
 def on_ranks(world, script, *words, timeout=120):
     """Run a Python file as torchrun would, in `world` processes -> [(exit code, output)]; it costs one start, not two."""
-    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+           "PYTHONPATH": str(ROOT)}
     children = [
         subprocess.Popen([sys.executable, script, *map(str, words)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for r in range(world)
     ]  # fmt: skip
-    outputs = [child.communicate(timeout=timeout)[0] for child in children]
+    try:
+        outputs = [child.communicate(timeout=timeout)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
     return list(zip([child.returncode for child in children], outputs))
