@@ -1,0 +1,158 @@
+"""How well has the policy been internalised? Accuracy on unseen items, without the policy in the prompt or with it.
+
+    python evaluate.py --model runs/rl --data data/clevr --out runs/eval                        M(Q, I)
+    python evaluate.py --model M --data data/clevr --out runs/eval --policy-in-context          M(Q, I, P)
+
+--model is a checkpoint or the folder of a run. Responses are greedy. <out>/results.json gets one row (its rows of other names
+stay), <out>/NAME.jsonl each response with its verdict. The parser and the scores are those of training: data/rewards.py.
+"""
+
+import json
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import model as qwen
+from data import InputError, command, rewards
+from data.dataset import load_items, load_policies, messages
+from rollout import sample
+from training import locate, option, parse, write_json
+
+
+@dataclass
+class Config:
+    model: str = option("", "checkpoint: folder in the hub's layout, hub id, or the folder of a finished run", required=True)
+    adapter: str = option("", "LoRA adapter on top of --model")
+    data: str = option("", "folder of policies.json and the .jsonl files", required=True)
+    out: str = option("", "folder for results.json and the responses", required=True)
+    name: str = option("", "name of the row; empty: no_policy or in_context")
+    split: str = option("test.jsonl", "file of the items, inside --data")
+    policy_in_context: bool = option(False, "put each item's policy in front of its prompt")
+    seen: str = option("", "a .jsonl file of training items: items whose path keeps to its sections are scored apart from the others")
+    limit: int = option(0, "items to evaluate, the first so many; 0: all", least=0)
+    max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
+    max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
+    batch: int = option(256, "prompts that are read and answered together; lower it when memory runs out", least=1)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+
+
+def wilson(successes, n, z=1.96):
+    """95 % interval [low, high] of a share, after Wilson (1927): right at small n and near 0 and 1, too."""
+    if n == 0:
+        return [0.0, 1.0]
+    share, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * share * (1 - share) + z * z / 4)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def score(records):
+    """{"accuracy", "n", "interval"} of records that say whether they are correct."""
+    right, n = sum(r["correct"] for r in records), len(records)
+    return {"accuracy": right / n if n else None, "n": n, "interval": wilson(right, n)}
+
+
+def group(records, key):
+    groups = defaultdict(list)
+    for record in records:
+        groups[str(record[key])].append(record)
+    return {name: score(members) for name, members in sorted(groups.items())}
+
+
+def sections(items):
+    """{(policy, section)} that the chains of these items go through."""
+    return {(item["policy"], step["node"]) for item in items for step in item.get("path", [])}
+
+
+def respond(model, processor, prompts, max_response):
+    """Greedy responses [(text, tokens, finished)] to encoded prompts."""
+    groups = sample(model, prompts, 1, max_tokens=max_response, temperature=0.0, stop_ids=processor.stop_ids,
+                    banned_ids=processor.banned_ids)
+    return [(processor.decode(r.tokens), len(r.tokens), r.finished) for (r,) in groups]
+
+
+def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536, max_response=2048, batch=256,
+             progress=False):
+    """Answer every item and judge it -> (row, records).
+
+    seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
+    row: accuracy with its 95 % interval, format rate, share of exact chains, by depth and by policy, lengths, seconds.
+    """
+    began, records = time.perf_counter(), []
+    order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
+    for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=not progress):
+        part = [items[i] for i in order[start:start + batch]]
+        prompts = []
+        for item in part:
+            prompt = processor.encode(messages(item, policies[item["policy"]] if policy_in_context else None), add_generation_prompt=True)
+            if len(prompt.input_ids) > max_prompt:
+                raise InputError(f"item {item['id']}: found a prompt of {len(prompt.input_ids)} tokens, expected at most --max-prompt {max_prompt}")
+            prompts.append(prompt)
+        for item, prompt, (text, tokens, finished) in zip(part, prompts, respond(model, processor, prompts, max_response)):
+            record = {"id": item["id"], "policy": item["policy"], "depth": len(item.get("path", [])), "answer": item["answer"],
+                      "parsed": rewards.parse(text), "correct": bool(rewards.accuracy(None, text, item)),
+                      "format": bool(rewards.format(None, text, item)), "finished": finished,
+                      "prompt_tokens": len(prompt.input_ids), "tokens": tokens, "response": text}
+            if "cot" in item:
+                record["exact_chain"] = bool(rewards.exact_chain(text, item, policies[item["policy"]]))
+            if seen is not None:
+                record["seen"] = sections([item]) <= seen
+            records.append(record)
+    share = lambda key: sum(r.get(key, 0) for r in records) / max(len(records), 1)
+    row = {**score(records), "format": share("format"), "exact_chain": share("exact_chain"), "finished": share("finished"),
+           "prompt_tokens": share("prompt_tokens"), "tokens": share("tokens"), "by_depth": group(records, "depth"),
+           "by_policy": group(records, "policy"), "seconds": round(time.perf_counter() - began, 2)}
+    if seen is not None:
+        row["seen"], row["unseen"] = (score([r for r in records if r["seen"] is side]) for side in (True, False))
+    return row, records
+
+
+def load(path, adapter="", device="auto", dtype="auto"):
+    """-> (model, processor) ready to answer: adapters merged, no gradients."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
+    base, own = locate(path)
+    model = qwen.load_pretrained(base, device, dtype)
+    if adapter or own:
+        qwen.merge_lora(qwen.load_adapter(model, adapter or own))
+    return model.requires_grad_(False).eval(), qwen.Processor.from_pretrained(base)
+
+
+def save(out, row, records):
+    """Put the row into <out>/results.json beside the rows of other names, and the records into <out>/NAME.jsonl."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    try:
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: found no rows, expected the results of earlier evaluations") from None
+    write_json(path, {"rows": [r for r in rows if r["name"] != row["name"]] + [row]})
+    aside = out / f"{row['name']}.jsonl.tmp"
+    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+    aside.replace(out / f"{row['name']}.jsonl")
+
+
+def main(argv=None):
+    config = parse(Config, __doc__, argv)
+    policies = load_policies(config.data)
+    items = load_items(config.data, config.split, policies)[:config.limit or None]
+    seen = sections(load_items(str(Path(config.seen).parent), Path(config.seen).name, policies)) if config.seen else None
+    model, processor = load(config.model, config.adapter, config.device, config.dtype)
+    row, records = evaluate(model, processor, items, policies, policy_in_context=config.policy_in_context, seen=seen,
+                            max_prompt=config.max_prompt, max_response=config.max_response, batch=config.batch, progress=True)
+    row = {"name": config.name or ("in_context" if config.policy_in_context else "no_policy"), **row, "model": config.model}
+    save(config.out, row, records)
+    low, high = row["interval"]
+    print(f"{row['name']}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]  format {row['format']:.3f}  "
+          f"exact chains {row['exact_chain']:.3f}  n {row['n']}  {row['seconds']:.1f} s")
+    return row
+
+
+if __name__ == "__main__":
+    command(main)
