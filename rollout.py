@@ -63,11 +63,12 @@ def chunks(q, S, bias):
     return zip(parts, bias.split(size, dim=-2) if per_row else [bias] * len(parts))
 
 
-def join(part, other):
-    """Attention over two sets of keys from that over each: (output, lse) both, softmax over the union, exactly."""
-    (a, lse_a), (b, lse_b) = part, other
-    lse = torch.logaddexp(lse_a, lse_b)
-    return (a * (lse_a - lse).exp() + b * (lse_b - lse).exp()).to(a.dtype), lse
+def join(outs, lses):
+    """Attention over several sets of keys, from that over each: exactly the softmax over their union.
+
+    outs (L,...,K) of L sets, lses (L,...,1) fp32, -inf where a set is not seen. Returns (...,K).
+    """
+    return (outs * lses.softmax(0).to(outs.dtype)).sum(0)
 
 
 def padding_bias(lengths, S, like):
@@ -98,10 +99,9 @@ class Segment:
             return qwen.attend(q, k, v)
         B, r = len(q), q.shape[1] // k.shape[1]
         own = attend_part(q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), causal=True)
-        out, lse = attend_part(rearrange(q, "b (g r) t k -> 1 g (b r t) k", r=r), self.parent.keys[layer], self.parent.values[layer])
-        shape = dict(b=B, r=r)
-        prefix = rearrange(out, "1 g (b r t) k -> b (g r) t k", **shape), rearrange(lse, "1 g (b r t) k -> b (g r) t k", **shape)
-        return join(own, prefix)[0]
+        prefix = attend_part(rearrange(q, "b (g r) t k -> 1 g (b r t) k", r=r), self.parent.keys[layer], self.parent.values[layer])
+        prefix = [rearrange(x, "1 g (b r t) k -> b (g r) t k", b=B, r=r) for x in prefix]
+        return join(*map(torch.stack, zip(own, prefix)))
 
     def keep(self, rows):
         """Forget all prompts but these (B',)."""
@@ -121,39 +121,47 @@ class Slots:
 
     def connect(self, where):
         """Group the rows by what they read. where: {row: (segment, index in it)} of the rows that are alive."""
-        grids = {}
+        grids = {}  # (level, segment): {index: rows}
         for row, (segment, index) in where.items():
-            grids.setdefault(segment, {}).setdefault(index, []).append(row)
+            grids.setdefault((1, segment), {}).setdefault(index, []).append(row)
             if segment.parent is not None:
-                grids.setdefault(segment.parent, {}).setdefault(0, []).append(row)
+                grids.setdefault((2, segment.parent), {}).setdefault(0, []).append(row)
         self.readers = []
-        for segment, readers in grids.items():
-            grid = np.full((len(segment.keys[0]), max(map(len, readers.values()))), -1)  # (B, rows at most), -1: nobody
+        for (level, segment), readers in grids.items():
+            grid = np.full((len(segment.keys[0]), max(map(len, readers.values()))), -1)  # (B, N rows at most), -1: nobody
             for index, rows in readers.items():
                 grid[index, : len(rows)] = rows
             rows, real = torch.from_numpy(grid.ravel()), torch.from_numpy(np.flatnonzero(grid.ravel() >= 0))
             device = segment.keys[0].device
-            self.readers.append((segment, rows.clamp(min=0).to(device), rows[real].to(device), real.to(device)))
+            real = None if len(real) == len(rows) else real.to(device)
+            rows = rows.clamp(min=0).to(device)
+            self.readers.append((level, segment, rows, rows if real is None else rows[real], real))
+        self.levels = 1 + max((level for level, *_ in self.readers), default=0)
 
-    def set(self, place, device):
+    def set(self, place):
         """Before a step: the place (R,) in each slot where the new token goes; it sees what stands before, and itself."""
+        R, G, C, _ = self.keys[0].shape
         self.span = int(place.max()) + 1
-        self.row, self.place = torch.arange(len(place), device=device), torch.from_numpy(place).to(device)
-        self.bias = None if (place == place[0]).all() else padding_bias(self.place + 1, self.span, self.keys[0])
+        even = self.span == int(place.min()) + 1
+        place = torch.from_numpy(place).to(self.keys[0].device)
+        self.bias = None if even else padding_bias(place + 1, self.span, self.keys[0])
+        self.into = (torch.arange(R * G, device=place.device).view(R, G) * C + place[:, None]).flatten()  # (R*G,)
 
     def attend(self, layer, q, k, v, mask):
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.row, :, self.place] = k[:, :, 0]
-        values[self.row, :, self.place] = v[:, :, 0]
-        q = rearrange(q, "b (g r) 1 k -> b g r k", g=k.shape[1])
-        out, lse = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
-        for segment, rows, readers, real in self.readers:
-            B, r = len(segment.keys[layer]), q.shape[2]
-            asked = rearrange(q[rows], "(b n) g r k -> b g (n r) k", b=B)
-            part = attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)
-            part = [rearrange(x, "b g (n r) k -> (b n) g r k", r=r)[real] for x in part]
-            out[readers], lse[readers] = join((out[readers], lse[readers]), part)
-        return rearrange(out, "b g r k -> b (g r) 1 k")
+        keys.view(-1, k.shape[-1]).index_copy_(0, self.into, k.view(-1, k.shape[-1]))
+        values.view(-1, k.shape[-1]).index_copy_(0, self.into, v.view(-1, k.shape[-1]))
+        (R, H, _, K), G = q.shape, k.shape[1]
+        q = q.view(R, G, H // G, K)
+        outs, lses = q.new_zeros(self.levels, R, G, H // G, K), q.new_full((self.levels, R, G, H // G, 1), -torch.inf, dtype=torch.float)
+        outs[0], lses[0] = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
+        for level, segment, rows, readers, real in self.readers:
+            B = len(segment.keys[layer])
+            asked = q[rows].view(B, -1, G, H // G, K).transpose(1, 2).reshape(B, G, -1, K)  # (B, G, N * H/G, K)
+            for into, part in zip((outs, lses), attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)):
+                part = part.unflatten(2, (-1, H // G)).transpose(1, 2).flatten(0, 1)  # (B * N, G, H/G, K or 1)
+                into[level, readers] = part if real is None else part[real]
+        return join(outs, lses).view(R, H, 1, K)
 
     def keep(self, rows):
         """Give up all slots but these (R',)."""
@@ -443,7 +451,7 @@ class Decoder:
                 self.end(row, bool(finished))
         if self.alive.any():
             place = np.where(self.alive, self.used, self.used[self.alive].max()) - 1  # where each row's word belongs
-            self.slots.set(place, self.device)
+            self.slots.set(place)
             position_ids = torch.from_numpy(self.start + place).to(self.device).expand(3, -1)[..., None]  # (3,R,1)
             self.hidden = self.model(words[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
 
