@@ -94,7 +94,7 @@ def draw_prices(rng):
     for row, (name, cents) in enumerate(zip(goods, prices)):
         page.write((50, 74 + 40 * row), name, 23, chalk)
         page.write((398, 74 + 40 * row), f"{cents / 100:.2f}", 23, chalk, "ra")
-    facts = {"title": f"{shop} prices", "prices": dict(zip(goods, prices))}
+    facts = {"title": shop, "prices": dict(zip(goods, prices))}
     return Picture("prices", page.image, f"A dark price board headed {shop} prices, with {len(goods)} goods.", page.texts,
                    facts=facts)  # fmt: skip
 
@@ -165,15 +165,15 @@ def draw_formula(rng):
     page.pen.rectangle((6, 6, 441, 329), outline=(150, 110, 70), width=8)
     if kind == "linear":  # a x + b = c
         parts, latex = [f"{a}{x} + {b} = {a * root + b}"], f"{a}{x} + {b} = {a * root + b}"
-        code = f"{a}*{x} + {b} = {a * root + b}"
+        code, solution = f"{a}*{x} + {b} = {a * root + b}", [root]
     elif kind == "quadratic":  # x^2 - (p + q) x + p q = 0
         other = root + rng.randint(1, 6)
         tail = f" - {root + other}{x} + {root * other} = 0"
         parts, latex = [x, ("power", "2"), tail], f"{x}^{{2}}{tail}"
-        code = f"{x}**2 - {root + other}*{x} + {root * other} = 0"
+        code, solution = f"{x}**2 - {root + other}*{x} + {root * other} = 0", [root, other]
     else:  # x / a + b = c
         parts, latex = [("fraction", x, str(a)), f" + {b} = {root + b}"], f"\\frac{{{x}}}{{{a}}} + {b} = {root + b}"
-        code = f"{x}/{a} + {b} = {root + b}"
+        code, solution = f"{x}/{a} + {b} = {root + b}", [a * root]
     chalk, size = (245, 245, 235), 44
     font, small = ImageFont.load_default(size), ImageFont.load_default(28)
     width = sum(font.getlength(part) if isinstance(part, str) else 36 for part in parts)
@@ -191,7 +191,7 @@ def draw_formula(rng):
             page.pen.text((cursor + 18, 192), part[2], chalk, font, "mm")
             cursor += 40
     page.texts.append(((round(left), 108, round(cursor), 212), latex))
-    facts = {"latex": latex, "equation": code, "unknown": x, "kind": kind}
+    facts = {"latex": latex, "equation": code, "unknown": x, "kind": kind, "solution": str(solution)}
     return Picture("formula", page.image, "A green blackboard with one equation in chalk.", page.texts, facts=facts)
 
 

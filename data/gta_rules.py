@@ -270,7 +270,7 @@ def next_step(wants, pictures, profile, history, versions=VERSIONS):
     for tool, arguments, why in _plan(wants, pictures, result):
         if result(tool, arguments) is None:
             call = {"name": full_name(tool, profile, versions), "arguments": arguments}
-            return Step(call, [*why, _version_reason(tool, profile, versions)])
+            return Step(call, [*why, version_reason(tool, profile, versions)])
     return None
 
 
@@ -283,7 +283,8 @@ def _key(call):
     return json.dumps(call, sort_keys=True)
 
 
-def _version_reason(tool, profile, versions):
+def version_reason(tool, profile, versions):
+    """The version rule that applies, in words: "Rule 9: credits of 250 or less gives OCR_v5."."""
     if tool not in versions:
         return f"Rule 15: {tool} has one version."
     number = 8 + list(VERSIONS).index(tool)
