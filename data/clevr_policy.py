@@ -115,7 +115,9 @@ def build_policy(rng, depth, variant, table, style=None, conditions="existence",
         nodes, leaves = grow(rng, depth, table)
     else:
         nodes, leaves = grow_full(rng, depth, table)
-        for node in nodes:  # a value that a picture could show
+        while variant == "M" and not any(node["target"] for node in nodes):  # nothing that a picture could show
+            nodes, leaves = grow_full(rng, depth, table)
+        for node in nodes:
             attributes = list(node["target"] or ())
             if attributes:
                 attribute = attributes[int(rng.integers(len(attributes)))]
