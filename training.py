@@ -268,17 +268,21 @@ def collate(prompts, targets, learn=None, *, pad_id):
                  torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
 
 
-def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
-    """log p of every learned token of the batch -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
+def learned_hidden(model, batch):
+    """The hidden states that predict the learned tokens of the batch -> (N,D), in the order of batch.index."""
     # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
     mask = None if batch.position_ids is None else batch.attention_mask
     hidden = model(batch.input_ids, mask, batch.pixel_values, batch.image_grid_thw, batch.position_ids)  # (B,T,D)
     if batch.pixel_values is None and _is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
         patch = torch.zeros(4, 1176, device=hidden.device)
         hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()
-    hidden = hidden.flatten(0, 1)[batch.index]                                                       # (N,D)
+    return hidden.flatten(0, 1)[batch.index]
+
+
+def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
+    """log p of every learned token of the batch -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
     targets = batch.labels.flatten()[batch.index]                                                    # (N,)
-    return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)
+    return linear_logprob(learned_hidden(model, batch), model.head_weight, targets, temperature=temperature, return_entropy=entropy)
 
 
 def response_logprobs(model, batch, *, temperature=1.0, entropy=False):
@@ -616,9 +620,9 @@ class Run:
 
     # -- the loop
 
-    def total_steps(self, n_items, per_update):
-        """Updates of the whole run: --steps, or what --epochs of n_items items need, so many of them an update."""
-        return self.config.steps or math.ceil(round(n_items * self.config.epochs) / per_update)
+    def total_steps(self, n_items, per_update=None):
+        """Updates of the whole run: --steps, or what --epochs of n_items items need, so many (--batch-size) an update."""
+        return self.config.steps or math.ceil(round(n_items * self.config.epochs) / (per_update or self.config.batch_size))
 
     def steps(self, model, optimizer, total):
         """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
@@ -640,13 +644,16 @@ class Run:
         self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - start
         self._phase = before  # not in a finally: after a failure it still says where
 
-    def report(self, step, metrics, tokens=0, parameters=0):
+    def report(self, step, metrics, tokens=0, parameters=0, phase_tokens=()):
         """One row of metrics.jsonl and of the terminal; "speed" holds what differs from run to run.
 
-        tokens: those that all ranks learned from in this step; parameters: the model's, for the MFU on a known GPU.
+        tokens: those that all ranks learned from in this step; parameters: the model's, for the MFU on a known GPU;
+        phase_tokens: {phase: tokens} for a rate of each.
         """
         seconds = time.perf_counter() - self._began
         speed = {"seconds": round(seconds, 4), **{k: round(v, 4) for k, v in self._times.items()}, "memory_gb": memory_gb(self.device)}
+        for phase in phase_tokens:
+            speed[f"{phase}_tokens_per_second"] = round(phase_tokens[phase] / max(self._times.get(phase, 0), 1e-9), 1)
         if tokens:
             speed["tokens_per_second"] = round(tokens / seconds, 1)
             peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda"

@@ -1,0 +1,233 @@
+"""What the three stages share: config, batches, the optimiser's step, the run's folder."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import tiny_checkpoint
+from small import ROOT, arguments, metrics, quiet, small_data
+
+import model as qwen
+import train_cpt
+import train_sft
+from checkpoint import cut_logs
+from data import InputError
+from training import Ahead, CommonConfig, Run, batches, collate, locate, parse, response_logprobs, rng, share
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    tiny_checkpoint(folder / "model")
+    small_data(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """A run on the tiny model, its folder new."""
+    words = arguments(folder / "model", folder / "data", tmp_path / "run", steps=10)
+    with Run(parse(CommonConfig, "", words), stage="test") as run:
+        yield run
+
+
+# -- config
+
+
+def test_flags_win_over_the_config_file_and_that_over_the_defaults(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"lr": 3e-4, "steps": 7, "full": False, "model": "m", "data": "d"}))
+    config = parse(CommonConfig, "", ["--config", str(path), "--out", "o", "--steps", "9"])
+    assert (config.lr, config.steps, config.full, config.batch_size) == (3e-4, 9, False, 128)
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(train_cpt.Config, train_cpt.__doc__, ["--help"])
+    text = capsys.readouterr().out
+    assert "--mask-visual" in text and "default: 1e-05" in text and "VM-CPT" in text
+    assert all(field.metadata["help"] for field in train_cpt.Config.__dataclass_fields__.values())
+
+
+def test_an_integer_in_json_is_a_float_and_a_float_is_no_integer(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"lr": 1, "model": "m", "data": "d", "out": "o"}')
+    assert parse(CommonConfig, "", ["--config", str(path)]).lr == 1.0
+    path.write_text('{"steps": 2.5, "model": "m", "data": "d", "out": "o"}')
+    with pytest.raises(InputError, match="--steps: found 2.5, expected an int"):
+        parse(CommonConfig, "", ["--config", str(path)])
+
+
+# -- batches
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_epoch_holds_every_item_once_on_any_number_of_ranks(world):
+    """No item is dropped where 10 do not divide into 4, and none repeated: the next epoch fills the batch."""
+    stream = [[i for rank in range(world) for i in batches(10, 4, 0, step, rank, world)] for step in range(5)]
+    flat = [i for step in range(5) for i in batches(10, 4, 0, step)]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert [sorted(batch) for batch in stream] == [sorted(batches(10, 4, 0, step)) for step in range(5)]
+
+
+def test_the_last_batch_is_short_rather_than_dropped():
+    assert [len(batches(10, 4, 0, step, limit=10)) for step in range(4)] == [4, 4, 2, 0]
+
+
+def test_shares_are_equal_in_number_nearly_in_size_and_hold_everything():
+    sizes = [int(x) for x in rng(0).integers(1, 1000, 64)]
+    parts = [share(list(range(64)), sizes, rank, 4) for rank in range(4)]
+    assert sorted(sum(parts, [])) == list(range(64))
+    assert {len(part) for part in parts} == {16}
+    loads = [sum(sizes[i] for i in part) for part in parts]
+    assert max(loads) < 1.03 * min(loads)
+
+
+def test_reading_ahead_gives_what_reading_in_line_gives():
+    keys = lambda step: [(step, i) for i in range(3)]
+    line, threads = Ahead(keys, lambda a, b: 10 * a + b, 0), Ahead(keys, lambda a, b: 10 * a + b, 2)
+    assert [line(step) for step in (2, 3, 4)] == [threads(step) for step in (2, 3, 4)] == [[20, 21, 22], [30, 31, 32], [40, 41, 42]]
+
+
+def test_reading_ahead_passes_an_input_error_on():
+    ahead = Ahead(lambda step: [(step,)], lambda step: (_ for _ in ()).throw(InputError("bad picture")), 1)
+    with pytest.raises(InputError, match="bad picture"):
+        ahead(0)
+
+
+def text(*ids):
+    return qwen.Encoded(torch.tensor(ids), None, None)
+
+
+def test_labels_are_the_next_tokens_of_the_response_only():
+    batch = collate([text(5, 6, 7), text(8)], [[1, 2], torch.tensor([3])], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 2], [8, 3, 0, 0, 0]]
+    assert batch.labels.tolist() == [[-100, -100, 1, 2, -100], [3, -100, -100, -100, -100]]
+    assert batch.index.tolist() == [2, 3, 5]
+
+
+def test_response_logprobs_are_those_of_the_whole_distribution(folder):
+    """Against log_softmax of every logit, row by row without padding."""
+    model = qwen.load_pretrained(folder / "model")
+    rows = [([5, 6, 7], [1, 2]), ([8], [3]), ([9, 10], [4, 5, 6])]
+    logp, entropy = response_logprobs(model, collate([text(*p) for p, _ in rows], [r for _, r in rows], pad_id=0), temperature=0.7, entropy=True)
+    assert logp.shape == entropy.shape == (3, 3)
+    for b, (prompt, response) in enumerate(rows):
+        full = (model.logits(model(torch.tensor([prompt + response])))[0] / 0.7).log_softmax(-1)
+        expected = [full[len(prompt) + i - 1, token] for i, token in enumerate(response)]
+        assert torch.allclose(logp[b, : len(response)], torch.stack(expected), atol=1e-5)
+        assert (logp[b, len(response) :] == 0).all()
+
+
+# -- the step
+
+
+def test_learning_rates_warm_up_and_fall(run):
+    for schedule, half, last in (("constant", 1, 1), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.024)):
+        run.config.schedule, run.config.warmup = schedule, 0
+        assert run.learning_rate(5, 10) / 1e-3 == pytest.approx(half)
+        assert run.learning_rate(9, 10) / 1e-3 == pytest.approx(last, abs=1e-3)
+    run.config.schedule, run.config.warmup = "constant", 3
+    assert [round(run.learning_rate(step, 10) / 1e-3, 2) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+def test_gradients_are_clipped_to_their_norm(run):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 10.0)
+    run.config.lr, run.config.max_grad_norm = 1.0, 0.5
+    assert run.update(model, optimizer, 0, 1) == pytest.approx(10 * math.sqrt(6))
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (after - before).norm() == pytest.approx(0.5, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_costs_its_step_and_too_many_the_run(run, value):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = model.weight.detach().clone()
+
+    def poisoned(step):
+        model.weight.grad, model.bias.grad = torch.full((2, 2), value), torch.ones(2)
+        run.update(model, optimizer, step, 100)
+
+    poisoned(0)
+    assert torch.equal(model.weight, before) and run.skipped == 1 and not optimizer.state
+    with pytest.raises(InputError, match="2 of 2 updates were skipped"):
+        poisoned(1)
+
+
+def test_sampling_in_bfloat16_leaves_the_float32_weights_as_they_were(run):
+    run.dtype = torch.bfloat16
+    model, _ = run.load()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with run.gathered(model) as half:
+        assert half.head_weight.dtype == torch.bfloat16 and not half.training
+        half(torch.tensor([[1, 2, 3]]))
+    assert model.training and all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in model.named_parameters())
+
+
+def test_bfloat16_products_train_float32_weights(folder, tmp_path):
+    words = arguments(folder / "model", folder / "data", tmp_path / "half", steps=2, full=True, dtype="bfloat16")
+    quiet(train_sft.main, words)
+    quiet(train_sft.main, arguments(folder / "model", folder / "data", tmp_path / "whole", steps=2, full=True))
+    half, whole = metrics(tmp_path / "half"), metrics(tmp_path / "whole")
+    assert half[1]["loss"] == pytest.approx(whole[1]["loss"], rel=0.02) and half[1]["loss"] != whole[1]["loss"]
+
+
+def test_weight_decay_spares_norms_and_biases(run):
+    model, _ = run.load()
+    matrices, others = run.optimizer(model).param_groups
+    assert matrices["weight_decay"] == 0.01 and others["weight_decay"] == 0 and {p.ndim for p in others["params"]} == {1}
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(folder, tmp_path):
+    for name, flag in (("kept", False), ("again", True)):
+        quiet(train_cpt.main, arguments(folder / "model", folder / "data", tmp_path / name, steps=2, gradient_checkpointing=flag))
+    for a, b in zip(metrics(tmp_path / "kept"), metrics(tmp_path / "again")):
+        assert b == pytest.approx(a, rel=1e-6)
+
+
+# -- the folder
+
+
+def test_a_run_is_found_by_its_folder(folder, tmp_path):
+    (tmp_path / "lora" / "adapter").mkdir(parents=True)
+    (tmp_path / "lora" / "config.json").write_text('{"stage": "sft", "base": "some/base"}')
+    (tmp_path / "full" / "model").mkdir(parents=True)
+    assert locate(tmp_path / "lora") == ("some/base", str(tmp_path / "lora" / "adapter"))
+    assert locate(tmp_path / "full") == (str(tmp_path / "full" / "model"), None)
+    assert locate(folder / "model") == (str(folder / "model"), None)
+    assert locate("Qwen/Qwen2.5-VL-7B-Instruct") == ("Qwen/Qwen2.5-VL-7B-Instruct", None)
+
+
+def test_two_processes_cannot_write_one_run(run):
+    with pytest.raises(InputError, match="another process is writing"):
+        with Run(run.config, stage="test"):
+            pass
+
+
+def test_logs_are_cut_where_a_run_goes_on_and_a_torn_line_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    cut_logs(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_second_interrupt_ends_the_process_at_once(folder, tmp_path):
+    """The first one waits for the end of the step; a user who sends another does not want to wait."""
+    code = "import sys, time, train_sft, training\ntraining.Run.report = lambda *a, **k: (print('step', flush=True), time.sleep(60))\n"
+    words = arguments(folder / "model", folder / "data", tmp_path / "run", steps=3)
+    child = subprocess.Popen([sys.executable, "-c", f"{code}train_sft.main(sys.argv[1:])", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "step\n"
+    child.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(20) == -signal.SIGINT
