@@ -105,7 +105,8 @@ def backward_trainable(g, h, W, y, graded, temperature, chunk, need_h, need_W):
     """dh = sum_v d_v W_v and dW_v = sum_t d_tv h_t with d = g scale (1[y] - q), from logits made again, dW summed in fp32."""
     dh = torch.zeros_like(h, memory_format=torch.contiguous_format) if need_h else None
     dW = torch.zeros_like(W, dtype=torch.float32) if need_W else None
-    unit = (g * graded).abs().max().clamp_min(torch.finfo(torch.float32).tiny)  # keeps g * h inside fp16's range
+    g = torch.where(graded, g, 0)
+    unit = g.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(g) else 1.0  # keeps g * h inside fp16's range
     for r, logits in chunks(graded, chunk, W):
         _, _, scale, direction = sweep(h[r], W, y[r], logits, temperature, False, True)
         factor = (g[r] * scale)[:, None]  # (C, 1)
@@ -121,11 +122,12 @@ def backward_trainable(g, h, W, y, graded, temperature, chunk, need_h, need_W):
 def sweep(h, W, y, logits, temperature, with_entropy, gradient):
     """One chunk: logits into the workspace, then per row logp, entropy, scale and the direction (1[y] - q), in the same memory."""
     fill_logits(h, W, logits)
-    if on_triton(h):
+    if h.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         from kernels.logprob_triton import sweep_rows
     else:
         sweep_rows = sweep_rows_torch
-    return sweep_rows(logits, y, temperature, h.dtype, with_entropy, gradient)
+    half = h.dtype if h.is_cuda else torch.float32  # the interpreter truncates to bf16; a CPU has no product for it anyway
+    return sweep_rows(logits, y, temperature, half, with_entropy, gradient)
 
 
 def sweep_rows_torch(logits, y, temperature, dtype, with_entropy, gradient):
@@ -200,10 +202,6 @@ def default_chunk(h, W):
         tiles = rows // 128 * across
         return tiles / (-(-tiles // cores) * cores)
     return max(range(512, 2304 + 1, 128), key=filled)
-
-
-def on_triton(h):
-    return h.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check(h, W, y, temperature, ignore_index, chunk, needs_grad):

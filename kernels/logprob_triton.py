@@ -86,7 +86,7 @@ def sweep(logits, direction, targets, logp, entropy, scale, V, stride, inverse_t
         per_rest = 1 / tl.maximum(rest, 1.2e-38)  # p_y = 1: every other entry and the scale are 0
         for start in range(0, V, BLOCK):
             v = start + lanes
-            l = tl.load(logits + v, mask=v < V) * inverse_temperature
+            l = tl.load(logits + v, mask=v < V, other=float("-inf")) * inverse_temperature
             d = tl.where(v == y, 1.0, -tl.exp(l - m) * per_rest)
             tl.debug_barrier()  # all warps have read this block: its first half is about to be overwritten
             tl.store(direction + v, d.to(direction.dtype.element_ty), mask=v < V)
