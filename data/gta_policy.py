@@ -107,9 +107,8 @@ def chart_of(rng, name, p):
     labels = list(p.facts["prices"] if "prices" in p.facts else p.facts["values"])
     chart = rng.choice([None, None, "line", "pie"])
     want = {"want": "plot", "image": name, "labels": labels, **({"kind": chart} if chart else {})}
-    return ([f"Make a {chart + ' ' if chart else ''}chart of the numbers in the picture.",
-             f"Draw these values as a {chart + ' ' if chart else ''}chart, in the same order."],
-            [{"want": "text", "image": name}, want])  # fmt: skip
+    what, chart = ("single prices, without the total" if "total" in p.facts else "numbers in the picture"), f"{chart} chart" if chart else "chart"
+    return [f"Make a {chart} of the {what}.", f"Draw a {chart} of the {what}, in the same order."], [{"want": "text", "image": name}, want]
 
 
 def chart_gap(rng, name, p):
@@ -289,8 +288,10 @@ def own_dialogues(seed):
             name = f"image/image_{len(everything) + 1}.png"
             pictures[name] = everything[name] = picture
         requests = []
+        scenic = rng.sample(MAKERS["scene"], len(MAKERS["scene"]))  # shared out, so that every album asks for every tool
         for name, picture in pictures.items():
-            for make in rng.sample(MAKERS[picture.family], 2):
+            share = [scenic.pop() for _ in range(4)] if picture.family == "scene" else rng.sample(MAKERS[picture.family], 2)
+            for make in share:
                 requests.append(([name], *make(rng, name, picture)))
         for families, make in TOGETHER:
             names = [next(n for n, p in pictures.items() if p.family == f) for f in families]

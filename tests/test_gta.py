@@ -171,6 +171,11 @@ def test_gold_answers_earn_everything_and_others_do_not(items):
     assert mistaken < 0.1 * len(everything)
 
 
+def test_every_tool_is_asked_for_in_training_and_in_the_test(items):
+    for name in ("rl.jsonl", "test.jsonl"):
+        assert {bare_name(json.loads(item["answer"])["name"]) for item in items[name]} == set(TOOLS)
+
+
 def test_no_test_picture_or_dialogue_is_seen_in_training(items):
     seen = {(key, value) for name in SPLITS[:3] for item in items[name]
             for key, value in [("dialogue", item.get("dialogue")), *(("picture", Path(p).name) for p in item["images"])]}  # fmt: skip
