@@ -511,6 +511,8 @@ def arguments():
         help="kinds of VM-CPT items, of applied (the paper's form), document, section, response")  # fmt: skip
     add("--size", default="480x320", metavar="WxH", help="pixels of the pictures that the project draws")
     add("--objects", default="3-10", metavar="A-B", help="objects in the scenes that the project draws")
+    add("--scenes", type=int, metavar="S", help="training scenes that the project draws to choose from, and a quarter more "
+        "for the test; default: enough that rare responses have queries and that policies need not share pictures")  # fmt: skip
     add("--paper", action="store_true", help="the paper's sizes: 10 policies, 2000 queries, 250 of them with chains, "
         "200 for the test, kinds of VM-CPT: applied")  # fmt: skip
     add("--processes", type=int, default=1, metavar="N", help="processes that draw scenes and pictures")
@@ -536,6 +538,8 @@ def main(argv=None):
             raise InputError(f"--{flag} {getattr(args, flag)} found, expected at least 1")
     if not 0 <= args.sft <= args.queries:
         raise InputError(f"--sft {args.sft} found, expected 0 to {args.queries}, the number of queries")
+    if args.scenes is not None and args.scenes < args.queries:
+        raise InputError(f"--scenes {args.scenes} found, expected at least --queries {args.queries}")
     if args.depth > 10:
         raise InputError(f"--depth {args.depth} found, expected 10 at most: the tree doubles with every layer")
     kinds = args.cpt.split(",")
@@ -550,8 +554,8 @@ def main(argv=None):
         if args.clevr_root:
             scenes = read_clevr(args.clevr_root)
         else:  # enough that rare responses are not, and that policies can have pictures of their own
-            counts = {"train": max(2000, 4 * args.queries, args.policies * args.queries * 6 // 5),
-                      "test": max(500, 8 * args.test, args.policies * args.test * 6 // 5)}  # fmt: skip
+            count = args.scenes or max(2000, 4 * args.queries, args.policies * args.queries * 6 // 5)
+            counts = {"train": count, "test": max(count // 4, 8 * args.test, args.policies * args.test * 6 // 5)}
             scenes = sample_scenes(args.seed, counts, run, size=size, objects=objects)
         report = make_dataset(args.out, scenes, depth=args.depth, variant=args.variant, policies=args.policies,
                               queries=args.queries, sft=args.sft, test=args.test, seed=args.seed, cpt=kinds,
