@@ -10,8 +10,10 @@ PolicyRollout's policy-aware responses are members of the group like any other: 
 
 Rewards are measured from the smallest of their group, in float64, with the variance from a second pass over the deviations:
 neither a large common offset nor the usual sum of squares minus squared sum can cancel what is left, and equal rewards give
-exactly 0. The arrays are tiny (one number a response); the GPU form is one small program per group, without a synchronisation.
+exactly 0. On a GPU the statistics are a Triton kernel, one program per group (kernels/advantage_triton.py).
 """
+
+import os
 
 import torch
 
@@ -28,9 +30,9 @@ def group_advantage(rewards, group_ids=None, mode="grpo", eps=1e-4, *, return_na
     """
     if mode not in MODES or not eps >= 0:
         raise ValueError(f"found mode {mode!r}, eps {eps}; expected one of {', '.join(MODES)} and eps >= 0")
-    if (rewards.ndim != 2 or group_ids is not None) and (group_ids is None or group_ids.shape != rewards.shape):
-        raise ValueError(f"found rewards {tuple(rewards.shape)}, group_ids {None if group_ids is None else tuple(group_ids.shape)}"
-                         "; expected (P, G) without ids, or (N,) and (N,)")
+    if rewards.ndim != (2 if group_ids is None else 1) or group_ids is not None and group_ids.shape != rewards.shape:
+        raise ValueError(f"found rewards {tuple(rewards.shape)}, group_ids {group_ids if group_ids is None else tuple(group_ids.shape)}; "
+                         "expected (P, G) without ids, or (N,) and (N,)")
     r = rewards.detach().double().flatten()  # (N,)
     if group_ids is None:
         P, G = rewards.shape
@@ -38,27 +40,26 @@ def group_advantage(rewards, group_ids=None, mode="grpo", eps=1e-4, *, return_na
     else:
         group = group_ids.unique(return_inverse=True)[1]
         P = int(group.max()) + 1 if len(group) else 0
-    advantage = advantage_torch(r, group, P, mode, eps).float().view(rewards.shape)
+    if r.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        from kernels.advantage_triton import deviations
+    else:
+        deviations = deviations_torch
+    above_mean, spread = deviations(r, group, P)  # (N,) and (P,), of the group
+    if mode == "grpo":
+        above_mean = above_mean / (spread[group] + eps)
+    elif mode == "batch":
+        above_mean = above_mean / (deviations(r, torch.zeros_like(group), 1)[1] + eps)
+    advantage = torch.where(r.isnan() | (spread[group] == 0), 0, above_mean)  # also where eps = 0 makes it 0 / 0
+    advantage = advantage.float().view(rewards.shape)
     return (advantage, r.isnan().sum()) if return_nan else advantage
 
 
-def advantage_torch(r, group, P, mode, eps):
-    """r (N,) float64, group (N,) indices below P -> (N,) float64."""
-    deviation_of = group if mode == "grpo" else torch.zeros_like(group)  # whose deviation divides: the group's or everyone's
-    above_mean = centred(r, group, P)
-    if mode == "dr_grpo":
-        return above_mean
-    spread = centred(r, deviation_of, P)
-    valid = (~r.isnan()).double()
-    variance = r.new_zeros(P).index_add(0, deviation_of, spread**2)                          # (P,)
-    variance /= (r.new_zeros(P).index_add(0, deviation_of, valid) - 1).clamp_min(1)          # ddof 1
-    return torch.where(above_mean == 0, 0, above_mean / (variance.sqrt()[deviation_of] + eps))  # 0 / 0 is 0
-
-
-def centred(r, group, P):
-    """r less its group's mean, 0 where r is NaN."""
+def deviations_torch(r, group, P):
+    """r (N,) float64, group (N,) indices below P -> r - mean of the group (N,), deviation of the group (P,), over valid r."""
     valid = ~r.isnan()
     low = r.new_full((P,), torch.inf).scatter_reduce(0, group, r.where(valid, torch.inf), "amin")
+    n = r.new_zeros(P).index_add(0, group, valid.double())
     r = torch.where(valid, r - low[group], 0)
-    count = r.new_zeros(P).index_add(0, group, valid.double()).clamp_min(1)                  # (P,)
-    return torch.where(valid, r - (r.new_zeros(P).index_add(0, group, r) / count)[group], 0)
+    mean = r.new_zeros(P).index_add(0, group, r) / n.clamp_min(1)
+    r = torch.where(valid, r - mean[group], 0)
+    return r, (r.new_zeros(P).index_add(0, group, r * r) / (n - 1).clamp_min(1)).sqrt()

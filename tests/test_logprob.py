@@ -40,11 +40,13 @@ def case(N, D, V, dtype=torch.float32, temperature=1.0, seed=0):
     W, h, y = torch.randn(V, D) * 0.5, torch.randn(N, D) * 6 / D**0.5, torch.randint(V, (N,))
     wanted = torch.logspace(math.log10(5e-4), -6, N)[::2, None]
     h[::2] = W[y[::2]]
-    low, high = torch.zeros_like(wanted), torch.full_like(wanted, 1000.0)
-    for _ in range(20):  # how far to go along the target's own row for that probability
+    l, own = h[::2] @ W.T / temperature, y[::2, None]
+    l -= l.gather(1, own)
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, 100.0)
+    for _ in range(12):  # how far to go along the target's own row for that probability
         middle = (low + high) / 2
-        p = torch.softmax(middle * h[::2] @ W.T / temperature, 1).scatter(1, y[::2, None], 0).sum(1, keepdim=True)
-        low, high = torch.where(p > wanted, middle, low), torch.where(p > wanted, high, middle)
+        rest = (middle * l).exp_().scatter_(1, own, 0).sum(1, keepdim=True)
+        low, high = torch.where(rest > wanted, middle, low), torch.where(rest > wanted, high, middle)
     h[::2] *= high
     return h.to(DEVICE, dtype), W.to(DEVICE, dtype), y.to(DEVICE)
 
