@@ -114,7 +114,7 @@ def training_flops(config, run, lengths, steps, batch, response):
 
 
 def read_run(folder):
-    """A run's (config, steps done, mean tokens learned an update): from its config.json and metrics.jsonl."""
+    """A run's (config, steps done, mean length of its sampled responses or None): from config.json and metrics.jsonl."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             run = json.load(file)
@@ -122,9 +122,10 @@ def read_run(folder):
             rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}, expected a run with config.json and metrics.jsonl") from None
-    if not isinstance(run, dict) or run.get("stage") not in ("cpt", "sft", "rl") or not rows:
+    if not isinstance(run, dict) or run.get("stage") not in ("cpt", "sft", "rl") or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{folder}: found no run of train_cpt.py, train_sft.py or train_rl.py with steps in it")
-    return run, len(rows), [row["tokens"] for row in rows if isinstance(row, dict) and "tokens" in row]
+    sampled = [row["length"] for row in rows if "length" in row]
+    return run, len(rows), mean(sampled) if sampled else None
 
 
 def price(config, processor, runs, data):
@@ -135,11 +136,9 @@ def price(config, processor, runs, data):
         return known.setdefault((folder, split), Lengths(processor, folder, split))
 
     for folder in runs:
-        run, steps, learned = read_run(folder)
+        run, steps, sampled = read_run(folder)
         lengths = lengths_of(run["data"], run.get("split") or f"{run['stage']}.jsonl")
-        response = lengths.response
-        if run["stage"] == "rl" and learned:
-            response = mean(learned) / (run["batch_size"] * (run["group_size"] + run["policy_rollouts"]))
+        response = sampled or lengths.response
         flops = training_flops(config, run, lengths, steps, run["batch_size"], response)
         stages.append({"stage": run["stage"], "run": folder, "items": steps * run["batch_size"], "response_tokens": response, "flops": flops})
     for run in () if runs else RECIPE:

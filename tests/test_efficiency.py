@@ -76,7 +76,7 @@ def test_runs_are_priced_from_their_own_records(world, tmp_path):
     run.mkdir()
     config = {"stage": "rl", "data": str(data), "split": "rl.jsonl", "batch_size": 6, "group_size": 3, "policy_rollouts": 3, "full": True}
     (run / "config.json").write_text(json.dumps(config))
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": k, "tokens": 6 * 6 * 11}) + "\n" for k in range(5)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": k, "length": 10 + k / 2}) + "\n" for k in range(5)))
     (stage,) = price(model.config, processor, [str(run)], str(data))
     assert stage["items"] == 30 and stage["response_tokens"] == 11
     assert read_run(str(run))[1] == 5

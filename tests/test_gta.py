@@ -126,20 +126,22 @@ def test_the_policy_has_24_rules_all_tools_and_3000_tokens():
 def test_the_engine_orders_calls_by_the_rules():
     profile = {"account_type": "C", "age": 30, "credits": 600}
     wants = [{"want": "mark", "image": "image/b.png", "object": "mug", "label": "sold"}]
-    pictures, history, names = ["image/a.png", "image/b.png"], [], []
+    pictures, history, names, why = ["image/a.png", "image/b.png"], [], [], []
     results = iter(["one", "Error: busy", "two", "(1, 2, 30, 40), score 92", "image/made.png"])
     while step := next_step(wants, pictures, profile, history):
         names.append((step.call["name"], step.call["arguments"]["image"]))
+        why.append(" ".join(step.why))
         history.append({"call": step.call, "result": next(results)})
     assert names == [("ImageDescription_v4", "image/a.png"), ("ImageDescription_v4", "image/b.png"),
                      ("ImageDescription_v4", "image/b.png"), ("TextToBbox", "image/b.png"), ("DrawBox", "image/b.png")]  # fmt: skip
     assert history[-1]["call"]["arguments"] == {"image": "image/b.png", "bbox": "(1, 2, 30, 40)", "annotation": "sold"}
+    assert [re.findall(r"Rule (\d+)", words) for words in why] == [["5", "8"], ["5", "8"], ["7"], ["23", "20", "15"], ["23", "15"]]
 
 
 def test_values_are_read_in_rows_and_columns():
     rows = "(10, 10, 60, 30) Tea\n(200, 11, 240, 29) 2.50\n(10, 50, 60, 70) Rice\n(200, 51, 240, 69) 11.00"
     assert value_beside("Rice", rows) == "11.00"
-    assert value_beside("Mon", "(10, 90, 30, 99) 7\n(50, 20, 70, 29) 66\n(8, 300, 32, 310) Mon\n(48, 300, 72, 310) Tue") == "7"
+    assert value_beside("Mon", "(10, 20, 30, 29) 66\n(50, 90, 70, 99) 7\n(8, 300, 32, 310) Mon\n(48, 300, 72, 310) Tue") == "66"
     with pytest.raises(ValueError, match="no number beside"):
         value_beside("Total", rows)
     assert solver_command("\\frac{x}{3} + 13 = 16") == "solve(x/3 + 13 = 16, x)"
