@@ -268,6 +268,43 @@ def collate(prompts, targets, learn=None, *, pad_id):
                  torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
 
 
+def pack(model, prompts, responses, pad_id):
+    """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
+
+    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last token,
+    which predicts its first, so that every place predicts one token; positions restart behind the prompt.
+    """
+    shared = [prompt.input_ids[:-1] for prompt in prompts]
+    length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
+    input_ids, labels = torch.full((len(prompts), length), pad_id), torch.full((len(prompts), length), -100)
+    part = torch.full_like(input_ids, -1)  # 0 the prompt, 1, 2, ... its responses, -1 padding
+    position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+    for b, (prompt, group) in enumerate(zip(prompts, responses)):
+        places, delta = model.positions(prompt.input_ids[None], None, prompt.grid_thw)
+        stop = len(shared[b])
+        input_ids[b, :stop], part[b, :stop], position_ids[:, b, :stop] = shared[b], 0, places[:, 0, :-1]
+        for number, tokens in enumerate(map(torch.as_tensor, group), 1):
+            here = slice(stop, stop + len(tokens))
+            input_ids[b, here] = torch.cat([prompt.input_ids[-1:], tokens[:-1]])
+            labels[b, here], part[b, here] = tokens, number
+            position_ids[:, b, here] = len(shared[b]) + delta + torch.arange(len(tokens))
+            stop = here.stop
+    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B,T,S), and nothing that comes later
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
+    return Batch(input_ids, sees.tril(), labels, (labels != -100).flatten().nonzero()[:, 0],
+                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None, position_ids)
+
+
+def packing_pays(model, prompts, responses, most=1 << 14):
+    """Is it cheaper to read responses packed behind one prompt (dense mask) than one by one (causal), in operations?"""
+    c = model.config
+    per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # products, in widths
+    packed = [len(prompt.input_ids) + sum(map(len, group)) for prompt, group in zip(prompts, responses)]
+    alone = [len(prompt.input_ids) + len(tokens) for prompt, group in zip(prompts, responses) for tokens in group]
+    return max(packed) <= most and sum(t * (per_token + 2 * t) for t in packed) < sum(t * (per_token + t) for t in alone)
+
+
 def learned_hidden(model, batch):
     """The hidden states that predict the learned tokens of the batch -> (N,D), in the order of batch.index."""
     # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
@@ -737,6 +774,23 @@ class Run:
                 owner, _, leaf = name.rpartition(".")
                 setattr(whole.get_submodule(owner), leaf, torch.nn.Parameter(p.detach().to("cpu", self.dtype)))
         return whole
+
+
+def tracker(config, run):
+    """track(step, metrics) to TensorBoard or wandb, where --tracker asks for it."""
+    if not config.tracker or not run.is_main:
+        return lambda step, metrics: None
+    try:
+        if config.tracker == "wandb":
+            import wandb
+
+            wandb.init(project="trimpi", name=run.out.name, config=vars(config))
+            return lambda step, metrics: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(f"--tracker {config.tracker}: {error}, expected it to be installed") from None
+    writer = SummaryWriter(run.out / "tensorboard")
+    return lambda step, metrics: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
 
 
 def memory_gb(device):

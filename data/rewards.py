@@ -1,8 +1,16 @@
 """Rewards: pure functions reward(prompt, response, item) -> float, and the one parser of responses behind them.
 
 A response thinks inside <think></think> and answers in one \\boxed{...}. Training and evaluation read it here and nowhere
-else. Two boxed answers are a hedge and give nothing.
+else. Two boxed answers are a hedge and give nothing. `load` finds the functions that --reward names, `guarded` calls one of
+them so that what it does wrong costs one response and not the run.
 """
+
+import importlib
+import math
+import signal
+import threading
+
+from data import InputError
 
 BOX = "\\boxed{"
 
@@ -55,3 +63,45 @@ def exact_chain(response, item, policy=None):
 
 
 REWARDS = {"accuracy": accuracy, "format": format}
+
+
+# -- calling functions of other people's making --------------------------------------------------------------------------
+
+
+class Timeout(BaseException):
+    """Not an Exception: a reward function that catches those must not catch this."""
+
+
+def load(text):
+    """[(name, function, weight)] of --reward "accuracy=0.9,module:function=0.1"."""
+    found = []
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        module, _, attribute = name.rpartition(":")
+        try:
+            function = getattr(importlib.import_module(module or __name__), attribute)
+            found.append((attribute, function, float(weight or 1)))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"--reward {part!r}: {error}; expected name=weight of data.rewards, or module:function=weight") from None
+    return found
+
+
+def guarded(function, prompt, response, item, seconds):
+    """A reward, or NaN where the function raises, hangs or returns no finite number."""
+    timed = threading.current_thread() is threading.main_thread()
+
+    def ring(*_):
+        raise Timeout
+
+    before = signal.signal(signal.SIGALRM, ring) if timed else None
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        value = float(function(prompt, response, item))
+        return value if math.isfinite(value) else math.nan
+    except (Exception, Timeout):
+        return math.nan
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
