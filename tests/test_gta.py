@@ -202,7 +202,14 @@ def test_pictures_hold_what_their_facts_say():
             assert sum(picture.facts["counts"].values()) == len(boxes)
     for dialogue in dialogues:
         for entry in dialogue.history():
-            assert entry["result"]  # every simulated tool had something to say
+            given, result = entry["call"]["arguments"], entry["result"]
+            assert result  # every simulated tool has something to say, and says what is there
+            if entry["call"]["name"] == "TextToBbox" and not result.startswith("Error"):
+                there = [thing["box"] for thing in pictures[given["image"]].objects if thing["kind"] == given["text"]]
+                told = [tuple(map(int, box.split(", "))) for box in re.findall(r"\((.*)\), score", result)]
+                assert told == there[: 1 if given["top1"] else None] and there
+            if entry["call"]["name"].startswith("Count") and not result.startswith("Error"):
+                assert int(result) == pictures[given["image"]].facts["counts"][given["text"]]
 
 
 def digest(path):
