@@ -38,7 +38,7 @@ summary { cursor: pointer } details details { margin-left: 22px } .tree summary 
 .bar { background: #5a7fa8; height: 11px; border-radius: 3px; min-width: 1px } .warn { border-left: 5px solid #d98a00 }
 .fine { border-left: 5px solid var(--good) } svg { width: 100%; height: auto } .edge { stroke: #c9d1da; fill: none }
 .lit { stroke: var(--way); stroke-width: 3; fill: none } .dot { fill: #c9d1da } .on { fill: var(--way) }
-text.on { font: 700 12px system-ui, sans-serif }
+text.on { font: 700 12px system-ui, sans-serif; paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
 """
 
