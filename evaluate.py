@@ -3,8 +3,10 @@
     python evaluate.py --model runs/rl --data data/clevr --out runs/eval                        M(Q, I)
     python evaluate.py --model M --data data/clevr --out runs/eval --policy-in-context          M(Q, I, P)
 
---model is a checkpoint or the folder of a run. Responses are greedy. <out>/results.json gets one row (its rows of other names
-stay), <out>/NAME.jsonl each response with its verdict. The parser and the scores are those of training: data/rewards.py.
+Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was forgotten),
+data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint or the folder of a run.
+Responses are greedy. <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each response with
+its verdict. The parser and the scores are those of training: data/rewards.py.
 """
 
 import json
@@ -18,8 +20,10 @@ import torch
 from tqdm import tqdm
 
 import model as qwen
-from data import InputError, command, rewards
+from data import InputError, command, gta_score, rewards
 from data.dataset import load_items, load_policies, messages
+from data.referral import branching_error, referral
+from data.sections import recitation, recitation_items
 from rollout import sample
 from training import locate, option, parse, write_json
 
@@ -34,6 +38,7 @@ class Config:
     split: str = option("test.jsonl", "file of the items, inside --data")
     policy_in_context: bool = option(False, "put each item's policy in front of its prompt")
     seen: str = option("", "a .jsonl file of training items: items whose path keeps to its sections are scored apart from the others")
+    recite: bool = option(False, "ask for every section of every policy instead of the items: is its text in the weights?")
     limit: int = option(0, "items to evaluate, the first so many; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
@@ -76,39 +81,59 @@ def respond(model, processor, prompts, max_response):
     return [(processor.decode(r.tokens), len(r.tokens), r.finished) for (r,) in groups]
 
 
+def judge(text, item, policy):
+    """What a response is worth: {"parsed", "correct", "format"}, and more for the kind of item that it answers."""
+    if item.get("kind") == "section":  # recited, without a box
+        said = recitation(text, item)
+        return {"parsed": text, "correct": said["exact"], "f1": said["f1"]}
+    verdict = {"parsed": rewards.parse(text), "correct": rewards.accuracy(None, text, item), "format": rewards.format(None, text, item)}
+    if gta_score.read_call(item["answer"]):
+        verdict |= gta_score.parts(text, item)
+        verdict["correct"] = verdict["exact"]
+    if item.get("path"):
+        verdict["referral"] = referral(text, item, policy)["score"]
+    if "cot" in item:
+        verdict["exact_chain"] = rewards.exact_chain(text, item, policy)
+    if "old_answer" in item:  # another policy stands in the prompt under this name: whom does the model follow?
+        verdict["follows_old"] = rewards.accuracy(None, text, {"answer": item["old_answer"]}) * (1 - verdict["correct"])
+    return verdict
+
+
 def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536, max_response=2048, batch=256,
              progress=False):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
-    row: accuracy with its 95 % interval, format rate, share of exact chains, by depth and by policy, lengths, seconds.
+    row: accuracy with its 95 % interval, the mean of every other verdict, the same by depth and by policy, seconds.
     """
-    began, records = time.perf_counter(), []
+    began, records, asked = time.perf_counter(), [], []
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
-    for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=not progress):
+    for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start:start + batch]]
         prompts = []
         for item in part:
             prompt = processor.encode(messages(item, policies[item["policy"]] if policy_in_context else None), add_generation_prompt=True)
-            if len(prompt.input_ids) > max_prompt:
-                raise InputError(f"item {item['id']}: found a prompt of {len(prompt.input_ids)} tokens, expected at most --max-prompt {max_prompt}")
+            if (length := len(prompt.input_ids)) > max_prompt:
+                raise InputError(f"item {item['id']}: found a prompt of {length} tokens, expected at most --max-prompt {max_prompt}")
             prompts.append(prompt)
         for item, prompt, (text, tokens, finished) in zip(part, prompts, respond(model, processor, prompts, max_response)):
             record = {"id": item["id"], "policy": item["policy"], "depth": len(item.get("path", [])), "answer": item["answer"],
-                      "parsed": rewards.parse(text), "correct": bool(rewards.accuracy(None, text, item)),
-                      "format": bool(rewards.format(None, text, item)), "finished": finished,
-                      "prompt_tokens": len(prompt.input_ids), "tokens": tokens, "response": text}
-            if "cot" in item:
-                record["exact_chain"] = bool(rewards.exact_chain(text, item, policies[item["policy"]]))
+                      **judge(text, item, policies[item["policy"]]), "finished": finished, "prompt_tokens": len(prompt.input_ids),
+                      "tokens": tokens, "response": text}
             if seen is not None:
                 record["seen"] = sections([item]) <= seen
             records.append(record)
-    share = lambda key: sum(r.get(key, 0) for r in records) / max(len(records), 1)
-    row = {**score(records), "format": share("format"), "exact_chain": share("exact_chain"), "finished": share("finished"),
-           "prompt_tokens": share("prompt_tokens"), "tokens": share("tokens"), "by_depth": group(records, "depth"),
-           "by_policy": group(records, "policy"), "seconds": round(time.perf_counter() - began, 2)}
+            asked.append(item)
+    row = score(records)
+    for key in ("format", "exact_chain", "referral", "tool", "arguments", "call", "f1", "follows_old", "finished", "prompt_tokens", "tokens"):
+        values = [record[key] for record in records if key in record]
+        if values:
+            row[key] = sum(values) / len(values)
+    if all("cot" in item and item.get("path") for item in asked):
+        row |= branching_error([record["response"] for record in records], asked, policies)
     if seen is not None:
         row["seen"], row["unseen"] = (score([r for r in records if r["seen"] is side]) for side in (True, False))
+    row |= {"by_depth": group(records, "depth"), "by_policy": group(records, "policy"), "seconds": round(time.perf_counter() - began, 2)}
     return row, records
 
 
@@ -141,16 +166,19 @@ def save(out, row, records):
 def main(argv=None):
     config = parse(Config, __doc__, argv)
     policies = load_policies(config.data)
-    items = load_items(config.data, config.split, policies)[:config.limit or None]
+    items = recitation_items(policies) if config.recite else load_items(config.data, config.split, policies)
+    items = items[:config.limit or None]
+    if not items:
+        raise InputError(f"{config.data}: found no policy with sections, expected some to recite")
     seen = sections(load_items(str(Path(config.seen).parent), Path(config.seen).name, policies)) if config.seen else None
     model, processor = load(config.model, config.adapter, config.device, config.dtype)
     row, records = evaluate(model, processor, items, policies, policy_in_context=config.policy_in_context, seen=seen,
                             max_prompt=config.max_prompt, max_response=config.max_response, batch=config.batch, progress=True)
-    row = {"name": config.name or ("in_context" if config.policy_in_context else "no_policy"), **row, "model": config.model}
+    row = {"name": config.name or ("recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"), **row, "model": config.model}
     save(config.out, row, records)
     low, high = row["interval"]
-    print(f"{row['name']}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]  format {row['format']:.3f}  "
-          f"exact chains {row['exact_chain']:.3f}  n {row['n']}  {row['seconds']:.1f} s")
+    rest = "  ".join(f"{key} {row[key]:.3f}" for key in ("format", "exact_chain", "referral", "call", "f1", "follows_old") if key in row)
+    print(f"{row['name']}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {rest}  n {row['n']}  {row['seconds']:.1f} s")
     return row
 
 
