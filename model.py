@@ -43,13 +43,20 @@ from data import InputError, command
 
 # -- 1. config --------------------------------------------------------------------------------------------------------
 
-POSITIVE, NUMBER, SIZES, OBJECT = "a positive integer", "a positive number", "a list of integers", "an object"
-IS_OF_KIND = {
-    POSITIVE: lambda value: isinstance(value, int) and value > 0,
-    NUMBER: lambda value: isinstance(value, (int, float)) and value > 0,
-    SIZES: lambda value: isinstance(value, list) and all(isinstance(item, int) and item >= 0 for item in value),
-    OBJECT: lambda value: isinstance(value, dict),
+KINDS = {  # of values in JSON: what is asked for, and whether a value is that
+    int: ("a positive integer", lambda value: isinstance(value, int) and value > 0),
+    float: ("a positive number", lambda value: isinstance(value, (int, float)) and value > 0),
+    tuple: ("a list of integers", lambda value: isinstance(value, list) and all(isinstance(i, int) for i in value)),
+    dict: ("an object", lambda value: isinstance(value, dict)),
 }
+
+
+def read(section, key, kind, where, default=None):
+    """section[key] where it is of the `kind`, as KINDS tells; raises InputError that names the key and `where`."""
+    value = default if section.get(key) is None else section[key]
+    if isinstance(value, bool) or not KINDS[kind][1](value):
+        raise InputError(f"{where}: found {key} = {value!r}, expected {KINDS[kind][0]}")
+    return tuple(value) if kind is tuple else value
 
 
 @dataclass(frozen=True)
@@ -96,17 +103,10 @@ class Config:
         Raises InputError that names the key at fault, what it holds, and `where`.
         """
 
-        def read(section, key, kind, default=None):
-            value = default if section.get(key) is None else section[key]
-            if isinstance(value, bool) or not IS_OF_KIND[kind](value):
-                raise InputError(f"{where}: found {key} = {value!r}, expected {kind}")
-            return tuple(value) if isinstance(value, list) else value
-
         if not isinstance(raw, dict):
             raise InputError(f"{where}: found {type(raw).__name__}, expected a JSON object")
-        text = {**raw, **read(raw, "text_config", OBJECT, default={})}
-        vision = read(raw, "vision_config", OBJECT)
-        vision = {"in_channels": vision.get("in_chans"), **vision}  # the hub's word for it
+        text = {**raw, **read(raw, "text_config", dict, where, default={})}
+        vision = read(raw, "vision_config", dict, where)
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         for key, value, known in (
             ("rope type", rope.get("rope_type", rope.get("type", "mrope")), ("mrope", "default")),
@@ -117,16 +117,13 @@ class Config:
             if value not in known:
                 raise InputError(f"{where}: found {key} = {value!r}, expected {known[0]!r}")
 
-        counts = [each.name for each in fields(VisionConfig) if each.type is int]
+        def sizes(cls, section):
+            plain = [each for each in fields(cls) if each.type in (int, float, tuple)]
+            return {f.name: read(section, f.name, f.type, where, getattr(cls, f.name, None)) for f in plain}
+
         config = cls(
-            vision=VisionConfig(
-                **{name: read(vision, name, POSITIVE, getattr(VisionConfig, name, None)) for name in counts},
-                fullatt_block_indexes=read(vision, "fullatt_block_indexes", SIZES),
-            ),
-            **{each.name: read(text, each.name, POSITIVE) for each in fields(cls) if each.type is int},
-            rms_norm_eps=read(text, "rms_norm_eps", NUMBER),
-            rope_theta=read({**text, **rope}, "rope_theta", NUMBER),
-            mrope_section=read(rope, "mrope_section", SIZES),
+            vision=VisionConfig(**sizes(VisionConfig, {"in_channels": vision.get("in_chans"), **vision})),
+            **sizes(cls, {**text, **rope}),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             raw=raw,
         )
@@ -458,7 +455,7 @@ class Qwen25VL(nn.Module):
         if image_embeds is not None:
             here = input_ids == self.config.image_token_id  # (B, T)
             if (found := int(here.sum())) != len(image_embeds):
-                raise InputError(f"found {found} image tokens in input_ids, expected {len(image_embeds)} by the pictures")
+                raise InputError(f"found {found} image tokens in input_ids, expected {len(image_embeds)} features")
             x = x.masked_scatter(here[..., None], image_embeds.to(x.dtype))
         if position_ids is None:
             new = None if attention_mask is None else attention_mask[:, -T:]
@@ -469,7 +466,7 @@ class Qwen25VL(nn.Module):
         return self.model(x, position_ids, self.visible(attention_mask, T, held), cache)
 
     def visible(self, attention_mask, T, held):
-        """What T new tokens see after `held` old ones: bool (B, 1, T, held + T), or None where causality says it all."""
+        """What T tokens see after `held` old ones: bool (B, 1, T, held + T), or None where causality says it all."""
         if attention_mask is None:
             return None
         if attention_mask.dim() == 3:
@@ -534,13 +531,8 @@ class Cache:
 
 # -- 6. load and save -------------------------------------------------------------------------------------------------
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES, INDEX = 5 * 10**9, "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-COMPANIONS = (  # tokenizer, processor and chat files, copied as they are
-    "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json special_tokens_map.json "
-    "preprocessor_config.json processor_config.json video_preprocessor_config.json chat_template.json "
-    "chat_template.jinja generation_config.json"
-).split()
 
 
 def hub_name(name):
@@ -632,7 +624,7 @@ def load_pretrained(path_or_hub_id, device="cpu", dtype=torch.float32):
         model = Qwen25VL(config)
     model.source = folder
 
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    index, names = folder / INDEX, {"model.safetensors"}
     if index.is_file():
         try:
             names = set(read_json(index)["weight_map"].values())
@@ -673,12 +665,12 @@ def save_pretrained(model, folder):
         if len(shards) > 1:
             where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
             total = sum(tensor.nbytes for tensor in weights.values())
-            write_json(new / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         dtype = str(model.head_weight.dtype).removeprefix("torch.")
         write_json(new / "config.json", {**model.config.raw, "torch_dtype": dtype})
-        for name in COMPANIONS:
-            if model.source is not None and (Path(model.source) / name).is_file():
-                shutil.copyfile(Path(model.source) / name, new / name)
+        for path in Path(model.source).iterdir() if model.source else ():  # tokenizer, processor and chat files
+            if path.suffix in (".json", ".jinja", ".txt") and path.name not in ("config.json", INDEX):
+                shutil.copyfile(path, new / path.name)
 
 
 def write_json(path, value):
@@ -880,23 +872,20 @@ def load_adapter(model, folder):
     for key, known in PLAIN.items():
         if config.get(key) not in (None, *known):
             raise InputError(f"{path}: found {key} = {config[key]!r}, expected {known[0]!r}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise InputError(f"{path}: found {key} = {config.get(key)!r}, expected {NUMBER}")
     file = TensorFile(folder / "adapter_model.safetensors")
     stored = {hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name)): name for name in file.entries}
     present, linear = lora_layers(model), linear_layers(model)
     layers = present or {name: linear[name] for name in sorted({n.rpartition(".")[0] for n in stored} & linear.keys())}
-    rank = next(iter(present.values())).rank if present else config["r"]
+    rank, alpha = read(config, "r", int, path), read(config, "lora_alpha", float, path)
+    rank = next(iter(present.values())).rank if present else rank
     expected = {f"{name}.lora_A": (rank, layer.in_features) for name, layer in layers.items()}
     expected |= {f"{name}.lora_B": (layer.out_features, rank) for name, layer in layers.items()}
     check_tensors(file.path, expected, {name: file.entries[stored[name]]["shape"] for name in stored})
-    alpha, dropout, rslora = config["lora_alpha"], config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
     if not present:
-        add_lora(model, rank, alpha, "|".join(map(re.escape, layers)), dropout)
+        add_lora(model, rank, alpha, "|".join(map(re.escape, layers)), config.get("lora_dropout") or 0.0)
     unmerge_lora(model)
     for layer in lora_layers(model).values():
-        layer.alpha, layer.rslora = alpha, rslora
+        layer.alpha, layer.rslora = alpha, bool(config.get("use_rslora"))
     for name, p in model.named_parameters():
         if ".lora_" in name:
             p.data.copy_(file.read(stored[name], p.device, p.dtype))
@@ -1018,9 +1007,7 @@ class Processor:
         options.setdefault("min_pixels", size.get("shortest_edge"))
         options.setdefault("max_pixels", size.get("longest_edge"))
         for key in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
-            if not IS_OF_KIND[POSITIVE](options.get(key)):
-                raise InputError(f"{path}: found {key} = {options.get(key)!r}, expected {POSITIVE}")
-            setattr(self, key, options[key])
+            setattr(self, key, read(options, key, int, path))
         for key in ("image_mean", "image_std"):
             if not isinstance(options.get(key), list) or len(options[key]) != 3:
                 raise InputError(f"{path}: found {key} = {options.get(key)!r}, expected three numbers")
@@ -1086,12 +1073,12 @@ def describe(path):
     def count(*modules):
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    total, vision = count(model), config.vision
-    full = ", ".join(map(str, vision.fullatt_block_indexes))
-    print(f"Qwen2.5-VL, {total:,} parameters, {2 * total / 1e9:.2f} GB in bf16: {path}")
-    print(f"  vision   {vision.depth} blocks, width {vision.hidden_size}, {vision.num_heads} heads, full attention in {full}")
-    print(f"  text     {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} heads,"
-          f" {config.num_key_value_heads} kv heads, {config.vocab_size:,} tokens")  # fmt: skip
+    tower, total = config.vision, count(model)
+    print(f"{path}: Qwen2.5-VL, {total:,} parameters, {2 * total / 1e9:.2f} GB in bf16")
+    print(f"  vision: {tower.depth} blocks, width {tower.hidden_size}, {tower.num_heads} heads, in windows of")
+    print(f"          {tower.window_size} pixels but for blocks {', '.join(map(str, tower.fullatt_block_indexes))}")
+    print(f"  text:   {config.num_hidden_layers} blocks, width {config.hidden_size},")
+    print(f"          {config.num_attention_heads} heads on {config.num_key_value_heads} keys and values, {config.vocab_size:,} tokens")
     for name, size in (
         ("vision tower", count(model.visual.patch_embed, model.visual.blocks)),
         ("merger", count(model.visual.merger)),
@@ -1101,8 +1088,8 @@ def describe(path):
     ):
         print(f"  {name:<14}{size:>16,}{size / total:>8.1%}" + ("" if size else "  tied to the embedding"))
     adapter = sum(p.numel() for p in lora_parameters(add_lora(model, 64, 128)))
-    print(f"  LoRA training (rank 64) holds {(2 * total + 16 * adapter) / 1e9:.2f} GB and activations: weights in bf16,")
-    print(f"  {adapter:,} adapter values in fp32, each with its gradient and two Adam moments")
+    print(f"  LoRA training holds {(2 * total + 16 * adapter) / 1e9:.2f} GB and activations: the weights in bf16, and")
+    print(f"  {adapter:,} adapter values (rank 64) in fp32, each with its gradient and two Adam moments")
 
 
 @torch.inference_mode()

@@ -1,0 +1,196 @@
+"""Does a test notice? Each line of MUTATIONS makes model.py wrong in one small way; at least one test must then fail.
+
+    python tests/mutations.py [--only TEXT]
+
+Takes some minutes: every mutation runs the model's tests in a process of its own, up to the first that fails. The table
+of which test caught what goes to benchmarks/results/mutations.md.
+"""
+
+import argparse
+import importlib.util
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOW = "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
+
+# Per test file, the one that is tried first: {what is wrong: (what stands in model.py, what stands there instead)}.
+MUTATIONS = {}
+MUTATIONS["model"] = {
+    # config
+    "tied heads read at the top level only": (' or text.get("tie_word_embeddings")', ""),
+    "the hub's in_chans is not known": ('"in_channels": vision.get("in_chans")', '"in_channels": None'),
+    "rope_theta is not read from rope_parameters": ("**sizes(cls, {**text, **rope})", "**sizes(cls, {**rope, 'rope_theta': 1e6, **text})"),
+    # vision tower
+    "tanh GELU in the merger": ("nn.GELU()", 'nn.GELU(approximate="tanh")'),
+    "vision eps 1e-5": ("self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)", "self.norm1 = RMSNorm(config.hidden_size, eps=1e-5)"),
+    "merger eps 1e-5": ("self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)", "self.ln_q = RMSNorm(config.hidden_size, eps=1e-5)"),
+    "windows of 8 merged tokens": ("config.patch_size // merge  #", "config.patch_size  #"),
+    "windows cut where rows are short": ("x : x + side].ravel()", "x : x + side - 1].ravel()"),
+    "full-attention blocks use windows": ("if i in self.config.fullatt_block_indexes:", "if False:"),
+    "every block has full attention": ("if i in self.config.fullatt_block_indexes:", "if True:"),
+    "full attention across pictures": ("frames.append(frame.ravel())", "frames = [np.arange(start)]"),
+    "full attention across frames": ("for frame in tokens:\n            frames.append(frame.ravel())",
+                                     "frames.append(tokens.ravel())\n        for frame in tokens:"),
+    "merged tokens left in window order": ("return self.merger(x).index_select(0, to_pictures)", "return self.merger(x)"),
+    "window order instead of its inverse": ("back[:: merge**2] // merge**2", "windows.order[:: merge**2] // merge**2"),
+    "rows and columns swapped in vision rope": ("np.indices((h, w))", "np.indices((h, w))[::-1].copy()"),
+    "vision rope theta 1e6": ("1.0 / 10000.0 **", "1.0 / 1e6 **"),
+    "vision rope in bf16": ("rotate(qkv[:, :2].float(), cos[:, None, None]", "rotate(qkv[:, :2].bfloat16(), cos[:, None, None]"),
+    "vision rope positions in picture order": ("angles[order].cos()", "angles.cos()"),
+    "heads before q, k, v": ("n (three h k) -> n three h k", "n (h three k) -> n three h k"),
+    "layout kept from inference mode": ("with torch.inference_mode(False):", "if True:"),
+    # text model
+    "rope turns backwards": ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
+    "gate and up swapped": ("F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+    "text eps 1e-5": ("self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)",
+                      "self.input_layernorm = RMSNorm(config.hidden_size, 1e-5)"),
+    "M-RoPE axes in another order": ("axis = [i % 3 for", "axis = [(i + 1) % 3 for"),
+    "M-RoPE sections interleaved": ("for i, width in enumerate(self.config.mrope_section) for _ in range(width)]",
+                                    "for i in range(half)]"),
+    "M-RoPE sections of one size": ("for _ in range(width)]", "for _ in range(half)][::3]"),
+    "text rope theta fixed": ("self.config.rope_theta**exponent", "1e6**exponent"),
+    "text rope in the activation type": ("rearrange(position_ids[axis].float(), \"f b t -> b 1 t f\") * frequency",
+                                         "(rearrange(position_ids[axis], \"f b t -> b 1 t f\").to(dtype) * frequency.to(dtype))"),
+    "kv heads interleaved in decoding": ("q = rearrange(q, \"b (g r) 1 k -> b g r k\", g=G)", "q = rearrange(q, \"b (r g) 1 k -> b g r k\", g=G)"),
+    "new tokens see from the start": (".tril(S - T)", ".tril()"),
+    "untied head ignored": ("if self.config.tie_word_embeddings else self.lm_head.weight", "if True else None"),
+    # positions and masks
+    "padding counts in positions": ("advance = (read & ~image).long()", "advance = (~image).long()"),
+    "a picture moves on by its height": ("max(h, w) for _, h, w in grids", "h for _, h, w in grids"),
+    "a picture moves on by its tokens": ("max(h, w) for _, h, w in grids", "h * w for _, h, w in grids"),
+    "positions count patches, not merged tokens": ("grids = [(t, h // merge, w // merge)", "grids = [(t, h, w)"),
+    "delta counts padding": ("advance.sum(1) - read.sum(1)", "advance.sum(1) - input_ids.shape[1]"),
+    "positions start again after the cache": ("position_ids = position_ids + cache.position", "pass"),
+    "left padding is seen": ("return causal & read[:, None, None] | itself", "return (causal | itself).expand(len(read), 1, -1, -1)"),
+    "left padding taken for right": ("read[:, 1:] <= read[:, :-1]", "read[:, 1:] >= read[:, :-1]"),
+    "right padding always masked": ("if bool(read.all()) or held == 0 and", "if False and"),
+    "padding sees nothing": ("read[:, None, None] | itself", "read[:, None, None]"),
+}  # fmt: skip
+MUTATIONS["processor"] = {
+    "banker's rounding gone": ("round(height / factor) * factor", "math.floor(height / factor + 0.5) * factor"),
+    "shrunk sides rounded up": ("math.floor(side / shrink / factor)", "math.ceil(side / shrink / factor)"),
+    "bilinear resize": ("Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR"),
+    "patches row by row": ('"(h a p) (w b q) c -> (h w a b) c (p q)"', '"(h a p) (w b q) c -> (h a w b) c (p q)"'),
+    "frames before channels": ("np.repeat(pixels[:, :, None], self.temporal_patch_size, axis=2)",
+                               "np.repeat(pixels[:, None], self.temporal_patch_size, axis=1)"),
+    "levels over 256": (".astype(np.float32) / 255", ".astype(np.float32) / 256"),
+    "transparency on black": ('Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")'),
+    "16 bits clipped to 8": (".clip(0, 65535) // 257", ".clip(0, 255)"),
+    "EXIF rotation ignored": ("to_rgb(ImageOps.exif_transpose(image))", "to_rgb(image)"),
+    "no newline after a turn": ("<|im_end|>\\n\"\n        return text", "<|im_end|>\"\n        return text"),
+    "pictures after the text": ('"".join(part["text"]', '"".join(part["text"] if part["type"] == "text" else "" for part in parts(message)) + '
+                                '"".join("" if part["type"] == "text"'),
+    "special tokens decoded": ("skip_special_tokens=True", "skip_special_tokens=False"),
+}  # fmt: skip
+MUTATIONS["loading"] = {
+    "unexpected tensors pass": ('faults += [f"unexpected {name}" for name in found if name not in expected]', "pass"),
+    "in-library vision names unknown": ('r"^model\\.visual\\.", "visual.", re', 'r"^model\\.vision\\.", "visual.", re'),
+    "stale shards stay": ("for name in stale:  #", "for name in []:  #"),
+}  # fmt: skip
+MUTATIONS["lora"] = {
+    "rslora scale as plain": ("(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
+    "alpha of the file ignored": ("layer.alpha, layer.rslora = alpha, bool(", "layer.rslora = bool("),
+    "merging forgets the scale": ("self.original.float() + self.scale * self.lora_B", "self.original.float() + self.lora_B"),
+    "unmerging subtracts": ("self.weight.data, self.original = self.original, None",
+                            "self.weight.data, self.original = (self.weight.data.float() - self.scale * self.lora_B.data @ self.lora_A.data)"
+                            ".to(self.weight.dtype), None"),
+    "adapter_off forgets merged adapters": ("            layer.unmerge()\n            layer.active = False", "            layer.active = False"),
+}  # fmt: skip
+
+
+class FirstFailure:
+    """A pytest plugin that keeps the name of the first test that fails."""
+
+    name = None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and self.name is None:
+            self.name = report.nodeid.rpartition("/")[2]
+
+    def pytest_collectreport(self, report):
+        if report.failed and self.name is None:
+            self.name = f"collecting {report.nodeid.rpartition('/')[2]}"
+
+
+def first_failure(source, first="model"):
+    """The first test that fails with this source of model.py, or None; in a fork, so that imports are paid once."""
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in sorted(MUTATIONS, key=lambda name: name != first)]
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (300, 300))  # some mutations could run for ever
+        with open(os.devnull, "w") as nowhere, tempfile.TemporaryDirectory() as folder:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            path = Path(folder, "model.py")
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location("model", path)
+            sys.modules["model"] = importlib.util.module_from_spec(spec)
+            watch = FirstFailure()
+            try:
+                spec.loader.exec_module(sys.modules["model"])
+                options = ["-x", "-k", SLOW, "-p", "no:cacheprovider", "--basetemp", str(Path(folder, "tests"))]
+                pytest.main([*options, *files], plugins=[watch])
+            except Exception as error:
+                watch.name = f"importing model.py: {error}"
+            os.write(writer, (watch.name or "").encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        name = answer.read()
+    _, status = os.waitpid(child, 0)
+    return name or (None if status == 0 else f"killed by signal {status}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name contains this (default: all)")
+    args = parser.parse_args()
+    source = (ROOT / "model.py").read_text()
+    chosen = [(file, name, *edit) for file, edits in MUTATIONS.items() for name, edit in edits.items() if args.only in name]
+    for _, name, old, _ in chosen:
+        assert source.count(old) == 1, f"{name}: found {source.count(old)} places in model.py that say {old!r}, expected 1"
+    unharmed = None if args.only else first_failure(source)
+    assert unharmed is None, f"the tests fail without any mutation: {unharmed}"
+
+    rows = []
+    for file, name, old, new in chosen:
+        start = time.time()
+        test = first_failure(source.replace(old, new), file)
+        rows.append((name, test))
+        print(f"{time.time() - start:5.0f} s  {'caught' if test else 'SURVIVED':<9} {name:<45} {test or ''}", flush=True)
+    survived = [name for name, test in rows if test is None]
+    print(f"{len(rows) - len(survived)} of {len(rows)} mutations caught")
+    if not args.only:
+        table = "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows)
+        head = f"# Mutations of model.py\n\n{len(rows) - len(survived)} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
+        (ROOT / "benchmarks" / "results" / "mutations.md").write_text(f"{head}| what is wrong | first test that fails |\n|---|---|\n{table}")
+    sys.exit(bool(survived))
+
+
+def warm_up():
+    """Import and run once what every fork would have to."""
+    import peft  # noqa: F401
+    from helpers import batch, oracle, oracle_inputs, question, tiny_checkpoint
+    from model import Processor
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_checkpoint(folder)
+        inputs = batch(Processor.from_pretrained(folder), [question("?")])
+        oracle(folder).generate(**oracle_inputs(inputs), max_new_tokens=1)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    warm_up()
+    for name in ("model", "helpers"):  # each fork imports its own
+        del sys.modules[name]
+    main()
