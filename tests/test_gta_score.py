@@ -40,16 +40,16 @@ def test_arithmetic_agrees_with_known_values(expression):
 REFUSED = ["", " ", "9**9**9", "9**9**9**9", "10 ** 400", "1/0", "1 % 0", "0 ** -1", "(-8) ** 0.5", "log(0)", "1e999", "((1)", "1)", "1 +", "* 2", "2 3", "2(3)",
            "__import__('os').system('true')", "open('/etc/passwd')", "(1).__class__", "exec", "sqrt", "sqrt()", "sqrt(1, 2)", "lambda: 1", "[1] * 10**9",
            "'a' * 10", "1 if 1 else 2", "x", "3x", "٣ + ٤", "１ + １", "²", "1_000", "1 = 1", "1, 2", "$5", "5 %", "math.factorial(9)", "exp(1000)", "nan", "inf",
-           "True", "(" * 500 + "1" + ")" * 500, "-" * 900 + "1", "1" * 100, "1+" * 499 + "+", "9" * 1_000_000, "(" * 1_000_000, " " * 1_000_000, "1\n;2",
+           "True", "(" * 450 + "1" + ")" * 450, "sqrt(" * 150 + "1" + ")" * 150, "2**" * 300 + "1", "-" * 900 + "1", "1" * 100, "1+" * 499 + "+", "9" * 1_000_000, "(" * 1_000_000, " " * 1_000_000, "1\n;2",
            "2 ** 2 ** 2 ** 2 ** 2 ** 2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("expression", REFUSED, ids=range(len(REFUSED)))
 def test_everything_that_is_no_arithmetic_is_refused_at_once(expression):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError):
         evaluate(expression)
-    assert time.perf_counter() - began < 0.2
+    assert time.process_time() - began < 0.2
 
 
 @pytest.mark.parametrize("value", [None, 7, [], {}, b"1", True])
@@ -137,18 +137,18 @@ HEDGES = [
 
 @pytest.mark.parametrize("response", HEDGES, ids=range(len(HEDGES)))
 def test_hedges_and_broken_answers_earn_nothing_and_raise_nothing(response):
-    began = time.perf_counter()
+    began = time.process_time()
     assert parts(response, ITEM) == {"tool": 0, "arguments": 0, "call": 0, "exact": 0}
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_nothing_in_a_response_is_executed(tmp_path):
     mark = tmp_path / "ran"
     gold = {"name": "Calculator", "arguments": {"expression": "1 + 1"}}
     for bait in (f"__import__('pathlib').Path('{mark}').touch() or 2", f"open('{mark}', 'w') and 2", "9**9**9", "2" + "+0" * 100_000):
-        began = time.perf_counter()
+        began = time.process_time()
         assert parts(said({"name": "Calculator", "arguments": {"expression": bait}}), {"answer": json.dumps(gold)})["arguments"] == 0
-        assert time.perf_counter() - began < 0.5
+        assert time.process_time() - began < 0.5
     assert not mark.exists()
 
 
