@@ -28,26 +28,25 @@ def attend_part(q, k, v, bias=None, causal=False):
 
     q (B,G,T,K), k and v (B,G,S,K), bias added to the scores, broadcast to (B,G,T,S). Returns (B,G,T,K) and fp32 (B,G,T,1).
     """
-    if q.device.type == "cpu":  # tiles stay in the processor's cache: 2-4 times the speed of the lines below
+    if q.device.type == "cpu":  # tiles stay in the processor's cache: 2 to 4 times the speed of the plain form
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
         return out, lse[..., None]
-    if causal:
-        bias = q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(1)
-    outs, lses = [], []
-    for rows, lift in chunks(q, k.shape[2], bias):
+    return attend_plainly(q, k, v, bias, causal)
+
+
+def attend_plainly(q, k, v, bias=None, causal=False):
+    """`attend_part` in matrix products, some queries at a time."""
+    outs, lses, S = [], [], k.shape[2]
+    for start in range(0, q.shape[2], size := max(1, SCORES // (q.shape[0] * q.shape[1] * S))):
+        rows = q[:, :, start : start + size]
         scores = torch.matmul(rows / math.sqrt(q.shape[-1]), k.mT).float()  # (B,G,T,S)
-        scores = scores if lift is None else scores + lift
+        if bias is not None:
+            scores += bias
+        if causal:
+            scores += torch.full_like(scores[0, 0], -torch.inf).triu(1 + start)
         lses.append(scores.logsumexp(-1, keepdim=True))
         outs.append(torch.matmul(scores.sub_(lses[-1]).exp_().to(v.dtype), v))
     return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def chunks(q, S, bias):
-    """Rows of q few enough that their scores fit SCORES, with the bias rows that belong to them."""
-    size = max(1, SCORES // (q.shape[0] * q.shape[1] * S))
-    parts = q.split(size, dim=2)
-    per_row = bias is not None and bias.shape[-2] > 1
-    return zip(parts, bias.split(size, dim=-2) if per_row else [bias] * len(parts))
 
 
 def join(outs, lses):
