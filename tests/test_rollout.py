@@ -1,0 +1,233 @@
+"""Sampling: the right distribution, the same response in any company, everything shared read once."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import oracle, oracle_inputs, picture, question, tiny_checkpoint
+
+import cache
+from data import InputError
+from model import Processor, load_pretrained
+from rollout import PolicyRollout, sample, shared_prefixes
+from training import collate, pack, token_logprobs
+
+POLICY = "policy P1: if there is a red cube, answer A1, else go on to section 2. section 2: if blue, A2, else A3. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("rollout"), layers=2, vision_depth=2)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return Processor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(processor):
+    """Text and pictures, one and two of them, of several sizes, with and without a policy in front."""
+    chats = [
+        question("what is red? ", picture(56, 84)), question("no picture here"), question("a ", picture(84, 56), picture(56, 56)),
+        question("which?", picture(112, 84)), question("and this one, in more words than the others have? ", picture(56, 84)),
+    ]  # fmt: skip
+    aware = [[{"role": "user", "content": [{"type": "text", "text": POLICY}, *chat[0]["content"]]}] for chat in chats]
+    return [processor.encode(chat, add_generation_prompt=True) for chat in chats + aware]
+
+
+def fresh(model, prompt, tokens, banned=(), temperature=1.0):
+    """log p of each token by one forward pass over prompt and response: no cache, no sharing."""
+    ids = torch.cat([prompt.input_ids, torch.tensor(tokens)])[None]
+    with torch.no_grad():
+        logits = model.logits(model(ids, None, prompt.pixel_values, prompt.grid_thw))[0, len(prompt.input_ids) - 1 : -1]
+    logits[:, list(banned)] = -torch.inf
+    return (logits / temperature).log_softmax(-1)
+
+
+def test_greedy_tokens_equal_transformers_generate(model, processor, prompts, folder):
+    theirs = oracle(folder)
+    ours = sample(model, prompts, 1, max_tokens=12, temperature=0, stop_ids=processor.stop_ids)
+    for prompt, (response,) in zip(prompts, ours):
+        inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids)[None]}
+        if prompt.grid_thw is not None:
+            inputs |= {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
+        expected = theirs.generate(**oracle_inputs(inputs), max_new_tokens=12, do_sample=False, eos_token_id=processor.stop_ids)
+        assert response.tokens == expected[0, len(prompt.input_ids) :].tolist()
+
+
+def test_sampled_logprobs_equal_a_fresh_forward_pass(model, processor, prompts):
+    """Positions after pictures and padding, shared prefixes, slots: a mistake in any of them shows here."""
+    groups = sample(model, prompts, 3, max_tokens=10, temperature=0.7, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids)
+    for prompt, group in zip(prompts, groups):
+        assert len({tuple(r.tokens) for r in group}) == 3
+        for response in group:
+            expected = fresh(model, prompt, response.tokens, processor.banned_ids, 0.7)
+            expected = expected.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(response.logprobs).float(), expected, atol=1e-5)
+            assert not set(response.tokens) & set(processor.banned_ids)
+
+
+def test_a_response_is_the_same_alone_and_in_any_batch(model, processor, prompts):
+    """Few slots, many slots, alone: the seed decides."""
+    rules = dict(max_tokens=9, stop_ids=processor.stop_ids + list(range(60)))  # one word in five stops: lengths differ
+    together = sample(model, prompts, 4, **rules)
+    squeezed = sample(model, prompts, 4, budget=250, **rules)
+    assert [[r.tokens for r in g] for g in together] == [[r.tokens for r in g] for g in squeezed]
+    assert len({len(r.tokens) for g in together for r in g}) > 3
+    for p in (0, 3, 7):
+        (alone,) = sample(model, [prompts[p]], 1, seeds=[[(p << 32) + 2]], **rules)
+        assert alone[0].tokens == together[p][2].tokens
+        assert np.allclose(alone[0].logprobs, together[p][2].logprobs, atol=1e-5)
+
+
+def test_20000_words_follow_the_distribution(model, processor, prompts):
+    """Chi-square against the exact probabilities, words that are rarer than 1 in 2,000 taken together."""
+    n = 20_000
+    (group,) = sample(model, prompts[:1], n, max_tokens=1, budget=10**7, banned_ids=processor.banned_ids)
+    p = fresh(model, prompts[0], [0], processor.banned_ids)[0].double().exp().numpy()
+    found = np.bincount([r.tokens[0] for r in group], minlength=len(p))
+    assert not found[p == 0].any()
+    p, found = p[p > 0], found[p > 0]
+    rare = p < 5e-4
+    p, found = np.append(p[~rare], p[rare].sum() + 1e-9), np.append(found[~rare], found[rare].sum())
+    chi2 = ((found - n * p) ** 2 / (n * p)).sum()
+    degrees = len(p) - 1
+    assert abs(chi2 - degrees) < 4 * np.sqrt(2 * degrees)  # four standard deviations of the chi-square distribution
+
+
+@pytest.mark.parametrize("rule", [{"top_k": 3}, {"top_p": 0.2}, {"top_k": 40, "top_p": 0.5}])
+def test_truncation_keeps_the_likeliest_words_and_says_so(model, prompts, rule):
+    """The log-probabilities are those of the truncated distribution: they sum to one over the kept words."""
+    (group,) = sample(model, prompts[:1], 400, max_tokens=1, **rule)
+    logp = fresh(model, prompts[0], [0])[0]
+    order = logp.argsort(descending=True)[: rule.get("top_k", len(logp))]
+    share = logp[order].softmax(0).cumsum(0)
+    kept = order[: int((share < rule.get("top_p", 2)).sum()) + 1]
+    found = {r.tokens[0]: r.logprobs[0] for r in group}
+    assert set(found) <= set(kept.tolist())
+    expected = dict(zip(kept.tolist(), logp[kept].log_softmax(0).tolist()))
+    assert all(abs(expected[word] - value) < 1e-5 for word, value in found.items())
+
+
+def test_stops_lengths_and_bans(model, processor, prompts):
+    stops = list(range(0, 288, 2))
+    for group in sample(model, prompts[:2], 20, max_tokens=6, min_tokens=3, stop_ids=stops, banned_ids=[1, 3]):
+        for r in group:
+            assert len(r.tokens) >= 4 or not r.finished  # three words, then a stop token
+            assert not set(r.tokens[:3]) & set(stops) and not set(r.tokens) & {1, 3}
+            assert r.finished == (r.tokens[-1] in stops) and (r.finished or len(r.tokens) == 6)
+    with pytest.raises(InputError, match="seed a response"):
+        sample(model, prompts[:1], 2, max_tokens=3, seeds=[[1]])
+
+
+def test_everything_shared_is_read_once(model, processor, prompts, monkeypatch):
+    """Equal pictures are encoded once, the policy's tokens once for all prompts, and a later call reads neither."""
+    patches, tokens = [], []
+    visual, forward = model.visual.forward, model.forward
+    monkeypatch.setattr(model.visual, "forward", lambda pixels, grid: patches.append(len(pixels)) or visual(pixels, grid))
+    monkeypatch.setattr(model, "forward", lambda ids, *a, **k: tokens.append(ids.numel()) or forward(ids, *a, **k))
+    held = {}
+    sample(model, prompts, 8, max_tokens=1, prefixes=held)
+    distinct = {bytes(x.numpy().tobytes()) for p in prompts if p.grid_thw is not None
+                for x in p.pixel_values.split(p.grid_thw.prod(1).tolist())}  # fmt: skip
+    assert sum(patches) == sum(len(x) // 1176 // 4 for x in distinct)
+    keys = [p.input_ids for p in prompts[5:]]
+    policy = max(len(prefix) // 8 for prefix in held)
+    assert policy > len(POLICY) // 2 and all(torch.equal(k[:policy], keys[0][:policy]) for k in keys)
+    assert tokens.count(policy) == 1 and sum(tokens) < sum(len(p.input_ids) for p in prompts) - 3 * policy
+    tokens.clear()
+    sample(model, prompts[5:6], 1, max_tokens=1, prefixes=held)
+    assert sum(tokens) == len(keys[0]) - policy
+
+
+def test_prefixes_are_those_of_one_policy_each():
+    """All policies begin alike; what counts is what the queries of one policy share."""
+    head, one, other = [np.arange(n) + k for n, k in ((10, 0), (50, 100), (50, 200))]
+    keys = [np.concatenate([head, policy, [300 + i] * 20]) for i in range(6) for policy in (one, other)]
+    keys.append(np.array([7, 7, 7]))
+    groups = sorted((length, sorted(members)) for length, members in shared_prefixes(keys))
+    assert groups == [(0, [12]), (60, [0, 2, 4, 6, 8, 10]), (60, [1, 3, 5, 7, 9, 11])]
+    assert shared_prefixes([keys[0]], {keys[0][:60].tobytes()}) == [(60, [0])]
+    assert shared_prefixes([keys[0], keys[0]]) == [(79, [0, 1])]  # equal prompts keep their last token apart
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_both_forms_of_partial_attention_agree(causal, monkeypatch):
+    monkeypatch.setattr(cache, "SCORES", 200)  # several pieces
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    bias = None if causal else cache.padding_bias([9, 4], 9, q)
+    for ours, theirs in zip(cache.attend_part(q, k, v, bias, causal), cache.attend_plainly(q, k, v, bias, causal)):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    parts = [cache.attend_plainly(q, k[:, :, at], v[:, :, at]) for at in (slice(0, 5), slice(5, 9))]
+    whole = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(cache.join(*map(torch.stack, zip(*parts))), whole, atol=1e-5)
+
+
+def test_packed_responses_are_learned_exactly_as_alone(model, processor, prompts):
+    """Shared-prefix training: log-probabilities and gradients equal those of separate rows."""
+    groups = [[r.tokens for r in g] for g in sample(model, prompts, 3, max_tokens=7, stop_ids=list(range(50)), banned_ids=processor.banned_ids)]
+    packed = pack(model, prompts, groups, processor.pad_id)
+    alone = collate([p for p, g in zip(prompts, groups) for _ in g], [t for g in groups for t in g], pad_id=processor.pad_id)
+    gradients = []
+    for batch in (packed, alone):
+        logp, _ = token_logprobs(model, batch)
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+        gradients.append((logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    (ours, ours_grad), (theirs, theirs_grad) = gradients
+    assert packed.input_ids.numel() < alone.input_ids.numel() / 2
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    for name, expected in theirs_grad.items():
+        assert torch.allclose(ours_grad[name], expected, rtol=1e-3, atol=1e-4), name
+
+
+def test_policy_rollout_is_one_group_learned_without_the_policy(model, processor):
+    """The aware half is drawn behind (P, x); what the loss reads of it stands behind x alone."""
+    item = {"id": "i", "policy": "P1", "question": "apply P1: ", "images": [], "answer": "A1"}
+    policies = {"P1": {"text": POLICY, "images": []}}
+    rollout = PolicyRollout(processor, policies, 2, 3, max_tokens=5, banned_ids=processor.banned_ids)
+    (group,) = rollout(model, [item], [[1, 2, 3, 4, 5]])
+    assert group.aware == [False] * 2 + [True] * 3 and len(group.responses) == 5
+    assert POLICY in processor.decode(group.policy_prompt.input_ids) and POLICY not in processor.decode(group.prompt.input_ids)
+    for response, aware in zip(group.responses, group.aware):
+        x = group.policy_prompt if aware else group.prompt
+        expected = fresh(model, x, response.tokens, processor.banned_ids)[0, response.tokens[0]]
+        assert abs(response.logprobs[0] - float(expected)) < 1e-5
+        logp, _ = token_logprobs(model, pack(model, [group.prompt], [[response.tokens]], processor.pad_id))
+        behind_x = fresh(model, group.prompt, response.tokens).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+        assert torch.allclose(logp.detach(), behind_x, atol=1e-5)
+    (plain,) = PolicyRollout(processor, policies, 2, 0, max_tokens=5, banned_ids=processor.banned_ids)(model, [item], [[1, 2]])
+    assert [r.tokens for r in plain.responses] == [r.tokens for r in group.responses[:2]] and plain.policy_prompt is None
+
+
+def test_a_frozen_sampler_reads_each_policy_once_a_run(folder, model, processor, monkeypatch):
+    frozen = load_pretrained(folder).eval()
+    tokens, forward = [], frozen.forward
+    monkeypatch.setattr(frozen, "forward", lambda ids, *a, **k: tokens.append(ids.numel()) or forward(ids, *a, **k))
+    items = [{"id": f"i{i}", "policy": "P1", "question": f"{i} apply P1: ", "images": [], "answer": "A1"} for i in range(3)]
+    rollout = PolicyRollout(processor, {"P1": {"text": POLICY, "images": []}}, 1, 1, sampler=frozen, max_tokens=1)
+    rollout(model, items, [[1, 2]] * 3)
+    first = sum(tokens)
+    rollout(model, items, [[1, 2]] * 3)
+    assert sum(tokens) - first < len(processor.tokenizer.encode(POLICY).ids)
+
+
+def test_noise_replaces_the_policy(processor, model):
+    item = {"id": "i", "policy": "P1", "question": "what? ", "images": [], "answer": "A1"}
+    rollout = PolicyRollout(processor, {}, 1, 1, noise=0.5, max_tokens=2)
+    rollout.encode = lambda item, policy=None: processor.encode(question("what?", picture(56, 56)), add_generation_prompt=True)
+    (group,) = rollout(model, [item], [[1, 2]])
+    assert torch.equal(group.prompt.input_ids, group.policy_prompt.input_ids)
+    assert 0.4 < (group.prompt.pixel_values - group.policy_prompt.pixel_values).std() < 0.6
+
+
+def test_too_long_a_prompt_is_named_not_cut(processor, model):
+    item = {"id": "item-7", "policy": "P1", "question": "apply P1: ", "images": [], "answer": "A1"}
+    with pytest.raises(InputError, match=r"item-7: found a prompt of \d+ tokens, 0 of them of pictures, expected at most --max-prompt 9"):
+        PolicyRollout(processor, {}, 1, 0, max_prompt=9, max_tokens=2)(model, [item], [[1]])
