@@ -50,11 +50,11 @@ def test_ids_give_what_the_table_gives_in_any_order():
 @pytest.mark.parametrize("mode", ["grpo", "dr_grpo", "batch"])
 @pytest.mark.parametrize("eps", [0.0, 1e-4])
 def test_nothing_to_compare_gives_exactly_nothing(mode, eps):
-    """A lone member and equal rewards (0.1 is not a binary fraction: sums round) give 0, not 0/0 and not 1e-17 / eps."""
-    r = rewards(*[0.1] * 7, 3.0)
-    ids = torch.tensor([0] * 7 + [1], device=DEVICE)
+    """A lone member and equal rewards (the mean of six 0.1 is not 0.1) give 0, not 0/0 and not 1e-17 / eps."""
+    r = torch.tensor([0.1] * 6 + [3.0], dtype=torch.float64, device=DEVICE)
+    ids = torch.tensor([0] * 6 + [1], device=DEVICE)
     assert not group_advantage(r, ids, mode=mode, eps=eps).any()
-    assert not group_advantage(rewards([0.1] * 7, [0.7] * 7), mode=mode, eps=eps).any()
+    assert not group_advantage(r[:6][None], mode=mode, eps=eps).any()
 
 
 @pytest.mark.parametrize("mode", ["grpo", "dr_grpo", "batch"])

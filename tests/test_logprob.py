@@ -432,6 +432,14 @@ def test_this_file_again_with_the_kernel_interpreted():
     assert run.returncode == 0, run.stdout[-3000:]
 
 
+@arithmetic_aside
+def test_wrong_versions_of_the_kernel_are_noticed():
+    """Seven that cost little; `python tests/wrong_kernels.py` has them all and writes the table."""
+    run = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "wrong_kernels.py"), "--fast"], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean_environment())
+    assert run.returncode == 0 and run.stdout.count("| test_trap") >= 7, run.stdout[-3000:]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="interpreted code is not compiled")
 def test_kernel_compiles_for_hopper_with_wide_loads():
     """No GPU is needed to compile for one: types hold, and a vocabulary that is a multiple of 16 is read 16 bytes at a time."""
