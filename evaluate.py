@@ -95,7 +95,8 @@ def judge(text, item, policy):
     if "cot" in item:
         verdict["exact_chain"] = rewards.exact_chain(text, item, policy)
     if "old_answer" in item:  # another policy stands in the prompt under this name: whom does the model follow?
-        verdict["follows_old"] = rewards.accuracy(None, text, {"answer": item["old_answer"]}) * (1 - verdict["correct"])
+        same = gta_score.exact if "tool" in verdict else rewards.accuracy
+        verdict["follows_old"] = same(None, text, {"answer": item["old_answer"]}) * (1 - verdict["correct"])
     return verdict
 
 

@@ -539,7 +539,7 @@ def override_items(dialogues, versions):
 
 def make_dataset(out, seed, gta_root=None, overwrite=False):
     """Write the whole data folder; returns figures for a report. See the module's docstring; raises InputError."""
-    drawn = {}
+    drawn, place_for_it = {}, NewFolder(out, overwrite)  # refuses a taken place before any work
     if gta_root:
         dialogues = read_official(gta_root, seed)
     else:
@@ -551,7 +551,7 @@ def make_dataset(out, seed, gta_root=None, overwrite=False):
     document = {"id": f"{NAME}-document", "policy": NAME, "kind": "document", "images": [], "question": "", "answer": ""}
     versions = changed_versions(random.Random(f"override-{seed}"))
     renewed = override_items(test, versions)
-    with NewFolder(out, overwrite) as draft:
+    with place_for_it as draft:
 
         def place(names, folder):
             for name in sorted(set(names)):

@@ -236,9 +236,3 @@ def call(prompt, response, item):
 def exact(prompt, response, item):
     """1.0 if tool, version and every argument are right, else 0.0."""
     return parts(response, item)["exact"]
-
-
-def kept_old(response, item):
-    """1.0 if a response to an override item makes the call of the old policy, item["old_answer"], and not the new one."""
-    old = parts(response, {"answer": item["old_answer"]})
-    return float(old["exact"] == 1 and exact(None, response, item) == 0)

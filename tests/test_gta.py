@@ -13,8 +13,8 @@ from PIL import Image
 from data import InputError
 from data.dataset import load_items, load_policies, messages, target
 from data.gta_draw import COLORS
-from data.gta_policy import (call_text, least_tokens, main, make_dataset, make_items, override_items, own_dialogues,
-                             read_official, split, to_official)  # fmt: skip
+from data.gta_policy import (call_text, least_tokens, made_up_profile, main, make_dataset, make_items, override_items,
+                             own_dialogues, read_official, split, to_official)  # fmt: skip
 from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, next_step, open_ended, policy_text, rules,
                             solver_command, value_beside, version)  # fmt: skip
 from data.gta_score import call, exact, read_call
@@ -28,6 +28,11 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("gta") / "set"
     report = make_dataset(str(out), seed=0)
     return out, report
+
+
+@pytest.fixture(scope="module")
+def own():
+    return own_dialogues(0)
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +191,9 @@ def test_no_test_picture_or_dialogue_is_seen_in_training(items):
         assert not {("picture", Path(p).name) for p in item["images"]} & seen
 
 
-def test_pictures_hold_what_their_facts_say():
+def test_pictures_hold_what_their_facts_say(own):
     """Ink lies inside every text box, and objects have their colour inside their box and are as many as counted."""
-    dialogues, pictures = own_dialogues(3)
+    dialogues, pictures = own
     for picture in pictures.values():
         for (x1, y1, x2, y2), _ in picture.texts:
             assert 0 <= x1 < x2 <= 448 and 0 <= y1 < y2 <= 336
@@ -216,12 +221,10 @@ def digest(path):
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob("*") if file.is_file()}
 
 
-def test_same_seed_same_bytes_other_seed_other_items(folder, tmp_path):
+def test_same_seed_same_bytes_other_seed_other_users(folder, tmp_path):
     make_dataset(str(tmp_path / "again"), seed=0)
-    make_dataset(str(tmp_path / "other"), seed=1)
     assert digest(folder[0]) == digest(tmp_path / "again")
-    assert digest(folder[0])["test.jsonl"] != digest(tmp_path / "other")["test.jsonl"]
-    assert digest(folder[0])["policies.json"] == digest(tmp_path / "other")["policies.json"]
+    assert [made_up_profile(0, k) for k in "123"] != [made_up_profile(1, k) for k in "123"]
 
 
 def test_calls_with_loose_braces_survive_the_box():
@@ -346,7 +349,7 @@ def test_the_official_folder_becomes_a_data_folder(tmp_path):
     assert sum(map(len, halves)) == 9
 
 
-def test_our_set_reads_back_from_the_official_layout_item_for_item(folder, items):
+def test_our_set_reads_back_from_the_official_layout_item_for_item(folder, items, own):
     """Our folder is itself in the official layout: the official loader derives the very same items from it."""
     dialogues = read_official(str(folder[0]), seed=0)
     again = {item["id"]: item for d in dialogues for item in make_items(d)}
@@ -354,7 +357,7 @@ def test_our_set_reads_back_from_the_official_layout_item_for_item(folder, items
         plain = {**item, "images": [f"image/{Path(p).name}" for p in item["images"]]}
         assert again.pop(item["id"]) == plain
     assert not again
-    assert all(open_ended(d.turns[1][1]["arguments"]["query"]) == d.wants[-1]["open"] for d in own_dialogues(0)[0]
+    assert all(open_ended(d.turns[1][1]["arguments"]["query"]) == d.wants[-1]["open"] for d in own[0]
                if d.wants[-1]["want"] == "search" and len(d.wants) == 1)  # fmt: skip
 
 
@@ -394,8 +397,8 @@ def test_a_missing_folder_and_a_taken_place_are_refused(tmp_path):
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
 
 
-def test_override_items_leave_the_rest_of_a_dialogue_alone():
-    dialogues, _ = own_dialogues(0)
+def test_override_items_leave_the_rest_of_a_dialogue_alone(own):
+    dialogues, _ = own
     changed = changed_versions(random.Random(5))
     for item in override_items(dialogues[:40], changed):
         assert "cot" not in item and item["id"].endswith("-override")

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from data import InputError
-from data.gta_score import (arguments, argument_score, bert_score, box, call, compare, evaluate, exact, expression_score, kept_old,
+from data.gta_score import (arguments, argument_score, bert_score, box, call, compare, evaluate, exact, expression_score,
                             overlap, parts, read_call, token_f1, tool)  # fmt: skip
 
 GOLD = {"name": "AddText", "arguments": {"image": "image/a.png", "text": "summer fair", "position": "lt", "color": "red"}}
@@ -158,6 +158,11 @@ def test_unicode_twins_are_not_the_same_name():
 
 
 def test_obedience_to_the_old_rules_shows():
+    """However the old call is spaced or ordered."""
+    from evaluate import judge
+
     old, new = {"name": "OCR_v1", "arguments": {"image": "a"}}, {"name": "OCR_v2", "arguments": {"image": "a"}}
     item = {"answer": json.dumps(new), "old_answer": json.dumps(old)}
-    assert kept_old(said(old), item) == 1 and kept_old(said(new), item) == kept_old("", item) == 0
+    follows = lambda call: judge(said(call), item, None)["follows_old"]
+    assert follows(old) == follows(json.dumps(dict(reversed(old.items())), indent=1)) == 1
+    assert follows(new) == follows({}) == 0
