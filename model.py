@@ -103,11 +103,9 @@ class Config:
         Raises InputError that names the key at fault, what it holds, and `where`.
         """
 
-        if not isinstance(raw, dict):
-            raise InputError(f"{where}: found {type(raw).__name__}, expected a JSON object")
         text = {**raw, **read(raw, "text_config", dict, where, default={})}
         vision = read(raw, "vision_config", dict, where)
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        rope = read(text, "rope_parameters" if text.get("rope_parameters") else "rope_scaling", dict, where, default={})
         for key, value, known in (
             ("rope type", rope.get("rope_type", rope.get("type", "mrope")), ("mrope", "default")),
             ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
@@ -547,11 +545,14 @@ def library_name(name):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: found no such file, expected JSON") from None
     except ValueError as error:
         raise InputError(f"{path}: found {error}, expected JSON") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def find_folder(path_or_hub_id):
@@ -632,13 +633,14 @@ def load_pretrained(path_or_hub_id, device="cpu", dtype=torch.float32):
             raise InputError(f"{index}: found no weight_map, expected {{tensor name: file}}") from None
     files = [TensorFile(folder / name) for name in sorted(names)]
     where = {hub_name(name): (file, name) for file in files for name in file.entries}
-    if config.tie_word_embeddings:
-        where.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    head = where.pop("lm_head.weight", None) if config.tie_word_embeddings else None  # some store a tied head as well
     expected = {name: p.shape for name, p in model.named_parameters()}
     check_tensors(folder, expected, {name: file.entries[stored]["shape"] for name, (file, stored) in where.items()})
     for name, (file, stored) in where.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(file.read(stored, device, dtype)))
+    if head and not torch.equal(head[0].read(head[1], device, dtype), model.head_weight):
+        raise InputError(f"{folder}: found an lm_head.weight of its own, expected the embedding, as the two are tied")
     return model
 
 
@@ -787,6 +789,8 @@ def add_lora(model, rank, alpha, targets=None, dropout=0.0, rslora=False):
             return re.fullmatch(targets, name) or re.fullmatch(targets, library_name(name))
         return name.startswith("model.layers.") and name.rpartition(".")[2] in (targets or TEXT_TARGETS)
 
+    if not all(layer.merged for layer in lora_layers(model).values()):
+        raise InputError("LoRA: found an adapter in the model, expected it merged before another one")
     layers = {name: layer for name, layer in linear_layers(model).items() if chosen(name)}
     if not layers:
         raise InputError(f"LoRA: found no linear layer that fits the targets {targets!r}, expected one at least")
@@ -1077,8 +1081,8 @@ def describe(path):
     print(f"{path}: Qwen2.5-VL, {total:,} parameters, {2 * total / 1e9:.2f} GB in bf16")
     print(f"  vision: {tower.depth} blocks, width {tower.hidden_size}, {tower.num_heads} heads, in windows of")
     print(f"          {tower.window_size} pixels but for blocks {', '.join(map(str, tower.fullatt_block_indexes))}")
-    print(f"  text:   {config.num_hidden_layers} blocks, width {config.hidden_size},")
-    print(f"          {config.num_attention_heads} heads on {config.num_key_value_heads} keys and values, {config.vocab_size:,} tokens")
+    print(f"  text:   {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} heads")
+    print(f"          on {config.num_key_value_heads} kv heads, {config.vocab_size:,} tokens")
     for name, size in (
         ("vision tower", count(model.visual.patch_embed, model.visual.blocks)),
         ("merger", count(model.visual.merger)),

@@ -88,6 +88,10 @@ def test_a_tied_head_is_neither_written_nor_missed(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as some writers do
     save_file(tensors, folder / "model.safetensors")
     assert same(load_pretrained(folder), model)
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match="lm_head.weight of its own, expected the embedding"):
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -243,6 +247,7 @@ BAD = {
     "damaged header": (file(lambda held: held[:20] + b"\0" * 30 + held[50:]), "model.safetensors: found .* whole"),
     "not safetensors": (file(lambda held: b"PK\x03\x04" + b"pickle" * 99), "model.safetensors: found .* whole"),
     "index without a map": (index(None), "index.json: found no weight_map"),
+    "index a list": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "found list, expected a JSON"),
     "index with a missing file": (index({NORM: "model-7.safetensors"}), "model-7.safetensors: found .*No such file"),
     "config not JSON": (file(lambda held: held[:-30], "config.json"), "config.json: found .* expected JSON"),
     "config a list": (file(lambda held: b"[]", "config.json"), "config.json: found list, expected a JSON object"),
@@ -259,6 +264,7 @@ BAD = {
         config(lambda raw: raw["rope_scaling"].update(mrope_section=[1, 1, 1])), "mrope_section that does not fit",
     ),
     "config with another width": (config(lambda raw: raw["vision_config"].update(out_hidden_size=9)), "out_hidden_size that"),
+    "config with a rope of text": (config(lambda raw: raw.update(rope_scaling="mrope")), "rope_scaling = 'mrope', expected an object"),
     "config with another rope": (config(lambda raw: raw["rope_scaling"].update(type="yarn")), "rope type = 'yarn'"),
     "config with a sliding window": (config(lambda raw: raw.update(use_sliding_window=True)), "use_sliding_window = True"),
     "config with another activation": (config(lambda raw: raw.update(hidden_act="gelu")), "hidden_act = 'gelu'"),

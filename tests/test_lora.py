@@ -219,6 +219,16 @@ def test_settings_that_make_no_adapter_are_refused(model, given):
         add_lora(model, *given)
 
 
+def test_a_second_adapter_goes_onto_the_merged_first_one_only(model, inputs):
+    """The next stage's LoRA on the last one's result; over an unmerged one it would lose it silently."""
+    stir(lora_parameters(add_lora(model, 4, 8)))
+    adapted = logits(model, inputs)
+    with pytest.raises(InputError, match="expected it merged before another one"):
+        add_lora(model, 2, 4)
+    merge_lora(model)
+    assert close(logits(add_lora(model, 2, 4), inputs), adapted)
+
+
 def tensors(change):
     def damage(folder):
         held = load_file(folder / "adapter_model.safetensors")
