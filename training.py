@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import model as qwen
 from checkpoint import Checkpoints, cut_logs, trainable, write_json
-from data import InputError
+from data import InputError, command
 from kernels.logprob import linear_logprob
 
 # -- 1. config: defaults < --config file.json < flags -----------------------------------------------------------------
@@ -397,6 +397,7 @@ class Run:
         self.fsdp = config.full and self.world > 1 and (config.fsdp == "on" or config.fsdp == "auto" and cuda)
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
+        self._lock = None
         self.step, self.skipped, self.extra, self._spare = 0, 0, {}, []
         self.workers = config.workers if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
@@ -410,7 +411,11 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
                                     timeout=timedelta(minutes=self.config.timeout))
             atexit.register(dist.destroy_process_group)
-        self.on_main(self._open)
+        try:
+            self.on_main(self._open)
+        except InputError:
+            self._unlock()
+            raise
         self.checkpoints = Checkpoints(self)
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -425,42 +430,56 @@ class Run:
         self._heart.join()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.is_main:
-            self._lock.close()
+        self._unlock()
         if self.world > 1 and kind not in (None, SystemExit):
             print(f"rank {self.rank}: failed in {self._phase!r} of step {self.step}: {error}", file=sys.stderr, flush=True)
 
     # -- the folder
 
+    def _unlock(self):
+        """Let go of the folder; one in which nothing came about disappears."""
+        if self.is_main and self._lock and not self._lock.closed:
+            (self.out / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+
     def _open(self):
-        """Lock the folder, refuse another run's, write config.json."""
-        config = dataclasses.asdict(self.config)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.out / ".lock", "w")
+        """Lock the folder; refuse another run's."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.out / ".lock", "w")
+        except OSError as error:
+            raise InputError(f"--out {self.out}: {error.strerror}, expected a folder that can be written") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
         except OSError:
+            self._lock.close()
             raise InputError(f"--out {self.out}: another process is writing this run, expected a folder of its own") from None
         for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
             shutil.rmtree(path)
         before = _run_config(self.out)
-        if before and self.config.overwrite:
+        if before and self.config.resume:
+            free = {"out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout", "device",
+                    "gradient_checkpointing", "compile", "max_skipped"}  # these change the path, not the goal
+            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in dataclasses.asdict(self.config).items()
+                       if k not in free and before.get(k) != v]
+            if changed or before["stage"] != self.stage:
+                raise InputError(f"--resume {self.out}: the run was started as {before['stage']} with another config "
+                                 f"({', '.join(changed)}), expected the same")
+        elif (before or (self.out / "model").exists() or (self.out / "adapter").exists()) and not self.config.overwrite:
+            raise InputError(f"--out {self.out}: holds another run, expected a new folder, --resume or --overwrite")
+
+    def _begin(self):
+        """All input has been read and is good: only now delete a run to be overwritten, and write config.json."""
+        if self.config.overwrite and not self.config.resume:
             for name in ("config.json", "results.json", "checkpoints", "model", "adapter"):
                 path = self.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             for path in self.out.glob("*.jsonl"):
                 path.unlink()
-        elif before and self.config.resume:
-            free = {"out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout", "device",
-                    "gradient_checkpointing", "compile", "max_skipped"}  # these change the path, not the goal
-            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in config.items() if k not in free and before.get(k) != v]
-            if changed or before["stage"] != self.stage:
-                raise InputError(f"--resume {self.out}: the run was started with another config ({', '.join(changed) or before['stage']}), "
-                                 "expected the same")
-        elif before or (self.out / "model").exists() or (self.out / "adapter").exists():
-            raise InputError(f"--out {self.out}: holds another run, expected a new folder, --resume or --overwrite")
-        record = {"stage": self.stage, "base": os.path.abspath(self.base) if os.path.exists(self.base) else self.base, **config}
-        write_json(self.out / "config.json", record)
+        base = os.path.abspath(self.base) if os.path.exists(self.base) else self.base
+        write_json(self.out / "config.json", {"stage": self.stage, "base": base, **dataclasses.asdict(self.config)})
 
     def append(self, name, row):
         """Add one line to <out>/<name>.jsonl; a row has its "step", so that a resumed run cuts what it does again."""
@@ -740,6 +759,7 @@ class Run:
 
     def restore(self, model, optimizer):
         """With --resume, load the newest whole checkpoint -> its step; else 0. Logs are cut back to that step."""
+        self.on_main(self._begin)
         state = self.checkpoints.restore(model, optimizer) if self.config.resume else None
         state = state or {"step": 0, "skipped": 0, "extra": {}}
         self.skipped, self.extra = state["skipped"], state["extra"]
@@ -798,3 +818,16 @@ def memory_gb(device):
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] != ["plan"]:
+        raise InputError(f"found {' '.join(argv[:1]) or 'no command'}, expected: python training.py plan --model M (--help lists the flags)")
+    import plan  # here, as it imports this file
+
+    plan.main(argv[1:])
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,189 @@
+"""What a run needs in memory, before it is started: `python training.py plan --model 7B --stage rl --gpus 8`.
+
+Weights, gradients and AdamW follow from the number of parameters; activations are counted, not guessed: one text block and
+the vision tower run on the meta device, which computes nothing, and every tensor that autograd would keep is added up.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import model as qwen
+from data import InputError
+from training import CommonConfig, option, parse, redefault
+
+VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
+          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+          "tokens_per_second": 2, "hidden_act": "silu"}  # fmt: skip
+SIZES = {  # Qwen2.5-VL: width, layers, heads, kv heads, MLP, vocabulary, MLP of the vision tower, tied
+    "3B": (2048, 36, 16, 2, 11008, 151936, 3420, True),
+    "7B": (3584, 28, 28, 4, 18944, 152064, 3420, False),
+    "32B": (5120, 64, 40, 8, 27648, 152064, 3456, False),
+    "72B": (8192, 80, 64, 8, 29568, 152064, 3456, False),
+}
+GB = 1e9
+
+
+@dataclass
+class Config:
+    model: str = option("", f"checkpoint folder, hub id, or one of {', '.join(SIZES)}", required=True)
+    stage: str = option("rl", "cpt, sft or rl", choices=("cpt", "sft", "rl"))
+    full: bool = redefault(CommonConfig, "full", True)
+    lora_rank: int = redefault(CommonConfig, "lora_rank", 8)
+    gpus: int = option(1, "GPUs (ranks); full tuning on several shards weights, gradients and AdamW over them", least=1)
+    memory: float = option(80.0, "memory of one GPU, GB", above=0)
+    prompt: int = option(4096, "tokens of the longest prompt that is learned from, pictures included", least=1)
+    response: int = option(2048, "tokens of the longest response", least=1)
+    patches: int = option(1024, "patches of the pictures in a prompt (four make a token)", least=0)
+    micro_batch: int = redefault(CommonConfig, "micro_batch", 1)
+    gradient_checkpointing: bool = redefault(CommonConfig, "gradient_checkpointing", False)
+    train_vision: bool = redefault(CommonConfig, "train_vision", True)
+    dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
+    budget: int = option(1 << 17, "rl: tokens of prompts and responses that sampling holds at a time, a GPU", least=1)
+    reference: bool = option(True, "rl: a KL term or a frozen sampler holds the start model besides")
+
+
+def architecture(name):
+    """The model of a size or checkpoint on the meta device: shapes without memory."""
+    if name in SIZES:
+        width, layers, heads, groups, inner, vocabulary, vision, tied = SIZES[name]
+        section = [width // heads // 8, width // heads * 3 // 16, width // heads * 3 // 16]
+        raw = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups,
+               "intermediate_size": inner, "vocab_size": vocabulary, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6,
+               "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": section}, "image_token_id": 151655,
+               "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "model_type": "qwen2_5_vl",
+               "max_position_embeddings": 128000, "hidden_act": "silu",
+               "vision_config": {**VISION, "intermediate_size": vision, "out_hidden_size": width}}  # fmt: skip
+    else:
+        folder = qwen.find_folder(name)
+        raw = qwen.read_json(folder / "config.json")
+    with torch.device("meta"):
+        return qwen.Qwen25VL(qwen.Config.from_json(raw))
+
+
+class FlashAttention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps: queries, keys, values, the output and one number a query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return y
+
+
+@contextlib.contextmanager
+def counting(parameters):
+    """Count the bytes that autograd keeps for the backward pass, each storage once, parameters not; yields [bytes]."""
+    seen, total, own = set(), [0], {p.untyped_storage()._cdata for p in parameters}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in seen:
+            seen.add(storage._cdata)
+            alive.append(storage)  # so that its address is not used again
+            total[0] += storage.nbytes()
+        return t
+
+    alive, original = [], F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, **_: FlashAttention.apply(q, k, v)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield total
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def activations(model, config):
+    """(bytes kept a text block, bytes of its input, bytes kept by the vision tower) of one micro-batch."""
+    dtype, text = getattr(torch, config.dtype), model.config
+    rows, tokens = config.micro_batch, config.prompt + config.response
+    block = model.model.layers[0].to(dtype).requires_grad_(config.full)
+    if not config.full:
+        for leaf in qwen.TEXT_TARGETS:
+            owner = block.mlp if hasattr(block.mlp, leaf) else block.self_attn
+            setattr(owner, leaf, qwen.LoRALinear(getattr(owner, leaf), config.lora_rank, 1.0, 0.0, False))
+    x = torch.empty(rows, tokens, text.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    turn = torch.empty(rows, 1, tokens, text.head_dim // 2, dtype=dtype, device="meta")
+    with counting(block.parameters()) as kept:
+        block(x, turn, turn, None, None)
+    vision = [0]
+    if config.full and config.train_vision and config.patches:
+        tower = model.visual.to(dtype).requires_grad_(True)
+        side = max(2, round((config.patches / 4) ** 0.5)) * 2
+        pixels = torch.empty(rows * side * side, tower.patch_embed.proj.weight[0].numel(), device="meta")
+        with counting(tower.parameters()) as vision:
+            tower(pixels, torch.tensor([[1, side, side]] * rows))
+    return kept[0], x.numel() * x.element_size(), vision[0]
+
+
+def plan(config):
+    """{part: bytes} a GPU, the largest phase of a step, and what a smaller setting of each lever would give."""
+    model = architecture(config.model)
+    text = model.config
+    total = sum(p.numel() for p in model.parameters())
+    vision = sum(p.numel() for p in model.visual.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = total - layer * text.num_hidden_layers - (0 if config.train_vision else vision)
+    block, x, tower = activations(model, config)
+    width, half = (2, 2) if config.dtype == "bfloat16" else (4, 0)
+    sharded = config.full and config.gpus > 1
+    ranks = config.gpus if sharded else 1
+    if config.full:
+        tuned = total - (0 if config.train_vision else vision)
+        parts = {"weights (fp32)": 4 * total / ranks, "gradients (fp32)": 4 * tuned / ranks, "AdamW (two fp32 moments)": 8 * tuned / ranks}
+        if sharded:  # the root unit stays gathered from forward to backward; two layers are in flight
+            parts["gathered units and their gradients"] = 2 * width * (root + 2 * layer)
+        elif half:
+            parts["bf16 copies of the weights (autocast)"] = 2 * total
+    else:
+        names = [p for leaf in qwen.TEXT_TARGETS for n, p in model.model.layers[1 if text.num_hidden_layers > 1 else 0].named_parameters()
+                 if n.endswith(f"{leaf}.weight")]  # fmt: skip
+        tuned = config.lora_rank * text.num_hidden_layers * sum(sum(p.shape) for p in names)
+        parts = {f"frozen weights ({'bf16' if half else 'fp32'})": width * total, "adapter, gradient, AdamW (fp32)": 16 * tuned}
+    if config.stage == "rl" and config.reference:
+        parts["start model"] = width * total / ranks if config.full else 0
+    layers = text.num_hidden_layers
+    kept = (layers * x + block if config.gradient_checkpointing else layers * block) + tower
+    tokens = config.micro_batch * (config.response if config.stage == "rl" else config.prompt + config.response)
+    head = tokens * text.hidden_size * 8 + (4 * text.vocab_size * text.hidden_size if config.full else 0)
+    phases = {"learning": kept + 2 * x + block / 2 + head + 2 * 4 * 2048 * text.vocab_size}
+    if config.stage == "rl":
+        cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
+        phases["sampling"] = cache + (width * total if config.full else 0)  # the bf16 weights, gathered or cast once a phase
+    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": sum(parts.values()) + max(phases.values())}
+
+
+def advice(config, result):
+    """Levers that lower the peak, most useful first, as lines of text."""
+    levers = []
+    learning, sampling = result["phases"]["learning"], result["phases"].get("sampling", 0)
+    if sampling >= learning:
+        levers.append(f"--budget {config.budget // 2}: sampling holds fewer tokens at a time")
+    if not config.gradient_checkpointing:
+        levers.append("--gradient-checkpointing: keeps the inputs of blocks only, a third more time")
+    if config.micro_batch > 1:
+        levers.append(f"--micro-batch {config.micro_batch // 2}: the same result, smaller passes")
+    if config.full:
+        levers += [f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further", "--no-train-vision: no gradients there",
+                   "--no-full: LoRA; no gradients and moments of the weights"]
+    return levers + ["shorter --max-prompt or --max-response, or smaller pictures"]
+
+
+def report(config):
+    """The plan as lines of text."""
+    result = plan(config)
+    lines = [f"{config.model}, {config.stage}, {'full' if config.full else f'LoRA r {config.lora_rank}'}, {config.gpus} GPUs: "
+             f"{result['parameters'] / 1e9:.2f} B parameters, {result['trained'] / 1e9:.3f} B trained; GB on each GPU"]  # fmt: skip
+    lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
+    lines += [f"  {size / GB:8.2f}  {name}: activations and buffers" if name == "learning" else
+              f"  {size / GB:8.2f}  {name}: keys, values and bf16 weights" for name, size in result["phases"].items()]  # fmt: skip
+    fits = result["peak"] / GB <= config.memory
+    lines.append(f"  {result['peak'] / GB:8.2f}  peak (the phases follow one another); {'fits' if fits else 'does not fit'} {config.memory:g} GB")
+    return "\n".join(lines if fits else [*lines, "to lower it:", *(f"  {line}" for line in advice(config, result))])
+
+
+def main(argv=None):
+    config = parse(Config, __doc__, argv)
+    print(report(config))
