@@ -123,7 +123,7 @@ class Peak:
 
 
 def measure_cpu(name, N, D, V, trainable, repeats):
-    """One row: seconds, CPU seconds and peak extra memory of forward and of forward + backward."""
+    """One row: seconds, CPU seconds and peak extra bytes of forward and backward together."""
     h, W, y = planted(N, D, V, torch.float32, "cpu")
     h.requires_grad_()
     W.requires_grad_(trainable)
@@ -134,48 +134,47 @@ def measure_cpu(name, N, D, V, trainable, repeats):
     except (AttributeError, ImportError) as error:
         return {**row, "not run": f"not in this installation ({error})"}
     step(rival, h[:16], W, y[:16], True)  # libraries and threads start
-    for key, backward in ("forward+backward", True), ("forward", False):
-        seconds, processor, peaks = [], [], []
-        for _ in range(repeats):
-            with Peak() as peak:
-                start, cpu = time.perf_counter(), time.process_time()
-                step(rival, h, W, y, backward)
-                seconds.append(time.perf_counter() - start)
-                processor.append(time.process_time() - cpu)
-            peaks.append(peak.bytes)
-        row |= {f"{key} s": min(seconds), f"{key} CPU s": min(processor), f"{key} peak extra bytes": peaks[0]}
-    return row
+    seconds, processor, peaks = [], [], []
+    for _ in range(repeats):
+        with Peak() as peak:
+            start, cpu = time.perf_counter(), time.process_time()
+            step(rival, h, W, y, True)
+            seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - cpu)
+        peaks.append(peak.bytes)
+    return {**row, "s": min(seconds), "CPU s": min(processor), "peak extra bytes": peaks[0]}
 
 
 def run_cpu(sizes, repeats):
+    """The rows so far, after each: a run that is stopped leaves what it has, the comparison that matters first."""
     rows = []
-    for N, D, V in sizes:
-        for trainable in False, True:
-            for name in "eager", "ours", "torch linear_cross_entropy none":
-                command_line = [sys.executable, "-m", "benchmarks.logprob", "--row", json.dumps([name, N, D, V, trainable, repeats])]
-                sleepy = {**os.environ, "KMP_BLOCKTIME": "0"}  # a waiting thread sleeps: its spinning is no CPU time of the rival
-                done = subprocess.run(command_line, cwd=ROOT, text=True, capture_output=True, env=sleepy)
-                if done.returncode:
-                    rows.append({"name": name, "N": N, "D": D, "V": V, "head": "trainable" if trainable else "frozen",
-                                 "not run": (done.stderr.strip().splitlines() or ["killed"])[-1]})
-                else:
-                    rows.append(json.loads(done.stdout.splitlines()[-1]))
-                yield rows  # so far: a run that is stopped leaves what it has
+    order = [(name, size, trainable) for names in (("eager", "ours"), ("torch linear_cross_entropy none",))
+             for trainable in (False, True) for size in sizes for name in names]
+    for name, (N, D, V), trainable in order:
+        sleepy = {**os.environ, "KMP_BLOCKTIME": "0"}  # a waiting thread sleeps: its spinning is no CPU time of the rival
+        row = json.dumps([name, N, D, V, trainable, repeats])
+        done = subprocess.run([sys.executable, "-m", "benchmarks.logprob", "--row", row], cwd=ROOT, text=True, capture_output=True,
+                              env=sleepy)
+        if done.returncode:
+            rows.append({"name": name, "N": N, "D": D, "V": V, "head": "trainable" if trainable else "frozen",
+                         "not run": (done.stderr.strip().splitlines() or ["killed"])[-1]})
+        else:
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        yield sorted(rows, key=lambda row: (row["N"], row["head"]))
 
 
 def cpu_table(rows):
-    lines = ["| tokens x width x vocabulary | head | | forward | forward + backward | CPU time of both | peak extra memory |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| tokens x width x vocabulary | head | | time | CPU time | peak extra memory |",
+             "| --- | --- | --- | --- | --- | --- |"]
     base = {}
     for row in rows:
         size = (row["N"], row["D"], row["V"], row["head"])
         if row["name"] == "eager":
             base[size] = row
-        cells = [row.get("not run", "")] + [""] * 3
+        cells = [row.get("not run", "")] + [""] * 2
         if "not run" not in row:
             cells = []
-            for key, unit, scale in (("forward s", "s", 1), ("forward+backward s", "s", 1), ("forward+backward CPU s", "s", 1),
-                                     ("forward+backward peak extra bytes", "MB", 1e6)):
+            for key, unit, scale in ("s", "s", 1), ("CPU s", "s", 1), ("peak extra bytes", "MB", 1e6):
                 ratio = row[key] / base[size][key] if base.get(size, {}).get(key) else math.nan
                 cells.append(f"{row[key] / scale:.{2 if unit == 's' else 0}f} {unit} ({ratio:.2f}x)")
         lines.append(f"| {row['N']} x {row['D']} x {row['V']} | {row['head']} | {row['name']} | " + " | ".join(cells) + " |")
@@ -351,7 +350,7 @@ def main():
     facts, load = machine(), os.getloadavg()[0]
     for rows in run_cpu(sizes or CPU_SIZES, args.repeats):
         result = {"machine": facts, "load at the start": load, "rows": rows}
-        write("logprob_cpu", result, cpu_table(rows), f"fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
+        write("logprob_cpu", result, cpu_table(rows), f"Forward + backward, fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
               f"the same run. At the start {load:.1f} other tasks wanted the cores: CPU time is what they cannot change much. "
               "GPU rows: not run, `make gpu` makes them.")
 

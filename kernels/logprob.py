@@ -24,9 +24,9 @@ The sweep over a chunk's rows is a Triton kernel on a GPU (kernels/logprob_trito
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 16              # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
@@ -82,7 +82,7 @@ class LinearLogprob(torch.autograd.Function):
             if ctx.frozen:
                 scale, G = ctx.saved_tensors
                 factor = torch.where(scale != 0, g * scale, 0)  # whatever comes from above, skipped rows give exactly 0
-                dh, dW = (factor[:, None] * G).to(G.dtype), None  # (N, D)
+                dh, dW = torch.mul(factor[:, None], G, out=torch.empty_like(G)), None  # (N, D), fp32 only inside the product
             else:
                 dh, dW = backward_trainable(g, *ctx.saved_tensors, ctx.temperature, ctx.chunk, *ctx.needs_input_grad[:2])
         return dh, dW, None, None, None, None, None, None
@@ -93,11 +93,12 @@ def forward(h, W, y, kept, graded, temperature, chunk, with_entropy):
     logp, entropy, scale = (torch.zeros_like(y, dtype=torch.float32) for _ in range(3))
     G = None if graded is None else torch.zeros_like(h, memory_format=torch.contiguous_format)
     parts = [(kept, False)] if graded is None else [(graded, True), (kept & ~graded, False)]
-    for mask, gradient in parts:
-        for r, logits in chunks(mask, chunk, W):
-            logp[r], entropy[r], s, direction = sweep(h[r], W, y[r], logits, temperature, with_entropy, gradient)
-            if gradient:
-                scale[r], G[r] = s, times_head(direction, W).to(G.dtype)
+    todo = [(r, gradient) for mask, gradient in parts for r in chunks(mask, chunk)]
+    logits = workspace(W, (r for r, _ in todo))
+    for r, gradient in todo:
+        logp[r], entropy[r], s, direction = sweep(h[r], W, y[r], logits[: len(r)], temperature, with_entropy, gradient)
+        if gradient:
+            scale[r], G[r] = s, times_head(direction, W).to(G.dtype)
     return logp, entropy, scale, G
 
 
@@ -107,8 +108,10 @@ def backward_trainable(g, h, W, y, graded, temperature, chunk, need_h, need_W):
     dW = torch.zeros_like(W, dtype=torch.float32) if need_W else None
     g = torch.where(graded, g, 0)
     unit = g.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if len(g) else 1.0  # keeps g * h inside fp16's range
-    for r, logits in chunks(graded, chunk, W):
-        _, _, scale, direction = sweep(h[r], W, y[r], logits, temperature, False, True)
+    todo = chunks(graded, chunk)
+    logits = workspace(W, todo)
+    for r in todo:
+        _, _, scale, direction = sweep(h[r], W, y[r], logits[: len(r)], temperature, False, True)
         factor = (g[r] * scale)[:, None]  # (C, 1)
         if need_h:
             dh[r] = (factor * times_head(direction, W)).to(dh.dtype)
@@ -122,7 +125,7 @@ def backward_trainable(g, h, W, y, graded, temperature, chunk, need_h, need_W):
 def sweep(h, W, y, logits, temperature, with_entropy, gradient):
     """One chunk: logits into the workspace, then per row logp, entropy, scale and the direction (1[y] - q), in the same memory."""
     fill_logits(h, W, logits)
-    if h.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if h.is_cuda and find_spec("triton") or os.environ.get("TRITON_INTERPRET") == "1":
         from kernels.logprob_triton import sweep_rows
     else:
         sweep_rows = sweep_rows_torch
@@ -179,16 +182,20 @@ def tiles(W):
 
 # -- rows and chunks ----------------------------------------------------------------------------------------------------------
 
-def chunks(mask, size, W):
-    """Indices of the rows marked True (one synchronisation on a GPU), `size` at a time, each with a workspace (C, V) fp32.
+def chunks(mask, size):
+    """Indices of the rows marked True, `size` at a time (one synchronisation on a GPU).
 
     The last index is repeated up to a multiple of ROWS: every row then goes through the same BLAS kernel, so that a row's
     result does not depend on its neighbours, bit for bit on a CPU.
     """
     rows = mask.nonzero()[:, 0]
     rows = torch.cat([rows, rows[-1:].expand(-len(rows) % ROWS)])
-    logits = W.new_empty((min(size, len(rows)), len(W)), dtype=torch.float32)
-    return [(r, logits[:len(r)]) for r in rows.split(size)] if len(rows) else []
+    return rows.split(size) if len(rows) else ()
+
+
+def workspace(W, chunks):
+    """Memory for the logits of the largest chunk, (C, V) fp32."""
+    return W.new_empty((max((len(r) for r in chunks), default=0), len(W)), dtype=torch.float32)
 
 
 def default_chunk(h, W):
