@@ -89,3 +89,23 @@ def judge_line(response, item, policy):
     return json.dumps({"id": item["id"], "task": RUBRIC, "policy": policy["text"], "question": item["question"],
                        "gold": item.get("cot", ""), "reasoning": thoughts(response) or response,
                        "answer": parse(response)}, ensure_ascii=False)  # fmt: skip
+
+
+# -- PA3's rewards (arXiv 2603.14602): --reward accuracy=0.9,format=0.1,data.referral:recall=0.5,data.referral:invented=0.5 -
+
+
+def _named(response, item):
+    """(sections that the thoughts name, sections of the policy); train_rl.py gives each item the latter as "sections"."""
+    return set(mentions(thoughts(response), {"nodes": [{"id": section} for section in item["sections"]]})), set(item["sections"])
+
+
+def recall(prompt, response, item):
+    """Jaccard index of the sections that the thoughts recall and those on the item's path: 1.0 where they are the same."""
+    (named, real), due = _named(response, item), {step["node"] for step in item["path"]}
+    return len(named & real & due) / max(1, len((named & real) | due))
+
+
+def invented(prompt, response, item):
+    """Minus the share of sections named in the thoughts that the policy does not have."""
+    named, real = _named(response, item)
+    return -len(named - real) / max(1, len(named))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from data.referral import invented, recall
 from train_rl import KLS, LOSSES, advantages, bapo_clip, overlong_penalty, shaped, token_weights, words_kl
 
 # Two responses, of three tokens and of two; ratios on both sides of every clip, with both signs of the advantage.
@@ -167,3 +168,11 @@ def test_words_kl_over_the_whole_vocabulary_is_the_kl():
     expected = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     assert torch.allclose(words_kl(h, W, g, W, 1000, 0.7).double(), expected, atol=1e-5)
     assert torch.allclose(words_kl(h, W, h, W, 3, 0.7), torch.zeros(4))
+
+
+def test_pa3_rewards_recall_and_penalise():
+    """Two of three sections that apply, one that does not, and one that the policy does not have."""
+    item = {"sections": ["N1", "N2", "N3", "N4"], "path": [{"node": n, "answer": "yes"} for n in ("N1", "N2", "N3")], "answer": "A"}
+    response = "<think>N1 asks: red? yes. N2 asks: blue? no. N4 no. N17 yes.</think>\\boxed{A}"
+    assert recall("", response, item) == 2 / 4 and invented("", response, item) == -1 / 4
+    assert recall("", "<think>N1. N2. N3.</think>\\boxed{A}", item) == 1 and invented("", "no thoughts", item) == 0
