@@ -78,23 +78,28 @@ def same(a, b):
     return final(a) != [] and final(a) == final(b) and metrics(a) == metrics(b)
 
 
-def kill_at_random(folder, name, out, seconds, kills, rng):
-    """Kill `kills` times: half at a random moment, half as soon as a save is under way -> how many kills met a live run."""
-    hit = 0
-    for _ in range(kills):
+def kill_at_random(folder, name, seconds, kills, rng):
+    """Kill live runs `kills` times, half at a random moment, half in the middle of a save; a run that got to its end is
+    compared, and the next one begun -> did every one end with the undisturbed run's bits?"""
+    whole, hits, number, good = folder / "whole" / name, 0, 0, True
+    while hits < kills:
+        out = folder / "killed" / f"{name} {number}"
         job, start = Job(folder, name, out), time.time()
         in_save, moment = rng.random() < 0.5, rng.uniform(0.3, 1.0) * seconds
-        steps = set(out.glob("checkpoints/step-????????"))
+        before = set(out.glob("checkpoints/step-????????"))
         while all(child.poll() is None for child in job.children):
-            if in_save and list(out.glob("checkpoints/*.tmp")) and set(out.glob("checkpoints/step-????????")) - steps:
-                break
-            if not in_save and time.time() - start > moment:
+            saving = in_save and list(out.glob("checkpoints/*.tmp")) and (len(before) or rng.random() < 0.2)
+            if saving or (not in_save and time.time() - start > moment):
                 break
             time.sleep(0.001)
-        hit += any(child.poll() is None for child in job.children)
-        job.kill(rank=rng.randrange(len(job.children)))
-        job.wait(20)
-    return hit
+        if all(child.poll() is None for child in job.children):
+            hits += 1
+            job.kill(rank=rng.randrange(len(job.children)))
+            job.wait(20)
+        else:
+            good, number = good and job.wait() == [0] * len(job.children) and same(out, whole), number + 1
+    out = folder / "killed" / f"{name} {number}"
+    return Job(folder, name, out).wait() == [0] * RUNS[name][1] and same(out, whole) and good
 
 
 def main():
@@ -123,14 +128,10 @@ def main():
         if any(codes):
             sys.exit(f"{name}: the undisturbed run ended with {codes}: {job.errors}")
 
-    hits = 0
     for i, name in enumerate(RUNS):
-        out = folder / "killed" / name
         kills = args.kills // len(RUNS) + (i < args.kills % len(RUNS))
-        hits += (hit := kill_at_random(folder, name, out, seconds[name], kills, rng))
-        codes = Job(folder, name, out).wait()
-        verdict(f"{name}: {hit} of {kills} SIGKILLs met it alive, then the same weights and metrics, bit by bit",
-                codes == [0] * RUNS[name][1] and same(out, folder / "whole" / name))
+        verdict(f"{name}: {kills} SIGKILLs of a live run, then the same weights and metrics, bit by bit",
+                kill_at_random(folder, name, seconds[name], kills, rng))
 
     for name in ("sft", "cpt, two ranks"):
         out = folder / "sigterm" / name
@@ -162,7 +163,7 @@ def main():
             codes == [0] and "skipped, it is damaged" in job.errors and same(out, folder / "whole" / "cpt"))
 
     total = good + len(failed)
-    print(f"fault: {good} of {total} runs held, {hits} SIGKILLs met a live run, {time.time() - began:.0f} s"
+    print(f"fault: {good} of {total} runs held, {args.kills} SIGKILLs of live runs, {time.time() - began:.0f} s"
           + (f"; failed: {'; '.join(failed)}" if failed else ""))
     sys.exit(bool(failed))
 

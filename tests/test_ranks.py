@@ -1,24 +1,32 @@
-"""1 = 2 = 4 ranks: one global batch gives the same losses and weights, replicated, sharded (FSDP2) and with LoRA."""
+"""One global batch gives the same losses and weights on any number of ranks: replicated, sharded (FSDP2), with LoRA."""
 
-import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from helpers import tiny_checkpoint
 from safetensors.torch import load_file
-from small import arguments, free_port, metrics, on_ranks, quiet, small_data
+from small import ROOT, arguments, free_port, metrics, on_ranks, quiet, small_data
 
 import train_cpt
+import train_rl
 import train_sft
 
-SCRIPTS = {"cpt": train_cpt.main, "sft": train_sft.main}
+SCRIPTS = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
+PORO = {"steps": 2, "group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 8, "reward": "small:length", "beta": 0.01}
+SHARDED = {"steps": 3, "kinds": "applied,document,section", "fsdp": "on", "save_every": 1}
 RUNS = {  # name: (stage, flags); two ranks do all of it in one process each, one rank the same in this one
     "cpt-replicated": ("cpt", {"steps": 3, "kinds": "applied,document,section"}),
-    "cpt-sharded": ("cpt", {"steps": 3, "kinds": "applied,document,section", "fsdp": "on"}),
+    "cpt-sharded": ("cpt", SHARDED),
     "cpt-epoch": ("cpt", {"epochs": 0.5, "batch-size": 4, "fsdp": "on"}),
     "sft": ("sft", {"steps": 3, "replay": "DATA"}),
+    "rl": ("rl", {**PORO, "full": False, "lr": "1e-4"}),
+    "rl-sharded": ("rl", {**PORO, "fsdp": "on", "lr": "1e-5"}),
     "sft-sharded": ("sft", {"steps": 3, "full": True, "fsdp": "on", "gradient_checkpointing": True}),
 }
 
@@ -31,9 +39,20 @@ def run_all(folder, world):
             sys.exit(f"{name}: {errors}")
 
 
+def move(folder, world, to):
+    """A run of `world` ranks as it was after its first step, to be continued by `to` ranks."""
+    out = folder / f"moved-{to}"
+    shutil.copytree(folder / f"cpt-sharded-{world}", out)
+    shutil.rmtree(out / "model")
+    for step in (2, 3):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    return arguments(folder / "model", folder / "data", out, resume=True, **SHARDED)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_all(sys.argv[1], int(os.environ["WORLD_SIZE"]))
+    train_cpt.main(sys.argv[2:])
     sys.exit(0)
 
 
@@ -48,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    for code, output in on_ranks(2, __file__, folder):
+    for code, output in on_ranks(2, __file__, folder, *move(folder, 1, to=2)):
         assert code == 0, output
     return folder
 
@@ -63,6 +82,45 @@ def test_two_ranks_learn_what_one_learns(two, name):
     one, other = metrics(two / f"{name}-1"), metrics(two / f"{name}-2")
     assert len(one) == len(other) > 0
     for a, b in zip(one, other):
-        assert b == pytest.approx(a, rel=1e-6)
+        assert b == pytest.approx(a, rel=1e-6, abs=1e-6)
     a, b = weights(two / f"{name}-1"), weights(two / f"{name}-2")
     assert (a - b).norm() / a.norm() < 1e-6
+
+
+@pytest.mark.parametrize("to", [1, 2])
+def test_a_checkpoint_is_continued_on_another_number_of_ranks(two, to):
+    if to == 1:
+        assert quiet(train_cpt.main, move(two, 2, to=1))[0] == 0
+    for a, b in zip(metrics(two / "cpt-sharded-1"), metrics(two / f"moved-{to}"), strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
+    a, b = weights(two / "cpt-sharded-1"), weights(two / f"moved-{to}")
+    assert (a - b).norm() / a.norm() < 1e-6
+
+
+def test_two_nodes_survive_the_loss_of_one(folder, tmp_path):
+    """Two torchrun agents meet over loopback; one is killed with its worker, comes back, and the run ends as one process's."""
+    flags = dict(steps=10, save_every=1, resume=True)
+    assert quiet(train_sft.main, arguments(folder / "model", folder / "data", tmp_path / "alone", steps=10))[0] == 0
+    port, out = free_port(), tmp_path / "nodes"
+    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d", "--max-restarts", "3",
+             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.2", "train_sft.py",
+             *arguments(folder / "model", folder / "data", out, **flags)]  # fmt: skip
+    agent = lambda: subprocess.Popen([sys.executable, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    nodes = [agent()]
+    time.sleep(2)  # the first one hosts the rendezvous
+    nodes.append(agent())
+    while not list(out.glob("checkpoints/step-????????")):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.02)
+    lost = nodes.pop()
+    with open(f"/proc/{lost.pid}/task/{lost.pid}/children") as file:
+        workers = [int(pid) for pid in file.read().split()]
+    for pid in [lost.pid, *workers]:
+        os.kill(pid, signal.SIGKILL)
+    nodes.append(agent())
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert any("resumed after step" in text for text in errors)
+    for a, b in zip(metrics(tmp_path / "alone"), metrics(out), strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
