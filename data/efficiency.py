@@ -1,6 +1,6 @@
-"""What internalising a policy saves: prompt tokens, time to the first token, tokens a second, and when training has paid.
+"""What internalising a policy saves: prompt tokens, time to the first token, tokens a second, FLOPs.
 
-    python -m data.efficiency --model runs/rl --data data/clevr --runs runs/cpt runs/sft runs/rl --out runs/efficiency.json
+    python -m data.efficiency --model runs/rl --data data/clevr --runs runs/cpt runs/sft runs/rl --out costs.json
 
 Three ways to serve a query: without the policy, with it in the prompt, and with it in the prompt but read once and its
 keys and values kept. Training is counted in FLOPs from the runs' own configs, or without --runs from the paper's recipe
@@ -47,7 +47,8 @@ def vision_flops(config, grids):
     width, full = v.hidden_size, len(v.fullatt_block_indexes)
     window = (v.window_size // v.patch_size) ** 2  # patches that see each other in the other layers
     embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * width
-    weights = embed + v.depth * (4 * width**2 + 3 * width * v.intermediate_size) + (merge * width**2 + width * v.out_hidden_size)
+    blocks = v.depth * (4 * width**2 + 3 * width * v.intermediate_size)
+    weights = embed + blocks + merge * width**2 + width * v.out_hidden_size  # the merger's, a patch
     total = 0
     for t, h, w in grids:
         patches = t * h * w
@@ -65,12 +66,14 @@ class Lengths:
             raise InputError(f"{folder}/{split}: found no items that apply a policy, expected at least one")
         self.count, items = len(everything), everything[:: max(1, len(everything) // SAMPLED)][:SAMPLED]
         plain = [processor.encode(messages(item), add_generation_prompt=True) for item in items]
-        aware = [processor.encode(messages(item, policies[item["policy"]]), add_generation_prompt=True) for item in items]
+        aware = [processor.encode(messages(item, policies[item["policy"]]), add_generation_prompt=True)
+                 for item in items]
         self.query = mean(len(e.input_ids) for e in plain)
         self.policy = mean(len(e.input_ids) for e in aware) - self.query
         self.response = mean(len(processor.tokenizer.encode(target(item)).ids) + 1 for item in items)
         self.query_grids = [grid for e in plain for grid in grids_of(e)]
-        self.policy_grids = [grid for e, p in zip(aware, plain) for grid in grids_of(e)[: len(grids_of(e)) - len(grids_of(p))]]
+        self.policy_grids = [grid for e, p in zip(aware, plain)
+                             for grid in grids_of(e)[: len(grids_of(e)) - len(grids_of(p))]]
         self.sampled = len(items)
 
     def vision(self, config, policy):
@@ -93,8 +96,8 @@ def query_flops(config, lengths, response, policy, kept=False):
 def training_flops(config, run, lengths, steps, batch, response):
     """FLOPs of a run. Full tuning costs three forward passes a sequence, LoRA two: frozen weights need no gradient.
 
-    run: its config; steps, batch: updates and items each; response: mean tokens of a response. VM-CPT reads P with every
-    item; SFT does not; RL besides samples G responses behind x, K behind (P, x), and learns G + K behind x.
+    run: its config; steps, batch: updates and items each; response: mean tokens of a response. VM-CPT reads P with
+    every item; SFT does not; RL besides samples G responses behind x, K behind (P, x), and learns G + K behind x.
     """
     passes = (3 if run.get("full", True) else 2) + bool(run.get("gradient_checkpointing", False))
     sequences = steps * batch
@@ -114,7 +117,7 @@ def training_flops(config, run, lengths, steps, batch, response):
 
 
 def read_run(folder):
-    """A run's (config, steps done, mean length of its sampled responses or None): from config.json and metrics.jsonl."""
+    """A run's (config, steps done, mean length of its sampled responses or None), from its folder."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             run = json.load(file)
@@ -122,7 +125,8 @@ def read_run(folder):
             rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: {error}, expected a run with config.json and metrics.jsonl") from None
-    if not isinstance(run, dict) or run.get("stage") not in ("cpt", "sft", "rl") or not rows or not all(isinstance(row, dict) for row in rows):
+    known = isinstance(run, dict) and run.get("stage") in ("cpt", "sft", "rl")
+    if not known or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{folder}: found no run of train_cpt.py, train_sft.py or train_rl.py with steps in it")
     sampled = [row["length"] for row in rows if "length" in row]
     return run, len(rows), mean(sampled) if sampled else None
@@ -140,12 +144,14 @@ def price(config, processor, runs, data):
         lengths = lengths_of(run["data"], run.get("split") or f"{run['stage']}.jsonl")
         response = sampled or lengths.response
         flops = training_flops(config, run, lengths, steps, run["batch_size"], response)
-        stages.append({"stage": run["stage"], "run": folder, "items": steps * run["batch_size"], "response_tokens": response, "flops": flops})
+        stages.append({"stage": run["stage"], "run": folder, "items": steps * run["batch_size"],
+                       "response_tokens": response, "flops": flops})
     for run in () if runs else RECIPE:
         lengths = lengths_of(data, run["split"])
         items = lengths.count * run["epochs"]
         flops = training_flops(config, run, lengths, 1, items, lengths.response)
-        stages.append({"stage": run["stage"], "run": "recipe", "items": items, "response_tokens": lengths.response, "flops": flops})
+        stages.append({"stage": run["stage"], "run": "recipe", "items": items, "response_tokens": lengths.response,
+                       "flops": flops})
     return stages
 
 
@@ -165,7 +171,8 @@ def read(model, encoded, cache, start=0, pictures=0):
     grids = None if encoded.grid_thw is None else encoded.grid_thw[pictures:]
     pixels = None
     if grids is not None and len(grids):
-        pixels = encoded.pixel_values[int(encoded.grid_thw[:pictures].prod(1).sum()) :].to(device, model.head_weight.dtype)
+        before = int(encoded.grid_thw[:pictures].prod(1).sum())  # patches
+        pixels = encoded.pixel_values[before:].to(device, model.head_weight.dtype)
     grids = None if pixels is None else grids.to(device)
     hidden = model(encoded.input_ids[None, start:].to(device), pixel_values=pixels, image_grid_thw=grids, cache=cache)
     return model.logits(hidden[:, -1:]).argmax(-1)
@@ -202,7 +209,7 @@ def kept_policy(model, processor, policy, encoded):
 
 
 def measure(model, processor, items, policies, new_tokens):
-    """{way: {"prompt_tokens", "first_token_ms", "tokens_per_second"}}, medians over the items; each way is warmed up once."""
+    """{way: {"prompt_tokens", "first_token_ms", "tokens_per_second"}}, medians over the items, after a warm-up."""
     seen = {"without P": [], "with P": [], "with P, kept": []}
     fresh = {}
     for number, item in enumerate([items[0], *items]):
@@ -212,8 +219,10 @@ def measure(model, processor, items, policies, new_tokens):
         if item["policy"] not in fresh:
             fresh[item["policy"]] = kept_policy(model, processor, policy, aware)
         cache, length, pictures = fresh[item["policy"]]
-        rows = [(len(plain.input_ids), *time_query(model, plain, new_tokens)), (len(aware.input_ids), *time_query(model, aware, new_tokens)),
-                (len(aware.input_ids) - length, *time_query(model, aware, new_tokens, cache(), length, pictures))]  # fmt: skip
+        kept = time_query(model, aware, new_tokens, cache(), length, pictures)
+        rows = [(len(plain.input_ids), *time_query(model, plain, new_tokens)),
+                (len(aware.input_ids), *time_query(model, aware, new_tokens)),
+                (len(aware.input_ids) - length, *kept)]  # fmt: skip
         for way, row in zip(seen, rows):
             seen[way] += [row] if number else []
     return {way: {"prompt_tokens": mean(r[0] for r in rows), "first_token_ms": 1000 * median(r[1] for r in rows),
@@ -224,7 +233,7 @@ def measure(model, processor, items, policies, new_tokens):
 
 
 def report(model, processor, data, runs=(), split="test.jsonl", queries=16, new_tokens=32):
-    """Everything at once: measured ways, savings in percent, FLOPs a query, training FLOPs, queries until it has paid."""
+    """Everything at once: measured ways, shares saved, FLOPs a query, training FLOPs, queries until it has paid."""
     policies = load_policies(data)
     items = load_items(data, split, policies)
     ways = measure(model, processor, items[:queries], policies, new_tokens)
@@ -247,25 +256,34 @@ def table(result):
     """The report as lines of text."""
     lines = [f"{'':14}{'prompt tokens':>15}{'first token':>14}{'tokens/s':>10}{'FLOPs a query':>16}"]
     for way, row in result["ways"].items():
-        lines.append(f"{way:14}{row['prompt_tokens']:15.1f}{row['first_token_ms']:11.1f} ms{row['tokens_per_second']:10.1f}{row['flops_per_query']:16.3e}")
+        lines.append(f"{way:14}{row['prompt_tokens']:15.1f}{row['first_token_ms']:11.1f} ms"
+                     f"{row['tokens_per_second']:10.1f}{row['flops_per_query']:16.3e}")  # fmt: skip
     saved = result["saved"]
-    lines.append(f"saved without P: {saved['prompt_tokens']:.1%} of the prompt tokens, {saved['first_token_ms']:.1%} of the time to the first token")
-    lines += [f"training, {stage['stage']} ({stage['run']}): {stage['items']:.0f} items, {stage['flops']:.3e} FLOPs" for stage in result["training"]]
-    lines += [f"paid after {count:,.0f} queries, against serving {way}" for way, count in result["paid_after_queries"].items()]
+    lines.append(f"saved without P: {saved['prompt_tokens']:.1%} of the prompt tokens, "
+                 f"{saved['first_token_ms']:.1%} of the time to the first token")  # fmt: skip
+    lines += [f"training, {stage['stage']} ({stage['run']}): {stage['items']:.0f} items, {stage['flops']:.3e} FLOPs"
+              for stage in result["training"]]
+    for way, count in result["paid_after_queries"].items():
+        lines.append(f"paid after {count:,.0f} queries, against serving {way}")
     return "\n".join(lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.efficiency", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, metavar="M", help="checkpoint, hub id, or the folder of a finished run")
+    parser.add_argument("--model", required=True, metavar="M",
+                        help="checkpoint, hub id, or the folder of a finished run")
     parser.add_argument("--adapter", default="", metavar="A", help="LoRA adapter on top of --model")
     parser.add_argument("--data", required=True, metavar="DIR", help="data folder whose policies and queries are timed")
-    parser.add_argument("--split", default="test.jsonl", metavar="FILE", help="its file of queries (default test.jsonl)")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="RUN", help="training runs to pay for (default: the paper's recipe on --data)")
+    parser.add_argument("--split", default="test.jsonl", metavar="FILE",
+                        help="its file of queries (default test.jsonl)")
+    parser.add_argument("--runs", nargs="*", default=[], metavar="RUN",
+                        help="training runs to pay for (default: the paper's recipe on --data)")
     parser.add_argument("--queries", type=int, default=16, help="queries to time (default 16)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens written to each query (default 32)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights (default auto)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="where to compute (default auto)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                        help="of the weights (default auto)")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(argv)
     for flag, least in (("queries", 1), ("new_tokens", 2)):

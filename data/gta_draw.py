@@ -19,7 +19,7 @@ KINDS = ("mug", "apple", "star", "kite", "fish", "book")
 
 @dataclass
 class Picture:
-    """A picture and its facts: texts [(box, line)], objects [{kind, color, box}], about = what a describer would say."""
+    """A picture and its facts: texts [(box, line)], objects [{kind, color, box}], about: what a describer says."""
 
     family: str
     image: Image.Image
@@ -55,7 +55,8 @@ def draw(family, rng):
 
 SHOPS = ("Corner Bakery", "Harbour Deli", "Green Grocer", "Maple Cafe", "Station Kiosk", "Hill Market", "Old Mill Shop",
          "Blue Door Books", "Sunny Garden", "Bridge Street Bar", "North Pier Fish", "Paper and Pens")  # fmt: skip
-GOODS = ("Bread", "Coffee", "Apples", "Cheese", "Tea", "Soup", "Honey", "Juice", "Salad", "Muffin", "Notebook", "Candle",
+GOODS = ("Bread", "Coffee", "Apples", "Cheese", "Tea", "Soup", "Honey", "Juice", "Salad", "Muffin", "Notebook",
+         "Candle",
          "Olives", "Rice", "Butter", "Lemonade", "Pears", "Walnuts")  # fmt: skip
 
 
@@ -78,7 +79,8 @@ def draw_receipt(rng):
     page.write((60, bottom + 12), "Total", 24)
     page.write((388, bottom + 12), f"{sum(prices) / 100:.2f}", 24, anchor="ra")
     facts = {"title": shop, "prices": dict(zip(goods, prices)), "total": sum(prices)}
-    return Picture("receipt", page.image, f"A till receipt from {shop} with {len(goods)} items and a total.", page.texts,
+    return Picture("receipt", page.image, f"A till receipt from {shop} with {len(goods)} items and a total.",
+                   page.texts,
                    facts=facts)  # fmt: skip
 
 
@@ -95,7 +97,8 @@ def draw_prices(rng):
         page.write((50, 74 + 40 * row), name, 23, chalk)
         page.write((398, 74 + 40 * row), f"{cents / 100:.2f}", 23, chalk, "ra")
     facts = {"title": shop, "prices": dict(zip(goods, prices))}
-    return Picture("prices", page.image, f"A dark price board headed {shop} prices, with {len(goods)} goods.", page.texts,
+    return Picture("prices", page.image, f"A dark price board headed {shop} prices, with {len(goods)} goods.",
+                   page.texts,
                    facts=facts)  # fmt: skip
 
 
@@ -151,14 +154,15 @@ def draw_chart(rng):
         page.write(((left + right) / 2, 298), label, 19, anchor="ma")
         objects.append({"kind": "bar", "color": color, "box": (left, top, right, 290)})
     about = f"A bar chart titled {title} with {len(labels)} {color} bars."
-    return Picture("chart", page.image, about, page.texts, objects, {"title": title, "values": dict(zip(labels, values))})
+    return Picture("chart", page.image, about, page.texts, objects,
+                   {"title": title, "values": dict(zip(labels, values))})
 
 
 # -- 3. formulas -------------------------------------------------------------------------------------------------------
 
 
 def draw_formula(rng):
-    """An equation in one unknown as on a blackboard: linear, quadratic, or with a fraction; `latex` holds its source."""
+    """An equation in one unknown on a blackboard: linear, quadratic, or with a fraction; `latex` is its source."""
     kind, x = rng.choice(["linear", "quadratic", "fraction"]), rng.choice("xyzt")
     a, b, root = rng.randint(2, 9), rng.randint(1, 20), rng.randint(2, 9)
     page = Page((32, 62, 50))

@@ -22,8 +22,8 @@ from data import InputError, command
 from data.clevr_policy import NewFolder, write_json, write_jsonl
 from data.dataset import picture_path
 from data.gta_draw import COLORS, draw, plural
-from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, failed, full_name, next_step, open_ended,
-                            policy, version_reason)  # fmt: skip
+from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, failed, full_name, next_step,
+                            open_ended, policy, version_reason)  # fmt: skip
 from data.gta_score import evaluate
 
 ALBUMS, ALBUM = 11, ("receipt", "receipt", "scene", "scene", "prices", "chart", "sign", "formula")
@@ -57,7 +57,8 @@ def made_up_profile(seed, key):
     edge = lambda values, low, high: rng.choice(values) if rng.random() < 0.25 else rng.randint(low, high)
     return {"account_type": rng.choice("ABCD"), "age": edge([20, 21, 59, 60], 12, 85),
             "credits": edge([249, 250, 251, 499, 500, 501, 749, 750, 751], 0, 1000),
-            "member_since": rng.randint(2009, 2025), "language": rng.choice(["English", "German", "Spanish", "Hindi"])}  # fmt: skip
+            "member_since": rng.randint(2009, 2025),
+            "language": rng.choice(["English", "German", "Spanish", "Hindi"])}  # fmt: skip
 
 
 def least_tokens(text):
@@ -79,9 +80,11 @@ def read_total(rng, name, p):
     sums = [("{0} and {1} together", "[0] + [1]"), ("three {0} and one {1}", "3 * [0] + [1]"),
             ("two of each, {0} and {1}", "2 * [0] + 2 * [1]")]  # fmt: skip
     words, expression = rng.choice(sums)
-    return ([f"What do I pay for {words.format(item, other)}?", f"How much would {words.format(item, other)} cost here?"],
+    return ([f"What do I pay for {words.format(item, other)}?",
+             f"How much would {words.format(item, other)} cost here?"],
             [{"want": "text", "image": name},
-             {"want": "compute", "expression": expression, "slots": [({"image": name}, item), ({"image": name}, other)]}])  # fmt: skip
+             {"want": "compute", "expression": expression,
+              "slots": [({"image": name}, item), ({"image": name}, other)]}])  # fmt: skip
 
 
 def tip(rng, name, p):
@@ -89,44 +92,54 @@ def tip(rng, name, p):
     return ([f"I want to leave a tip of {share} percent on the total. How much is that?",
              f"How many euros are {share} % of the total of this bill?"],
             [{"want": "text", "image": name},
-             {"want": "compute", "expression": f"[0] * {share} / 100", "slots": [({"image": name}, "Total")]}])  # fmt: skip
+             {"want": "compute", "expression": f"[0] * {share} / 100",
+              "slots": [({"image": name}, "Total")]}])  # fmt: skip
 
 
 def split_bill(rng, name, p):
     people = rng.randint(2, 6)
-    return ([f"{people} of us share this bill. What does each one pay?", f"Split the total evenly between {people} people, please."],
+    return ([f"{people} of us share this bill. What does each one pay?",
+             f"Split the total evenly between {people} people, please."],
             [{"want": "text", "image": name},
              {"want": "compute", "expression": f"[0] / {people}", "slots": [({"image": name}, "Total")]}])  # fmt: skip
 
 
 def transcribe(rng, name, p):
-    return ["Please type out everything that is written here.", "What is written in the picture? I need it as text."], [{"want": "text", "image": name}]
+    wordings = ["Please type out everything that is written here.",
+                "What is written in the picture? I need it as text."]  # fmt: skip
+    return wordings, [{"want": "text", "image": name}]
 
 
 def chart_of(rng, name, p):
     labels = list(p.facts["prices"] if "prices" in p.facts else p.facts["values"])
     chart = rng.choice([None, None, "line", "pie"])
     want = {"want": "plot", "image": name, "labels": labels, **({"kind": chart} if chart else {})}
-    what, chart = ("single prices, without the total" if "total" in p.facts else "numbers in the picture"), f"{chart} chart" if chart else "chart"
-    return [f"Make a {chart} of the {what}.", f"Draw a {chart} of the {what}, in the same order."], [{"want": "text", "image": name}, want]
+    what = "single prices, without the total" if "total" in p.facts else "numbers in the picture"
+    chart = f"{chart} chart" if chart else "chart"
+    return ([f"Make a {chart} of the {what}.", f"Draw a {chart} of the {what}, in the same order."],
+            [{"want": "text", "image": name}, want])  # fmt: skip
 
 
 def chart_gap(rng, name, p):
     first, second = rng.sample(list(p.facts["values"]), 2)
     words, expression = rng.choice([("sum of {0} and {1}", "[0] + [1]"), ("mean of {0} and {1}", "([0] + [1]) / 2"),
                                     ("product of {0} and {1}", "[0] * [1]")])  # fmt: skip
-    return ([f"What is the {words.format(first, second)} in this chart?", f"Work out the {words.format(first, second)} from the diagram."],
+    return ([f"What is the {words.format(first, second)} in this chart?",
+             f"Work out the {words.format(first, second)} from the diagram."],
             [{"want": "text", "image": name},
-             {"want": "compute", "expression": expression, "slots": [({"image": name}, first), ({"image": name}, second)]}])  # fmt: skip
+             {"want": "compute", "expression": expression,
+              "slots": [({"image": name}, first), ({"image": name}, second)]}])  # fmt: skip
 
 
 def describe(rng, name, p):
-    return ["What does the picture show?", "Describe this picture for somebody who cannot see it."], [{"want": "content", "image": name}]
+    wordings = ["What does the picture show?", "Describe this picture for somebody who cannot see it."]
+    return wordings, [{"want": "content", "image": name}]
 
 
 def count(rng, name, p):
     kind = rng.choice([kind for kind, n in p.facts["counts"].items() if n > 1])
-    return [f"How many {plural(kind)} are there?", f"Count the {plural(kind)}, please."], [{"want": "count", "image": name, "object": kind}]
+    wordings = [f"How many {plural(kind)} are there?", f"Count the {plural(kind)}, please."]
+    return wordings, [{"want": "count", "image": name, "object": kind}]
 
 
 def count_price(rng, name, p):
@@ -135,19 +148,23 @@ def count_price(rng, name, p):
     return ([f"Each {kind} costs {cents / 100:.2f}. What do all the {plural(kind)} cost together?",
              f"I sell every {kind} in the picture for {cents / 100:.2f}. How much do I take?"],
             [{"want": "count", "image": name, "object": kind},
-             {"want": "compute", "expression": f"{cents / 100:.2f} * [0]", "slots": [({"want": "count", "image": name, "object": kind}, None)]}])  # fmt: skip
+             {"want": "compute", "expression": f"{cents / 100:.2f} * [0]",
+              "slots": [({"want": "count", "image": name, "object": kind}, None)]}])  # fmt: skip
 
 
 def colour_of(rng, name, p):
     kind = p.facts["single"]
     attribute, verb = rng.choice([("colour", "is"), ("colour", "is"), ("condition", "does")])
-    return ([f"What {attribute} {verb} the {kind}{' have' if verb == 'does' else ''}?", f"Tell me the {attribute} of the {kind}."],
+    return ([f"What {attribute} {verb} the {kind}{' have' if verb == 'does' else ''}?",
+             f"Tell me the {attribute} of the {kind}."],
             [{"want": "attribute", "image": name, "object": kind, "attribute": attribute}])  # fmt: skip
 
 
 def locate(rng, name, p):
     kind = rng.choice([kind for kind, n in p.facts["counts"].items() if n > 1])
-    return [f"Where are the {plural(kind)}? I need all their positions.", f"Give me the boxes of all {plural(kind)}."], [{"want": "locate", "image": name, "object": kind}]
+    many = plural(kind)
+    wordings = [f"Where are the {many}? I need all their positions.", f"Give me the boxes of all {many}."]
+    return wordings, [{"want": "locate", "image": name, "object": kind}]
 
 
 def mark(rng, name, p):
@@ -160,75 +177,97 @@ def mark(rng, name, p):
 
 def restyle(rng, name, p):
     manner = rng.choice(MANNERS)
-    return [f"Please {manner}.", f"Take this picture and {manner}."], [{"want": "restyle", "image": name, "instruction": manner}]
+    wordings = [f"Please {manner}.", f"Take this picture and {manner}."]
+    return wordings, [{"want": "restyle", "image": name, "instruction": manner}]
 
 
 def caption(rng, name, p):
     corner, color = rng.choice(list(CORNERS)), rng.choice([None, None, *COLORS])
     line = rng.choice(["Sunday", "For Ana", "Page 3", "Draft", "Summer fair", "Checked"])
     tail = f" in {color}" if color else ""
-    want = {"want": "caption", "image": name, "text": line, "position": CORNERS[corner], **({"color": color} if color else {})}
+    want = {"want": "caption", "image": name, "text": line, "position": CORNERS[corner],
+            **({"color": color} if color else {})}
     return [f'Write "{line}" at the {corner}{tail}.', f'Add the words "{line}"{tail}, placed {corner}.'], [want]
 
 
 def solve(rng, name, p):
-    return [f"Solve this for {p.facts['unknown']}.", f"Which {p.facts['unknown']} satisfies the equation?"], [{"want": "solve", "image": name}]
+    unknown = p.facts["unknown"]
+    wordings = [f"Solve this for {unknown}.", f"Which {unknown} satisfies the equation?"]
+    return wordings, [{"want": "solve", "image": name}]
 
 
 def latex(rng, name, p):
-    return ["Give me the LaTeX of what is on the board.", "I want to paste this equation into my notes as LaTeX."], [{"want": "formula", "image": name}]
+    wordings = ["Give me the LaTeX of what is on the board.", "I want to paste this equation into my notes as LaTeX."]
+    return wordings, [{"want": "formula", "image": name}]
 
 
 def look_up(rng, name, p):
     title = p.facts["title"]
-    asked, query, wide = rng.choice([("When was this place founded", f"{title} founding year", False), ("Which town is this in", f"{title} town", False),
+    asked, query, wide = rng.choice([("When was this place founded", f"{title} founding year", False),
+                                     ("Which town is this in", f"{title} town", False),
                                      ("What do visitors think of this place", f"{title} reviews", True),
                                      ("Any advice for a visit here", f"{title} visit tips", True)])  # fmt: skip
-    return ([f"{asked}? Its name is in the picture.", f"Read the name at the top first: {asked[0].lower() + asked[1:]}?"],
+    return ([f"{asked}? Its name is in the picture.",
+             f"Read the name at the top first: {asked[0].lower() + asked[1:]}?"],
             [{"want": "text", "image": name}, {"want": "search", "query": query, "open": wide}])  # fmt: skip
 
 
-MAKERS = {"receipt": (read_total, tip, split_bill, transcribe, chart_of), "prices": (read_total, chart_of, transcribe, look_up),
-          "chart": (chart_gap, chart_of, describe, transcribe), "sign": (transcribe, look_up, restyle, describe, caption),
+MAKERS = {"receipt": (read_total, tip, split_bill, transcribe, chart_of),
+          "prices": (read_total, chart_of, transcribe, look_up),
+          "chart": (chart_gap, chart_of, describe, transcribe),
+          "sign": (transcribe, look_up, restyle, describe, caption),
           "formula": (solve, latex, solve, caption),
           "scene": (count, count_price, colour_of, locate, mark, restyle, caption, describe)}  # fmt: skip
 
 
 def compare_bills(rng, names, pictures):
     (a, b) = names
-    words, expression = rng.choice([("What do both bills come to together?", "[0] + [1]"), ("What is the mean of the two totals?", "([0] + [1]) / 2")])
+    words, expression = rng.choice([("What do both bills come to together?", "[0] + [1]"),
+                                    ("What is the mean of the two totals?", "([0] + [1]) / 2")])
     return [words], [{"want": "text", "image": a}, {"want": "text", "image": b},
-                     {"want": "compute", "expression": expression, "slots": [({"image": a}, "Total"), ({"image": b}, "Total")]}]  # fmt: skip
+                     {"want": "compute", "expression": expression,
+                      "slots": [({"image": a}, "Total"), ({"image": b}, "Total")]}]  # fmt: skip
 
 
 def count_both(rng, names, pictures):
     shared = [kind for kind in pictures[0].facts["counts"] if kind in pictures[1].facts["counts"]]
     kinds = [shared[0]] * 2 if shared else [rng.choice(list(p.facts["counts"])) for p in pictures]
     sources = [{"want": "count", "image": name, "object": kind} for name, kind in zip(names, kinds)]
-    what = f"{plural(kinds[0])} in both pictures" if shared else f"{plural(kinds[0])} in the first and {plural(kinds[1])} in the second picture"
+    first, second = map(plural, kinds)
+    what = f"{first} in both pictures" if shared else f"{first} in the first and {second} in the second picture"
     return ([f"How many are there altogether, {what}?"],
-            [*sources, {"want": "compute", "expression": "[0] + [1]", "slots": [(source, None) for source in sources]}])  # fmt: skip
+            [*sources, {"want": "compute", "expression": "[0] + [1]",
+                        "slots": [(source, None) for source in sources]}])  # fmt: skip
 
 
 def restyle_second(rng, names, pictures):
     manner = rng.choice(MANNERS)
-    return [f"Take the second of these pictures and {manner}."], [{"want": "restyle", "image": names[-1], "instruction": manner}]
+    wordings = [f"Take the second of these pictures and {manner}."]
+    return wordings, [{"want": "restyle", "image": names[-1], "instruction": manner}]
 
 
 def read_first(rng, names, pictures):
     return ["Please type out what is written in the first picture."], [{"want": "text", "image": names[0]}]
 
 
-TOGETHER = ((("receipt", "receipt"), compare_bills), (("scene", "scene"), count_both), (("sign", "scene"), restyle_second),
+TOGETHER = ((("receipt", "receipt"), compare_bills), (("scene", "scene"), count_both),
+            (("sign", "scene"), restyle_second),
             (("prices", "chart", "sign"), read_first), (("chart", "scene"), restyle_second))  # fmt: skip
-NEW_PICTURES = ("a lighthouse, evening, calm sea", "two foxes, snow, birch trees", "a red tram, rainy street, night", "a tea house, garden, spring",
-                "an old globe, desk, warm light", "a rowing boat, reeds, morning mist", "a market stall, pumpkins, autumn", "a paper crane, blue table",
+NEW_PICTURES = ("a lighthouse, evening, calm sea", "two foxes, snow, birch trees", "a red tram, rainy street, night",
+                "a tea house, garden, spring",
+                "an old globe, desk, warm light", "a rowing boat, reeds, morning mist",
+                "a market stall, pumpkins, autumn", "a paper crane, blue table",
                 "a castle, hill, storm clouds", "three kites, beach, wind", "a cat, window, winter")  # fmt: skip
-QUESTIONS = (("Who designed the Sydney Opera House?", "Sydney Opera House architect", False), ("Give me ideas for a rainy day with children.", "ideas rainy day with children", True),
-             ("How high is Mont Blanc?", "Mont Blanc height", False), ("I need advice on growing tomatoes on a balcony.", "advice growing tomatoes balcony", True),
-             ("In which year did the Titanic sink?", "Titanic sinking year", False), ("How do I get wax out of a tablecloth?", "how to remove wax from tablecloth", True),
-             ("What is the capital of Bhutan?", "capital of Bhutan", False), ("Which recipes use up stale bread?", "recipes for stale bread", True),
-             ("When did the Berlin Wall fall?", "Berlin Wall fall date", False), ("Recommend walks near a lake for beginners.", "recommended lake walks for beginners", True),
+QUESTIONS = (("Who designed the Sydney Opera House?", "Sydney Opera House architect", False),
+             ("Give me ideas for a rainy day with children.", "ideas rainy day with children", True),
+             ("How high is Mont Blanc?", "Mont Blanc height", False),
+             ("I need advice on growing tomatoes on a balcony.", "advice growing tomatoes balcony", True),
+             ("In which year did the Titanic sink?", "Titanic sinking year", False),
+             ("How do I get wax out of a tablecloth?", "how to remove wax from tablecloth", True),
+             ("What is the capital of Bhutan?", "capital of Bhutan", False),
+             ("Which recipes use up stale bread?", "recipes for stale bread", True),
+             ("When did the Berlin Wall fall?", "Berlin Wall fall date", False),
+             ("Recommend walks near a lake for beginners.", "recommended lake walks for beginners", True),
              ("How long is the river Nile?", "Nile length", False))  # fmt: skip
 
 
@@ -245,7 +284,8 @@ def answer(call, pictures, rng):
     if tool == "CountGivenObject":
         return str(sum(thing["kind"] == given["text"] for thing in picture.objects))
     if tool == "TextToBbox":
-        boxes = [thing["box"] for thing in picture.objects if thing["kind"] == given["text"]][: 1 if given["top1"] else None]
+        boxes = [thing["box"] for thing in picture.objects if thing["kind"] == given["text"]]
+        boxes = boxes[:1] if given["top1"] else boxes
         return "\n".join(f"{_box(box)}, score {92 - 3 * k}" for k, box in enumerate(boxes))
     if tool == "RegionAttributeDescription":
         thing = next(thing for thing in picture.objects if _box(thing["box"]) == given["bbox"])
@@ -268,14 +308,15 @@ def play(key, names, pictures, words, wants, rng, profile):
     dialogue = Dialogue(key, list(names), profile, [("user", words)], wants)
     while step := next_step(wants, names, dialogue.profile, dialogue.history()):
         again = any(failed(entry["result"]) for entry in dialogue.history()[-1:])
-        result = "Error: the tool did not answer in time" if not again and rng.random() < FAILURES else answer(step.call, pictures, rng)
+        breaks = not again and rng.random() < FAILURES
+        result = "Error: the tool did not answer in time" if breaks else answer(step.call, pictures, rng)
         dialogue.turns.append(("call", step.call, result, " ".join(step.why)))
     dialogue.turns.append(("assistant", f"Here is the result: {dialogue.history()[-1]['result'].splitlines()[0]}"))
     return dialogue
 
 
 def own_dialogues(seed):
-    """Our own requests on pictures drawn for them -> ([Dialogue], {file name: Picture}); albums never share a picture."""
+    """Our own requests on pictures drawn for them -> ([Dialogue], {file name: Picture}); albums share no picture."""
     dialogues, everything, drawn = [], {}, set()
     for album in range(ALBUMS):
         rng = random.Random(f"gta-{seed}-{album}")
@@ -288,10 +329,10 @@ def own_dialogues(seed):
             name = f"image/image_{len(everything) + 1}.png"
             pictures[name] = everything[name] = picture
         requests = []
-        scenic = rng.sample(MAKERS["scene"], len(MAKERS["scene"]))  # shared out, so that every album asks for every tool
+        scenic = rng.sample(MAKERS["scene"], 8)  # shared out between the two scenes: every album asks for every tool
         for name, picture in pictures.items():
-            share = [scenic.pop() for _ in range(4)] if picture.family == "scene" else rng.sample(MAKERS[picture.family], 2)
-            for make in share:
+            scene = picture.family == "scene"
+            for make in [scenic.pop() for _ in range(4)] if scene else rng.sample(MAKERS[picture.family], 2):
                 requests.append(([name], *make(rng, name, picture)))
         for families, make in TOGETHER:
             names = [next(n for n, p in pictures.items() if p.family == f) for f in families]
@@ -313,7 +354,8 @@ def own_dialogues(seed):
 def to_official(dialogues):
     """Dialogues as (dataset.json, toolmeta.json) of the official folder: tools without versions, no profiles."""
     meta = {tool: {"name": tool, "description": purpose, "outputs": [],
-                   "inputs": [{"type": kind.rstrip("?"), "name": name, "description": holds, "optional": kind.endswith("?")}
+                   "inputs": [{"type": kind.rstrip("?"), "name": name, "description": holds,
+                               "optional": kind.endswith("?")}
                               for name, (kind, holds) in given.items()]}
             for tool, (purpose, given, _) in TOOLS.items()}  # fmt: skip
     dataset = {}
@@ -326,7 +368,8 @@ def to_official(dialogues):
             _, call, result, thought = turn
             used.append(bare_name(call["name"]))
             function = {"name": used[-1], "arguments": call["arguments"]}
-            lines.append({"role": "assistant", "tool_calls": [{"type": "function", "function": function}], "thought": thought})
+            lines.append({"role": "assistant", "tool_calls": [{"type": "function", "function": function}],
+                          "thought": thought})
             lines.append({"role": "tool", "name": used[-1], "content": {"type": "text", "content": result}})
         dataset[str(number)] = {"tools": [meta[tool] for tool in dict.fromkeys(used)],
                                 "files": [{"type": "image", "path": name, "url": ""} for name in dialogue.pictures],
@@ -355,7 +398,8 @@ def read_official(folder, seed):
 
 def _take(entry, key, kind, where):
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        found = f"{type(entry[key]).__name__} under {key!r}" if isinstance(entry, dict) and key in entry else f"no key {key!r}"
+        there = isinstance(entry, dict) and key in entry
+        found = f"{type(entry[key]).__name__} under {key!r}" if there else f"no key {key!r}"
         raise InputError(f"{where}: {found} found, expected {key!r} to hold {kind.__name__}")
     return entry[key]
 
@@ -402,8 +446,8 @@ def official_call(function, profile, where):
     except ValueError as error:
         raise InputError(f"{where}: arguments of {name!r} are not JSON ({error})") from None
     if name not in TOOLS or not isinstance(given, dict):
-        raise InputError(f"{where}: call of {name!r} with {type(given).__name__} found, expected a tool of the policy with an object: "
-                         + ", ".join(TOOLS))  # fmt: skip
+        raise InputError(f"{where}: call of {name!r} with {type(given).__name__} found, expected a tool of the policy "
+                         f"with an object: {', '.join(TOOLS)}")  # fmt: skip
     given = dict(given)
     if name == "GoogleSearch":
         given["k"] = 4 if open_ended(str(given.get("query", ""))) else 1
@@ -419,8 +463,8 @@ def result_text(content, where):
 
 # -- 4. items ----------------------------------------------------------------------------------------------------------
 
-ASK = ("Give the next tool call only. Think inside <think></think>, then write the call as one JSON object with the keys "
-       "name and arguments inside \\boxed{}.")  # fmt: skip
+ASK = ("Give the next tool call only. Think inside <think></think>, then write the call as one JSON object with the "
+       "keys name and arguments inside \\boxed{}.")  # fmt: skip
 
 
 def call_text(call):
@@ -448,9 +492,10 @@ def call_text(call):
 
 
 def question(dialogue, turns):
-    """What the model is asked after `turns`: whose policy, the profile, the pictures' names, the conversation so far."""
+    """What the model is asked after `turns`: policy's name, profile, pictures' names, the conversation so far."""
     profile = ", ".join(f"{key} {value}" for key, value in dialogue.profile.items())
-    lines = [f"Policy {NAME} applies.", f"User profile: {profile}", f"Pictures: {', '.join(dialogue.pictures) or 'none'}"]
+    lines = [f"Policy {NAME} applies.", f"User profile: {profile}",
+             f"Pictures: {', '.join(dialogue.pictures) or 'none'}"]
     step = 0
     for turn in turns:
         if turn[0] == "call":
@@ -474,9 +519,11 @@ def make_items(dialogue):
         before = dialogue.turns[:k]
         history = [{"call": old[1], "result": old[2]} for old in before if old[0] == "call"]
         why = version_reason(bare_name(call["name"]), dialogue.profile, VERSIONS)
-        thought = thought if why in thought or (history and failed(history[-1]["result"])) else f"{thought} {why}".strip()
+        if why not in thought and not (history and failed(history[-1]["result"])):  # an official thought
+            thought = f"{thought} {why}".strip()
         item = {"id": f"{NAME}-{dialogue.key}-{len(history)}", "policy": NAME, "scene": (dialogue.pictures or [""])[0],
-                "images": dialogue.pictures, "question": question(dialogue, before), "answer": call_text(call), "path": [],
+                "images": dialogue.pictures, "question": question(dialogue, before), "answer": call_text(call),
+                "path": [],
                 "cot": thought, "profile": dialogue.profile, "history": history, "dialogue": dialogue.key}  # fmt: skip
         if not dialogue.pictures:
             del item["scene"]
@@ -523,7 +570,7 @@ def under(dialogue, versions):
 
 
 def override_items(dialogues, versions):
-    """Items under changed version rules whose answer differs from the old one, which stands beside it as `old_answer`."""
+    """Items under changed version rules whose answer differs from the old one, kept beside it as `old_answer`."""
     items = []
     for dialogue in dialogues:
         old = make_items(dialogue)
@@ -547,8 +594,10 @@ def make_dataset(out, seed, gta_root=None, overwrite=False):
     train, test = split(dialogues, seed)
     train_items, test_items = ([item for d in half for item in make_items(d)] for half in (train, test))
     if not train_items or not test_items:
-        raise InputError(f"{gta_root}: {len(train_items)} training and {len(test_items)} test items found, expected some of each")
-    document = {"id": f"{NAME}-document", "policy": NAME, "kind": "document", "images": [], "question": "", "answer": ""}
+        raise InputError(f"{gta_root}: {len(train_items)} training and {len(test_items)} test items found, expected "
+                         "some of each")  # fmt: skip
+    document = {"id": f"{NAME}-document", "policy": NAME, "kind": "document", "images": [], "question": "",
+                "answer": ""}
     versions = changed_versions(random.Random(f"override-{seed}"))
     renewed = override_items(test, versions)
     with place_for_it as draft:
@@ -563,14 +612,16 @@ def make_dataset(out, seed, gta_root=None, overwrite=False):
 
         place([name for d in dialogues for name in d.pictures], draft)
         write_json(os.path.join(draft, "policies.json"), [policy()])
-        write_jsonl(os.path.join(draft, "cpt.jsonl"), [*({**item, "kind": "applied"} for item in train_items), document])
+        applied = [{**item, "kind": "applied"} for item in train_items]
+        write_jsonl(os.path.join(draft, "cpt.jsonl"), [*applied, document])
         for name, items in (("sft", train_items), ("rl", train_items), ("test", test_items)):
             write_jsonl(os.path.join(draft, f"{name}.jsonl"), items)
         if not gta_root:
             dataset, meta = to_official(dialogues)
             write_json(os.path.join(draft, "dataset.json"), dataset)
             write_json(os.path.join(draft, "toolmeta.json"), meta)
-            facts = {name: {"family": p.family, "about": p.about, "texts": p.texts, "objects": p.objects, "facts": p.facts}
+            facts = {name: {"family": p.family, "about": p.about, "texts": p.texts, "objects": p.objects,
+                            "facts": p.facts}
                      for name, p in drawn.items()}  # fmt: skip
             write_json(os.path.join(draft, "pictures.json"), facts)
         place([name for item in renewed for name in item["images"]], os.path.join(draft, "override"))
@@ -578,7 +629,8 @@ def make_dataset(out, seed, gta_root=None, overwrite=False):
         write_json(os.path.join(draft, "override", "policies.json"), [policy(versions, updated=True)])
         write_jsonl(os.path.join(draft, "override", "test.jsonl"), renewed)
     answers = Counter(json.loads(item["answer"])["name"] for item in test_items)
-    return {"dialogues": len(dialogues), "pictures": len({name for d in dialogues for name in d.pictures}), "train": len(train_items),
+    return {"dialogues": len(dialogues), "pictures": len({name for d in dialogues for name in d.pictures}),
+            "train": len(train_items),
             "test": len(test_items), "override": len(renewed), "tokens": least_tokens(policy()["text"]),
             "tools": len({bare_name(turn[1]["name"]) for d in dialogues for turn in d.turns if turn[0] == "call"}),
             "most frequent": max(answers.values()) / len(test_items)}  # fmt: skip
@@ -594,7 +646,8 @@ def main(argv=None):
     report = make_dataset(args.out, args.seed, args.gta_root, args.overwrite)
     print(f"{args.out}: {report['dialogues']} dialogues over {report['pictures']} pictures, {report['tools']} tools; "
           f"{report['train']} training and {report['test']} test items, {report['override']} under changed rules; "
-          f"policy of at least {report['tokens']} Qwen tokens; most frequent tool {report['most frequent']:.3f} of the test items")  # fmt: skip
+          f"policy of at least {report['tokens']} Qwen tokens; most frequent tool {report['most frequent']:.3f} of "
+          f"the test items")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -94,67 +94,80 @@ IMAGE = ("text", "the exact file name of the picture to work on")
 BOX = ("text", 'the region as "(x1, y1, x2, y2)" in pixels, left top corner first')
 TOOLS = {
     "ImageDescription": (
-        "Tells in a few plain sentences what a picture shows as a whole: its subject, its setting and what stands out. It does not transcribe writing "
-        "and gives no positions. Returns text.",
+        "Tells in a few plain sentences what a picture shows as a whole: its subject, its setting and what stands "
+        "out. It does not transcribe writing and gives no positions. Returns text.",
         {"image": IMAGE},
-        {"v1": "one sentence, the subject alone", "v2": "two sentences, subject and setting", "v3": "a short paragraph without colours",
-         "v4": "a full paragraph with colours and materials", "v5": "a full paragraph that also names how the parts relate to each other"}),
+        {"v1": "one sentence, the subject alone", "v2": "two sentences, subject and setting",
+         "v3": "a short paragraph without colours",
+         "v4": "a full paragraph with colours and materials",
+         "v5": "a full paragraph that also names how the parts relate to each other"}),
     "OCR": (
-        "Reads the printed or handwritten words and numbers in a picture. Returns one line of text for each line in the picture, every one with its box in "
-        "front of it, from top to bottom. Formulas come out garbled.",
+        "Reads the printed or handwritten words and numbers in a picture. Returns one line of text for each line in "
+        "the picture, every one with its box in front of it, from top to bottom. Formulas come out garbled.",
         {"image": IMAGE},
-        {"v1": "the newest reader, trained on low-contrast and slanted print", "v2": "the newest reader with a filter for names of persons",
+        {"v1": "the newest reader, trained on low-contrast and slanted print",
+         "v2": "the newest reader with a filter for names of persons",
          "v3": "the standard reader for print in Latin script", "v4": "the standard reader with handwriting added",
          "v5": "a light reader for clear print in large type"}),
     "GoogleSearch": (
-        "Looks up on the web what neither the pictures nor the conversation hold, such as facts about a place, a product or an event. Returns the "
-        "titles and short extracts of the best pages.",
+        "Looks up on the web what neither the pictures nor the conversation hold, such as facts about a place, a "
+        "product or an event. Returns the titles and short extracts of the best pages.",
         {"query": ("text", "the search words, with the names found in the pictures spelled out"),
          "k": ("whole number", "how many pages to return")},
-        {"v1": "strict filter for minors", "v2": "the ordinary index, refreshed weekly", "v3": "the ordinary index, refreshed by the hour"}),
+        {"v1": "strict filter for minors", "v2": "the ordinary index, refreshed weekly",
+         "v3": "the ordinary index, refreshed by the hour"}),
     "TextToImage": (
-        "Paints a new picture from a list of keywords, with nothing to start from. It never sees the pictures of the conversation. Returns the file name of "
-        "the new picture.",
+        "Paints a new picture from a list of keywords, with nothing to start from. It never sees the pictures of the "
+        "conversation. Returns the file name of the new picture.",
         {"keywords": ("text", "what the picture shall show, as short phrases with commas between them")},
-        {"v1": "1024 pixels wide, every style", "v2": "512 pixels wide, every style", "v3": "256 pixels wide, drawings only"}),
+        {"v1": "1024 pixels wide, every style", "v2": "512 pixels wide, every style",
+         "v3": "256 pixels wide, drawings only"}),
     "RegionAttributeDescription": (
-        "Looks at one rectangular region of a picture and describes one property of what is inside, such as its colour, its material or what it is used for. "
-        "Returns text.",
+        "Looks at one rectangular region of a picture and describes one property of what is inside, such as its "
+        "colour, its material or what it is used for. Returns text.",
         {"image": IMAGE, "bbox": BOX, "attribute": ("text", "the property to describe, in one or two words")},
         {"v1": "describes in a single word or two", "v2": "describes in a whole sentence with a confidence"}),
     "CountGivenObject": (
-        "Counts how many objects of one kind a picture shows. It counts every one that is at least half visible. Returns a whole number.",
+        "Counts how many objects of one kind a picture shows. It counts every one that is at least half visible. "
+        "Returns a whole number.",
         {"image": IMAGE, "text": ("text", "the kind of object, in the singular and in small letters"),
          "bbox": ("text?", "a region to count in, if the request limits the count to one")},
-        {"v1": "reliable up to ten objects", "v2": "reliable up to thirty objects", "v3": "reliable up to a hundred objects",
-         "v4": "reliable up to a thousand objects"}),
+        {"v1": "reliable up to ten objects", "v2": "reliable up to thirty objects",
+         "v3": "reliable up to a hundred objects", "v4": "reliable up to a thousand objects"}),
     "ImageStylization": (
-        "Repaints an attached picture in another manner and keeps what it shows where it is. Returns the file name of the new picture.",
+        "Repaints an attached picture in another manner and keeps what it shows where it is. Returns the file name of "
+        "the new picture.",
         {"image": IMAGE, "instruction": ("text", "the manner wanted, as the request puts it")},
-        {"v1": "gentle changes for younger users", "v2": "the whole range of manners", "v3": "the whole range, with stronger contrast for easier viewing"}),
+        {"v1": "gentle changes for younger users", "v2": "the whole range of manners",
+         "v3": "the whole range, with stronger contrast for easier viewing"}),
     "Calculator": (
         "Works out one arithmetic expression. It knows numbers, + - * / ** and parentheses. Returns a number.",
         {"expression": ("text", "the expression, with plain numbers and no units")}, {}),
     "TextToBbox": (
-        "Finds objects by a description and says where they are. Returns one line for each object found: its box and a score out of a hundred, the best first.",
+        "Finds objects by a description and says where they are. Returns one line for each object found: its box and "
+        "a score out of a hundred, the best first.",
         {"image": IMAGE, "text": ("text", "the object in a few words"),
          "top1": ("true or false", "true returns the best object alone, false all of them")}, {}),
     "Plot": (
         "Draws a chart from numbers that are given in the call. Returns the file name of the chart.",
-        {"command": ("text", 'one line such as bar(labels=["Tea", "Rice"], values=[3.10, 2.50]), or line(...) or pie(...)')}, {}),
+        {"command": ("text", 'one line such as bar(labels=["Tea", "Rice"], values=[3.10, 2.50]), or line(...) or '
+                             "pie(...)")}, {}),
     "MathOCR": (
         "Reads mathematical notation: fractions, powers, roots, equations. Returns LaTeX source without dollar signs.",
         {"image": IMAGE}, {}),
     "Solver": (
         "Solves an equation for one unknown, exactly. Returns the solutions as text.",
-        {"command": ("text", "one line such as solve(3*x + 2 = 11, x), every product written with *, every power with **")}, {}),
+        {"command": ("text", "one line such as solve(3*x + 2 = 11, x), every product written with *, every power "
+                             "with **")}, {}),
     "DrawBox": (
         "Draws a rectangular frame on a copy of a picture. Returns the file name of the copy.",
-        {"image": IMAGE, "bbox": BOX, "annotation": ("text?", "a label to write beside the frame, if the request gives one")}, {}),
+        {"image": IMAGE, "bbox": BOX,
+         "annotation": ("text?", "a label to write beside the frame, if the request gives one")}, {}),
     "AddText": (
         "Writes one line of text on a copy of a picture. Returns the file name of the copy.",
         {"image": IMAGE, "text": ("text", "the line, letter for letter as the request gives it"),
-         "position": ("text", "where it stands: l, m or r for left, middle or right, then t, m or b for top, middle or bottom"),
+         "position": ("text", "where it stands: l, m or r for left, middle or right, then t, m or b for top, middle "
+                              "or bottom"),
          "color": ("text", "the colour of the letters, one word")}, {}),
 }  # fmt: skip
 
@@ -168,44 +181,59 @@ def _table(tool, opening, versions):
 def rules(versions=VERSIONS):
     """The 24 calling rules as text, in order; rule n is rules()[n - 1]."""
     return [
-        "A turn is one call. Decide on the single tool that has to run next, call it, and wait for its result; calls that come later are decided when their "
-        "turn comes. The call is one JSON object with exactly two keys, name and arguments, and nothing is written after it.",
-        "A tool that exists in several versions is called by its name, an underscore and the version, as in OCR_v3. A tool with a single version is called by "
-        "its name alone. The version follows from the user's profile by Rules 8 to 14, never from what the user asks for and never from what an earlier "
-        "conversation used.",
-        "Give every argument that the tool requires. Give an optional argument only where the request or a rule calls for it. Arguments that the tool does not "
-        "list do not exist.",
-        "A picture is named exactly as in the list of pictures, with its folder and its ending. A picture that a tool has made is named as the tool's result "
-        "names it. Never shorten, number or translate a file name.",
-        "When the user attaches more than one picture, describe every one of them with ImageDescription before anything else, one call each, in the order in "
-        "which they are attached, even if the request seems to concern only one of them.",
-        "A single attached picture is described only when the request asks what it shows. In every other case go straight to the tool that does the work.",
-        "A call that has succeeded is not made again; its result is used. A call whose result begins with Error is repeated once, with the same name and the "
-        "same arguments, before anything else is tried.",
-        _table("ImageDescription", "The version of ImageDescription depends on the account and, except for account type A, on the credits:", versions),
-        _table("OCR", "The version of OCR depends first on the credits. In the middle band the account decides as well, in the highest band the age:", versions),
-        _table("GoogleSearch", "The version of GoogleSearch depends on the age, and for adults on the credits:", versions),
-        _table("TextToImage", "The version of TextToImage depends on the account, and for account type D on the credits:", versions),
-        _table("RegionAttributeDescription", "The version of RegionAttributeDescription depends on the account alone:", versions),
+        "A turn is one call. Decide on the single tool that has to run next, call it, and wait for its result; calls "
+        "that come later are decided when their turn comes. The call is one JSON object with exactly two keys, name "
+        "and arguments, and nothing is written after it.",
+        "A tool that exists in several versions is called by its name, an underscore and the version, as in OCR_v3. A "
+        "tool with a single version is called by its name alone. The version follows from the user's profile by Rules "
+        "8 to 14, never from what the user asks for and never from what an earlier conversation used.",
+        "Give every argument that the tool requires. Give an optional argument only where the request or a rule calls "
+        "for it. Arguments that the tool does not list do not exist.",
+        "A picture is named exactly as in the list of pictures, with its folder and its ending. A picture that a tool "
+        "has made is named as the tool's result names it. Never shorten, number or translate a file name.",
+        "When the user attaches more than one picture, describe every one of them with ImageDescription before "
+        "anything else, one call each, in the order in which they are attached, even if the request seems to concern "
+        "only one of them.",
+        "A single attached picture is described only when the request asks what it shows. In every other case go "
+        "straight to the tool that does the work.",
+        "A call that has succeeded is not made again; its result is used. A call whose result begins with Error is "
+        "repeated once, with the same name and the same arguments, before anything else is tried.",
+        _table("ImageDescription", "The version of ImageDescription depends on the account and, except for account "
+               "type A, on the credits:", versions),
+        _table("OCR", "The version of OCR depends first on the credits. In the middle band the account decides as "
+               "well, in the highest band the age:", versions),
+        _table("GoogleSearch", "The version of GoogleSearch depends on the age, and for adults on the credits:",
+               versions),
+        _table("TextToImage", "The version of TextToImage depends on the account, and for account type D on the "
+               "credits:", versions),
+        _table("RegionAttributeDescription", "The version of RegionAttributeDescription depends on the account alone:",
+               versions),
         _table("CountGivenObject", "The version of CountGivenObject depends on the credits alone:", versions),
         _table("ImageStylization", "The version of ImageStylization depends on the age alone:", versions),
-        "Calculator, TextToBbox, Plot, MathOCR, Solver, DrawBox and AddText have one version. They are open to every account, at every age and with any credits.",
-        "Words and numbers in a picture are read with OCR. Mathematical expressions, whether printed or written by hand, are read with MathOCR and never with "
-        "OCR, even if they look simple. Do not trust your own reading of either.",
-        "To describe a property of one object, first find the object with TextToBbox, then call RegionAttributeDescription with the box that came back. A box "
-        "is never guessed from the picture.",
-        'A box is written as text in the form "(x1, y1, x2, y2)": four whole numbers in pixels, the left top corner first, a comma and a space between them.',
-        "In GoogleSearch, k is 1 when the question has one definite answer, such as a date, a name or a number. When the question is open-ended, such as a "
-        "wish for advice, ideas or reviews, k is 4. Other values are not used.",
-        "In TextToBbox, top1 is true when one particular object is meant, and also when its box is needed for a later call about that object. It is false "
-        "when the user wants to have all objects of a kind located.",
-        "All computing with numbers goes to Calculator, as one expression that holds the numbers as the tools returned them, in the order in which the request "
-        "names them. An equation with an unknown goes to Solver, after MathOCR has read it, with every product and power written out.",
-        "How many objects there are is asked of CountGivenObject, one call for each kind of object. Do not count boxes and do not count by eye.",
-        "To frame an object, find it with TextToBbox, then call DrawBox with that box; annotation is given only if the user wants a label. In AddText the colour "
-        "is the one the user names, and red if the user names none; the position is given by its two letters, such as lt, mm or rb.",
-        "A picture from nothing is made with TextToImage. A new manner for an attached picture is the work of ImageStylization. A chart is drawn with Plot, "
-        "from values that are already in the conversation, in their order; a bar chart is drawn unless the user names another kind.",
+        "Calculator, TextToBbox, Plot, MathOCR, Solver, DrawBox and AddText have one version. They are open to every "
+        "account, at every age and with any credits.",
+        "Words and numbers in a picture are read with OCR. Mathematical expressions, whether printed or written by "
+        "hand, are read with MathOCR and never with OCR, even if they look simple. Do not trust your own reading of "
+        "either.",
+        "To describe a property of one object, first find the object with TextToBbox, then call "
+        "RegionAttributeDescription with the box that came back. A box is never guessed from the picture.",
+        'A box is written as text in the form "(x1, y1, x2, y2)": four whole numbers in pixels, the left top corner '
+        'first, a comma and a space between them.',
+        "In GoogleSearch, k is 1 when the question has one definite answer, such as a date, a name or a number. When "
+        "the question is open-ended, such as a wish for advice, ideas or reviews, k is 4. Other values are not used.",
+        "In TextToBbox, top1 is true when one particular object is meant, and also when its box is needed for a later "
+        "call about that object. It is false when the user wants to have all objects of a kind located.",
+        "All computing with numbers goes to Calculator, as one expression that holds the numbers as the tools "
+        "returned them, in the order in which the request names them. An equation with an unknown goes to Solver, "
+        "after MathOCR has read it, with every product and power written out.",
+        "How many objects there are is asked of CountGivenObject, one call for each kind of object. Do not count "
+        "boxes and do not count by eye.",
+        "To frame an object, find it with TextToBbox, then call DrawBox with that box; annotation is given only if "
+        "the user wants a label. In AddText the colour is the one the user names, and red if the user names none; the "
+        "position is given by its two letters, such as lt, mm or rb.",
+        "A picture from nothing is made with TextToImage. A new manner for an attached picture is the work of "
+        "ImageStylization. A chart is drawn with Plot, from values that are already in the conversation, in their "
+        "order; a bar chart is drawn unless the user names another kind.",
     ]  # fmt: skip
 
 
@@ -215,16 +243,20 @@ def policy_text(versions=VERSIONS, updated=False):
     if updated:
         lines.append(f"This edition replaces every earlier edition of {NAME}. Where they differ, only this one counts.")
     lines.append(
-        "You help users with questions about their pictures. You do not answer from your own view of a picture; you work through the tools below, one "
-        "call at a time, until their results answer the request. Every user has a profile with an account type (A, B, C or D), an age in years and a number "
-        "of credits; ages and credits are whole numbers. The profile decides which version of a tool may be used. Other entries of the profile do not matter."
+        "You help users with questions about their pictures. You do not answer from your own view of a picture; you "
+        "work through the tools below, one "
+        "call at a time, until their results answer the request. Every user has a profile with an account type (A, B, "
+        "C or D), an age in years and a number "
+        "of credits; ages and credits are whole numbers. The profile decides which version of a tool may be used. "
+        "Other entries of the profile do not matter."
     )
     lines.append("\nPart I. The tools")
     for number, (tool, (purpose, arguments, notes)) in enumerate(TOOLS.items(), 1):
         lines.append(f"\n{number}. {tool}\n{purpose}")
         lines.append("   Arguments:")
         for name, (kind, holds) in arguments.items():
-            lines.append(f"   - {name} ({kind.rstrip('?')}, {'optional' if kind.endswith('?') else 'required'}): {holds}.")
+            need = "optional" if kind.endswith("?") else "required"
+            lines.append(f"   - {name} ({kind.rstrip('?')}, {need}): {holds}.")
         if notes:
             lines.append("   Versions:")
             lines += [f"   - {tool}_{v}: {note}." for v, note in notes.items()]
@@ -296,18 +328,20 @@ def _plan(wants, pictures, result):
     """All calls of a request in order, (tool, arguments, reasons); later ones may read results of earlier ones."""
     if len(pictures) > 1:
         for number, picture in enumerate(pictures, 1):
-            why = f"{len(pictures)} pictures are attached, so Rule 5 has each described first; {picture} is number {number}."
-            yield "ImageDescription", {"image": picture}, [why]
+            why = f"{len(pictures)} pictures are attached, so Rule 5 has each described first; "
+            yield "ImageDescription", {"image": picture}, [why + f"{picture} is number {number}."]
     for want in wants:
         yield from WANTS[want["want"]](want, result)
 
 
 def _text(want, result):
-    yield "OCR", {"image": want["image"]}, [f"Words and numbers on {want['image']} are needed; Rule 16 reads them with OCR."]
+    why = f"Words and numbers on {want['image']} are needed; Rule 16 reads them with OCR."
+    yield "OCR", {"image": want["image"]}, [why]
 
 
 def _content(want, result):
-    yield "ImageDescription", {"image": want["image"]}, [f"The user asks what {want['image']} shows; Rule 6 allows a description."]
+    why = f"The user asks what {want['image']} shows; Rule 6 allows a description."
+    yield "ImageDescription", {"image": want["image"]}, [why]
 
 
 def _count(want, result):
@@ -317,20 +351,22 @@ def _count(want, result):
 
 def _one_box(want, result, purpose):
     arguments = {"image": want["image"], "text": want["object"], "top1": True}
-    yield "TextToBbox", arguments, [f"{purpose} needs the box of the {want['object']} first.", "Rule 20: one object is meant, so top1 is true."]
+    yield "TextToBbox", arguments, [f"{purpose} needs the box of the {want['object']} first.",
+                                    "Rule 20: one object is meant, so top1 is true."]
     return re.match(r"\([^)]*\)", result("TextToBbox", arguments))[0]
 
 
 def _attribute(want, result):
     box = yield from _one_box(want, result, "Rule 17: a property of one object")
     arguments = {"image": want["image"], "bbox": box, "attribute": want["attribute"]}
-    yield "RegionAttributeDescription", arguments, [f"Rule 17: the box {box} is known, now its {want['attribute']} is described.",
-                                                    "Rule 18: the box is written as it came."]  # fmt: skip
+    why = f"Rule 17: the box {box} is known, now its {want['attribute']} is described."
+    yield "RegionAttributeDescription", arguments, [why, "Rule 18: the box is written as it came."]
 
 
 def _locate(want, result):
     arguments = {"image": want["image"], "text": want["object"], "top1": False}
-    yield "TextToBbox", arguments, [f"Every {want['object']} is to be located.", "Rule 20: all of a kind are wanted, so top1 is false."]
+    yield "TextToBbox", arguments, [f"Every {want['object']} is to be located.",
+                                    "Rule 20: all of a kind are wanted, so top1 is false."]
 
 
 def _mark(want, result):
@@ -339,13 +375,16 @@ def _mark(want, result):
     why = f"Rule 23: DrawBox gets the box {box}, "
     if want.get("label"):
         arguments["annotation"] = want["label"]
-    yield "DrawBox", arguments, [why + (f'and the label "{want["label"]}".' if want.get("label") else "and no annotation, as no label is wanted.")]
+    label = f'and the label "{want["label"]}".' if want.get("label") else "and no annotation, as no label is wanted."
+    yield "DrawBox", arguments, [why + label]
 
 
 def _caption(want, result):
-    arguments = {"image": want["image"], "text": want["text"], "position": want["position"], "color": want.get("color", "red")}
+    arguments = {"image": want["image"], "text": want["text"], "position": want["position"],
+                 "color": want.get("color", "red")}
     color = f"the user names {want['color']}" if "color" in want else "no colour is named, so it is red"
-    yield "AddText", arguments, [f"A line is to be written on {want['image']}.", f"Rule 23: {color}; the place is {want['position']}."]
+    yield "AddText", arguments, [f"A line is to be written on {want['image']}.",
+                                 f"Rule 23: {color}; the place is {want['position']}."]
 
 
 def _compute(want, result):
@@ -356,17 +395,20 @@ def _compute(want, result):
         else:
             found = value_beside(label, result("OCR", {"image": source["image"]}))
         expression = expression.replace(f"[{number}]", found)
-    yield "Calculator", {"expression": expression}, ["Rule 21: computing goes to Calculator, as one expression in the request's order."]
+    why = "Rule 21: computing goes to Calculator, as one expression in the request's order."
+    yield "Calculator", {"expression": expression}, [why]
 
 
 def _formula(want, result):
-    yield "MathOCR", {"image": want["image"]}, [f"{want['image']} holds mathematical notation; Rule 16 reads it with MathOCR."]
+    why = f"{want['image']} holds mathematical notation; Rule 16 reads it with MathOCR."
+    yield "MathOCR", {"image": want["image"]}, [why]
 
 
 def _solve(want, result):
     yield from _formula(want, result)
     command = solver_command(result("MathOCR", {"image": want["image"]}))
-    yield "Solver", {"command": command}, ["Rule 21: the equation has been read, Solver gets it with products and powers written out."]
+    why = "Rule 21: the equation has been read, Solver gets it with products and powers written out."
+    yield "Solver", {"command": command}, [why]
 
 
 def _search(want, result):
@@ -390,29 +432,32 @@ def _picture(want, result):
 
 def _restyle(want, result):
     arguments = {"image": want["image"], "instruction": want["instruction"]}
-    yield "ImageStylization", arguments, ["Rule 24: a new manner for an attached picture is the work of ImageStylization."]
+    why = "Rule 24: a new manner for an attached picture is the work of ImageStylization."
+    yield "ImageStylization", arguments, [why]
 
 
 WANTS = {"text": _text, "content": _content, "count": _count, "attribute": _attribute, "locate": _locate, "mark": _mark,
-         "caption": _caption, "compute": _compute, "formula": _formula, "solve": _solve, "search": _search, "plot": _plot,
+         "caption": _caption, "compute": _compute, "formula": _formula, "solve": _solve, "search": _search,
+         "plot": _plot,
          "picture": _picture, "restyle": _restyle}  # fmt: skip
 
 
 def value_beside(label, lines):
-    """The number that stands in the row or the column of a label, in OCR lines "(x1, y1, x2, y2) text"; ValueError if none."""
+    """The number in the row or the column of a label, in OCR lines "(x1, y1, x2, y2) text"; ValueError if none."""
     centres = []
     for box, text in re.findall(r"^\(([^)]*)\) (.*)$", lines, re.M):
         x1, y1, x2, y2 = map(int, box.split(", "))
         centres.append(((x1 + x2) / 2, (y1 + y2) / 2, text))
     at = next(((x, y) for x, y, text in centres if text == label), None)
-    numbers = [(min(abs(x - at[0]), abs(y - at[1])), text) for x, y, text in centres if at and re.fullmatch(r"\d+(\.\d+)?", text)]
+    numbers = [(min(abs(x - at[0]), abs(y - at[1])), text) for x, y,
+               text in centres if at and re.fullmatch(r"\d+(\.\d+)?", text)]
     if not numbers:
         raise ValueError(f"no number beside {label!r} in {lines!r}")
     return min(numbers)[1]
 
 
 def solver_command(latex):
-    """A Solver command from the LaTeX of an equation in one letter: 'x^{2} - 5x + 6 = 0' -> 'solve(x**2 - 5*x + 6 = 0, x)'."""
+    """A Solver command from LaTeX in one unknown: 'x^{2} - 5x + 6 = 0' -> 'solve(x**2 - 5*x + 6 = 0, x)'."""
     code = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", latex)
     code = re.sub(r"\^\{(\d+)\}", r"**\1", code)
     code = re.sub(r"(\d)([a-z])", r"\1*\2", code)
@@ -420,6 +465,7 @@ def solver_command(latex):
 
 
 def open_ended(query):
-    """Whether a question asks for advice, ideas or opinions rather than for one fact: for dialogues that do not say so."""
-    return re.search(r"\b(how to|how can|how do|ideas?|advice|tips?|reviews?|recommend\w*|suggest\w*|best|why|ways|opinions?|recipes?|guide|introduc\w*)\b",
-                     query, re.I) is not None  # fmt: skip
+    """Whether a question asks for advice, ideas or opinions rather than one fact: for dialogues that do not say."""
+    wide = (r"\b(how to|how can|how do|ideas?|advice|tips?|reviews?|recommend\w*|suggest\w*|best|why|ways|opinions?"
+            r"|recipes?|guide|introduc\w*)\b")  # fmt: skip
+    return re.search(wide, query, re.I) is not None

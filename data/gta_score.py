@@ -25,8 +25,10 @@ DIGITS = 60  # characters of a number in an expression
 
 # -- 1. arithmetic -----------------------------------------------------------------------------------------------------
 
-TOKEN = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*(?:\.\w+)?)|(\*\*|//|[-+*/%(),]))", re.ASCII)
-FUNCTIONS = {"sqrt": math.sqrt, "abs": abs, "round": lambda x, digits=0.0: round(x, int(digits)), "min": min, "max": max,
+TOKEN = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*(?:\.\w+)?)|(\*\*|//|[-+*/%(),]))",
+                   re.ASCII)
+FUNCTIONS = {"sqrt": math.sqrt, "abs": abs, "round": lambda x, digits=0.0: round(x, int(digits)), "min": min,
+             "max": max,
              "sum": lambda *terms: math.fsum(terms), "sin": math.sin, "cos": math.cos, "tan": math.tan, "log": math.log,
              "log10": math.log10, "exp": math.exp, "floor": math.floor, "ceil": math.ceil}  # fmt: skip
 CONSTANTS = {"pi": math.pi, "e": math.e}
@@ -61,7 +63,7 @@ def evaluate(expression):
 
 
 def _sum(tokens, at, level, depth):
-    """Precedence climbing: operators of at least `level`, all of them grouping to the left. Returns (value, next token)."""
+    """Precedence climbing: operators of at least `level`, grouping to the left -> (value, next token)."""
     value, at = _sign(tokens, at, depth)
     while tokens[at] in BINARY and BINARY[tokens[at]][0] >= level:
         strength, operate = BINARY[tokens[at]]
@@ -159,7 +161,7 @@ def bert_score():
     try:
         from bert_score import BERTScorer
     except ImportError:
-        raise InputError("found no package bert_score, expected it (pip install bert-score) or similarity by token F1") from None
+        raise InputError("found no package bert_score, expected it (pip install bert-score) or token F1") from None
     scorer = BERTScorer(lang="en", rescale_with_baseline=True)
     return lambda found, gold: min(1.0, max(0.0, float(scorer.score([found], [gold])[2][0])))
 
