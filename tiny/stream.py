@@ -159,20 +159,33 @@ def flat(*parts):
     return [token for part in parts for token in part]
 
 
-class Stream:
-    """Draws groups of every kind. table: attributes (S, 3, 4) of the pictures that may be used; crop_of (S,): which object each picture's crop shows. Feature numbers: picture s is s, crop s is ~s."""
+def crops_by_value(table, clean, rows):
+    """Numbers of the crops that show each value, from the pictures `rows`. Picture s of S shows its object s % (how many it
+    has) alone in two crops: s, cut out to fill the crop, and S + s at the picture's own scale, for sizes. clean: bool (2 S,).
+    """
+    rows = np.asarray(rows)
+    count = (table[rows][:, :, 0] >= 0).sum(1)
+    shown = table[rows, rows % count]  # (rows, 4)
+    numbers = []
+    for v in range(len(VALUES)):
+        mine = rows[shown[:, TABLE_COLUMN[v]] == INDEX[v]] + (len(table) if KINDS[KIND[v]] == "size" else 0)
+        numbers.append(mine[clean[mine] > 0])
+    return numbers
 
-    def __init__(self, seed, table, crop_of, first=0):
+
+class Stream:
+    """Draws groups of every kind. table: attributes (S, 3, 4) of the pictures that may be used, whose feature numbers begin
+    at `first`; crops: for each value the numbers of the crops that show it. Crop k stands among pictures as ~k."""
+
+    def __init__(self, seed, table, crops=None, first=0):
         self.rng = np.random.default_rng(seed)
-        self.table, self.first = table, first
+        self.table, self.crops, self.first = table, crops, first
         self.match = matches(table)
         self.count = (table[:, :, 0] >= 0).sum(1)
-        shown = table[np.arange(len(table)), crop_of]  # (S, 4)
-        self.crops_of = [np.flatnonzero(shown[:, TABLE_COLUMN[v]] == INDEX[v]) for v in range(len(VALUES))]
         self.trees = {}
 
     def crop(self, rng, value):
-        return ~(self.first + int(rng.choice(self.crops_of[value])))
+        return ~int(rng.choice(self.crops[value]))
 
     def tree(self, depth, fresh=0.3, keep=2000):
         """A grown tree, often one of those grown before, under new names: growing is the slow part."""
@@ -268,11 +281,11 @@ class Stream:
         learnt = [0] * len(OPEN) + [0.1] * len(policy.text) if rng.random() < document and not crops else None
         return policy.prefix, policy.pictures, learnt, queries
 
-    def judge(self, scene):
+    def judge(self, scene, most=4):
         """A condition about a picture, true half of the time; false ones miss by one word."""
         rng, match = self.rng, self.match[:, scene, : self.count[scene]]  # (values, objects)
         thing = int(rng.integers(match.shape[1]))
-        kinds = rng.permutation(4)[: rng.integers(1, 5)]
+        kinds = rng.permutation(4)[: rng.integers(1, most + 1)]
         spoken = [int(v) for v in np.flatnonzero(match[:, thing]) if KIND[v] in kinds]
         if rng.random() < 0.5:
             for _ in range(6):
@@ -283,7 +296,7 @@ class Stream:
                     return wrong, False
         return spoken, True
 
-    def check(self, each=3, decisions=6):
+    def check(self, each=3, decisions=6, most=4):
         """Many decisions about one picture, each behind a bare condition or a whole sentence with random names."""
         rng, queries = self.rng, []
         for scene in rng.integers(len(self.table), size=each):
@@ -291,7 +304,7 @@ class Stream:
             weight = [0] * len(ids)
             whole = rng.random() < 0.5
             for _ in range(decisions):
-                spoken, truth = self.judge(scene)
+                spoken, truth = self.judge(scene, most)
                 words = [VALUE_ID[v] for v in spoken]
                 if whole:
                     names = rng.choice(NODE_ID + ACTION_ID, 3)

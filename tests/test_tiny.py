@@ -1,0 +1,218 @@
+"""The tiny world: its words, policies, stream and base fit the house that they are made for."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import InputError, rewards
+from data.dataset import load_items, load_policies, messages, target
+from model import Config, Processor, Qwen25VL, load_pretrained
+from tiny import demo, report
+from tiny import data as tiny_data
+from tiny.pretrain import CONFIG, blocks, initialise, orthogonal, patches, predict, prepare, trunk
+from tiny.stream import CROP, PICTURE, Policy, Stream, grow, matches, positions, rows
+from tiny.world import ID, TOKENS, picture, write_tokenizer
+
+BASE = Path(__file__).resolve().parent.parent / "tiny" / "base"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small data set of two layers, a third of its sections left out of SFT, some values shown by crops."""
+    out = tmp_path_factory.mktemp("tiny") / "data"
+    tiny_data.main(["--out", str(out), "--depth", "3", "--variant", "M", "--policies", "2", "--queries", "60", "--sft", "6", "--test", "8",
+                    "--leave-out", "0.34", "--seed", "3"])  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    out = tmp_path_factory.mktemp("words")
+    write_tokenizer(out)
+    (out / "config.json").write_text(json.dumps(CONFIG))
+    return Processor.from_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Attributes of 300 random pictures: int8 (S, 3, 4), -1 where no object is."""
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, [3, 8, 2, 2], size=(300, 3, 4)).astype(np.int8)
+    for s, count in enumerate(rng.integers(1, 4, 300)):
+        table[s, count:] = -1
+    return table
+
+
+def test_every_word_of_a_data_set_is_one_token_and_comes_back(folder, processor):
+    """An unknown word would silently become <unk>; a response must survive encoding, decoding and the one parser."""
+    policies = load_policies(folder)
+    for item in load_items(folder, "test.jsonl", policies):
+        prompt = processor.encode(messages(item, policies[item["policy"]]), add_generation_prompt=True)
+        assert ID["<unk>"] not in prompt.input_ids.tolist()
+        ids = processor.tokenizer.encode(target(item), add_special_tokens=False).ids
+        assert ID["<unk>"] not in ids and rewards.accuracy(None, processor.decode(ids), item) == 1
+        assert rewards.exact_chain(processor.decode(ids), item, policies[item["policy"]]) == 1
+
+
+def test_sections_left_out_are_whole_branches_that_no_sft_item_meets(folder):
+    hidden = json.loads((folder / "left_out.json").read_text())
+    policies = load_policies(folder)
+    seen = {(item["policy"], step["node"]) for item in load_items(folder, "sft.jsonl", policies) for step in item["path"]}
+    for name, sections in hidden.items():
+        nodes = {node["id"]: node["branches"].values() for node in policies[name]["nodes"]}
+        assert sections and not {(name, section) for section in sections} & seen
+        for section in sections:
+            assert all(child in sections for child in nodes[section] if child in nodes)
+    rl = load_items(folder, "rl.jsonl", policies)
+    assert any(step["node"] in hidden[item["policy"]] for item in rl for step in item["path"])
+
+
+def test_more_policies_than_names_is_one_line():
+    with pytest.raises(InputError, match="1 to 16 policies"):
+        tiny_data.main(["--out", "x", "--policies", "17"])
+
+
+def test_the_stream_speaks_as_the_processor_does(folder, processor):
+    """The base is trained on packed rows and used through chats: the tokens must be the same, picture by picture."""
+    policies = load_policies(folder)
+    item = load_items(folder, "test.jsonl", policies)[0]
+    policy = policies[item["policy"]]
+    text = re.split(r"(<image>)", policy["text"])
+    mine = [ID["<|im_start|>"], ID["system"], ID["You are a helpful assistant."], ID["<|im_end|>"], ID["<|im_start|>"], ID["user"]]
+    for part in text:
+        mine += CROP if part == "<image>" else [ID[word] for word in part.split()]
+    mine += [*PICTURE, ID["apply"], ID[policy["name"]], ID[":"], ID["<|im_end|>"], ID["<|im_start|>"], ID["assistant"]]
+    assert processor.encode(messages(item, policy), add_generation_prompt=True).input_ids.tolist() == mine
+
+
+def test_positions_of_the_stream_are_those_of_the_model():
+    model = Qwen25VL(Config.from_json(CONFIG))
+    ids = [ID["user"], *CROP, ID["then"], *PICTURE, ID["apply"], ID[":"]]
+    expected, _ = model.positions(torch.tensor([ids]), None, torch.tensor([[1, 4, 4], [1, 8, 8]]))
+    found, after = positions(ids, [-1, 5], 0)
+    assert (torch.from_numpy(found) == expected[:, 0]).all() and after == expected.max() + 1
+
+
+def test_a_packed_query_sees_its_own_policy_and_itself_only(table):
+    """A leak between neighbours would teach the model to read answers off them."""
+    torch.manual_seed(0)
+    model = Qwen25VL(Config.from_json(CONFIG))
+    initialise(model)
+    stream = Stream(0, table)
+    full = np.random.default_rng(0).standard_normal((300, 64, 128)).astype(np.float32)
+    batch = rows(stream, [(1, "apply", {"depth": 2, "blind": 0, "document": 0})], 1, 256)
+    ids, group, query, place, target, weight, shown = batch
+    with torch.no_grad():
+        together = predict(model, batch, full, None)[0]
+        logits, start = [], 0
+        for g, q in dict.fromkeys((g, q) for g, q in zip(group[0], query[0]) if q > 0):
+            own = (group[0] == g) & ((query[0] == 0) | (query[0] == q))
+            alone = [x[:, own] for x in (ids, group, query)] + [place[:, :, own], target[:, own], weight[:, own], shown[start : start + 1]]
+            logits.append(predict(model, alone, full, None)[0])
+            start += 1
+    assert torch.allclose(together, torch.cat(logits), atol=1e-4)
+
+
+def test_leaves_of_a_grown_tree_hold_the_scenes_that_its_conditions_say(table):
+    """Checked against the attributes one object at a time, without the vectorised filter."""
+    from tiny.stream import INDEX, TABLE_COLUMN
+
+    nodes, leaves = grow(np.random.default_rng(1), 3, matches(table))
+    assert sorted(s for _, scenes in leaves for s in scenes) == list(range(len(table)))
+    for path, scenes in leaves:
+        for s in scenes[:3]:
+            for node, answer in path:
+                spoken = nodes[node][0]
+                assert any(all(thing[TABLE_COLUMN[v]] == INDEX[v] for v in spoken) for thing in table[s]) == answer
+
+
+def test_prepared_heads_find_what_followed_a_name_before(table):
+    """The circuit that saves the base most of its training: from a second mention to the word behind the first one."""
+    torch.manual_seed(0)
+    model = Qwen25VL(Config.from_json(CONFIG))
+    initialise(model)
+    prepare(model)
+    seen = []
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    prefix, _, _, (query,) = Stream(4, table).pairs()
+    ids = torch.tensor([[*prefix, *query.ids]])
+    with torch.no_grad():
+        model(ids)
+        x, cos, sin, *_ = seen[0]
+        from model import rotate
+
+        split = lambda y: y.view(1, -1, 4, 32).transpose(1, 2)
+        q, k = (rotate(split(p(x)), cos, sin) for p in (attention.q_proj, attention.k_proj))
+        share = (q @ k.mT / 32**0.5 + torch.full((ids.shape[1],) * 2, -1e9).triu(1)).softmax(-1)[0]  # (H, T, T)
+    hits = []
+    for t in range(len(prefix), ids.shape[1], 2):
+        follows = [j + 1 for j in range(t) if ids[0, j] == ids[0, t]]
+        hits.append(share[1, t, follows].sum().item())
+    assert np.mean(hits) > 0.7
+
+
+def test_patches_are_the_processors_and_labels_name_the_object_under_them(processor):
+    """Vision is trained on its own short cut; used, the pictures come through the processor."""
+    from PIL import Image
+
+    scene, image, index = picture(1, 0)
+    pixels, _ = processor.images([Image.fromarray(image)])
+    assert torch.allclose(patches(image[None])[0], pixels.view(64, 3, 2, 196)[:, :, 0].reshape(64, 588), atol=1e-5)
+    model = Qwen25VL(Config.from_json(CONFIG))
+    with torch.no_grad():
+        merged = model.visual.merger(trunk(model.visual, patches(image[None])))
+        assert torch.allclose(merged, model.visual(pixels, torch.tensor([[1, 8, 8]])), atol=1e-4)
+    things = np.full((1, 112, 112), -1, np.int8)
+    things[0, 14:28, 84:98] = 2  # patch row 1, column 6: merge block (0, 3), its third patch
+    assert np.flatnonzero(blocks(things, 14, 30, 8)[0] == 2).tolist() == [4 * 3 + 2]
+
+
+def test_muon_moves_every_direction_alike():
+    values = torch.linalg.svdvals(orthogonal(torch.randn(2, 128, 384, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def fake_results():
+    row = {"accuracy": 0.5, "n": 4, "interval": [0.2, 0.8], "exact_chain": 0.25, "seen": {"accuracy": 0.5}, "unseen": {"accuracy": None}}
+    return {"seed": 0, "depth": 3, "policy": "P1", "text": "policy P1 <x>", "left_out": ["N1"], "trimpi": "x", "seconds": 1,
+            "rows": [{"name": name, **row} for name in demo.ROWS]}  # fmt: skip
+
+
+def test_the_report_asks_no_network_and_escapes_what_models_say(tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "p.png").write_bytes(b"png")
+    item = {"id": "a", "answer": "A1", "cot": "N1", "images": ["p.png"]}
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps(item) + "\n")
+    for name in demo.ROWS:
+        (tmp_path / "eval" / f"{name}.jsonl").write_text(json.dumps({"id": "a", "correct": 0, "seen": False, "response": "<script>"}) + "\n")
+    report.write_report(tmp_path, fake_results())
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://|<script|@import|url\(", page) and "&lt;script&gt;" in page
+    assert all(title in page for title in report.TITLES.values())
+
+
+def test_the_demo_refuses_a_folder_that_holds_another_run(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(InputError, match="--overwrite"):
+        demo.main(["--out", str(tmp_path), "--model", str(BASE)])
+
+
+@pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="no base yet")
+def test_the_base_follows_policies_it_never_read_and_is_small(tmp_path):
+    """Through evaluate.py's own loop: right with the policy in the prompt, near nothing without it."""
+    from evaluate import evaluate, load
+
+    assert (BASE / "model.safetensors").stat().st_size <= 8 * 2**20
+    tiny_data.main(["--out", str(tmp_path / "d"), "--depth", "2", "--policies", "3", "--queries", "8", "--test", "16", "--seed", "77"])
+    policies = load_policies(tmp_path / "d")
+    items = load_items(tmp_path / "d", "test.jsonl", policies)
+    model, processor = load(str(BASE))
+    given, _ = evaluate(model, processor, items, policies, policy_in_context=True, max_response=120)
+    without, _ = evaluate(model, processor, items, policies, max_response=120)
+    assert given["accuracy"] >= 0.8 and without["accuracy"] <= 0.3

@@ -1,0 +1,537 @@
+"""The tiny base from nothing: a Qwen2.5-VL of 1.9 M parameters that sees small scenes and follows policies it never read.
+
+    python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
+
+    1. pictures   48,000 scenes with the object that each pixel shows
+    2. vision     size, colour, material and shape of every patch's object; full pictures and crops
+    3. features   the frozen tower's view of every picture, kept
+    4. words      the merger maps what a picture token shows to the sum of its words; two attention layers start as a lookup
+    5. text       tiny/stream.py: looking, looking up, applying policies of one to six layers, with crops at the end
+
+Learning to look a name up from random weights takes most of such a training; here the weights start as the circuit that
+does it (previous token -> matching token -> copy), and a few hundred steps finish it. Muon moves the matrices, AdamW the rest.
+
+Axes: B pictures or rows, N patches, T tokens, D width, K head dim, V vocab.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from data import InputError, command
+from data.clevr import ATTRIBUTES, COLORS, MATERIALS, SHAPES, SIZES
+from model import Config, Qwen25VL, arrange, save_pretrained
+from tiny.stream import Stream, crops_by_value, rows
+from tiny.world import ACTIONS, CROP, ID, NODES, POLICIES, SIDE, TOKENS, pictures, write_tokenizer
+
+HELD = 2000  # pictures that training never sees
+LAYERS, WIDTH, HEADS = 4, 128, 4
+THETA = 1e6  # slow rotary frequencies leave dimensions that compare words wherever they stand
+
+CONFIG = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",
+    "vocab_size": len(TOKENS), "hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "rms_norm_eps": 1e-6, "rope_theta": THETA,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "max_position_embeddings": 4096,
+    "tie_word_embeddings": True, "bos_token_id": ID["<|endoftext|>"], "eos_token_id": ID["<|im_end|>"],
+    "vision_start_token_id": ID["<|vision_start|>"], "vision_end_token_id": ID["<|vision_end|>"],
+    "vision_token_id": ID["<|vision_pad|>"], "image_token_id": ID["<|image_pad|>"], "video_token_id": ID["<|video_pad|>"],
+    "vision_config": {
+        "depth": 3, "hidden_size": WIDTH, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [2], "window_size": SIDE, "patch_size": 14, "temporal_patch_size": 2,
+        "spatial_merge_size": 2, "in_chans": 3, "hidden_act": "silu", "tokens_per_second": 2},
+}  # fmt: skip
+
+
+# -- 1. optimiser ------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest orthogonal matrix by five Newton-Schulz steps: every direction of a matrix moves alike."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, alike in shapes.items():  # matrices of one shape as one batch
+                updates = []
+                for p in alike:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))
+                step = orthogonal(torch.stack(updates)) * max(1, shape[0] / shape[1]) ** 0.5
+                for p, change in zip(alike, step):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"])
+
+
+def orthogonal(x):
+    """The orthogonal factor of a batch of matrices, roughly."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
+
+
+def set_rates(optimizers, factor):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * factor
+
+
+# -- 2. vision ---------------------------------------------------------------------------------------------------------
+
+LABELS = {"ground": 2, "size": 2, "color": 8, "material": 2, "shape": 3}  # what a patch is asked, and the answers
+MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073], np.float32), np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def patches(images):
+    """uint8 (B, S, S, 3) -> the processor's patches without the doubled frame, (B, N, 588), merge block by merge block."""
+    x = (images.astype(np.float32) / 255 - MEAN) / STD
+    g = images.shape[1] // 14
+    x = x.reshape(-1, g // 2, 2, 14, g // 2, 2, 14, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    return torch.from_numpy(np.ascontiguousarray(x.reshape(len(images), g * g, 588)))
+
+
+def blocks(index, side, clear, some):
+    """Which object a square of `side` pixels shows, merge block by merge block: (B, squares), -1 ground, -2 too little to say."""
+    g = index.shape[1] // side
+    x = index.reshape(-1, g, side, g, side).transpose(0, 1, 3, 2, 4)
+    if side == 14:
+        x = x.reshape(-1, g // 2, 2, g // 2, 2, 14, 14).transpose(0, 1, 3, 2, 4, 5, 6)
+    x = x.reshape(len(index), g * g, side * side)
+    counts = np.stack([(x == k).sum(-1) for k in range(3)], -1)
+    most = counts.max(-1)
+    return np.where(most >= clear, counts.argmax(-1), np.where(most >= some, -2, -1))
+
+
+def trunk(visual, x):
+    """The tower up to its merger: (B, N, 588) -> (B, N, D). Pictures of one window need no rearrangement."""
+    B, N, _ = x.shape
+    side = math.isqrt(N)
+    windows, *_ = arrange(((1, side, side),) * B, visual.config, x.device)
+    x = F.linear(x, visual.patch_embed.proj.weight.sum(2).flatten(1)).flatten(0, 1)  # (B N, D)
+    for block in visual.blocks:
+        x = block(x, windows.cos, windows.sin, windows.runs)
+    return x.view(B, N, -1)
+
+
+def fitted(image, index, thing, rng):
+    """A crop that one object fills, enlarged to 56 pixels, and its object index."""
+    ys, xs = np.nonzero(index == thing)
+    reach = max(6, max(np.ptp(ys), np.ptp(xs)) / 2 * rng.uniform(1.05, 1.45) + 1)
+    y, x = (ys.min() + ys.max()) / 2, (xs.min() + xs.max()) / 2
+    box = max(0, int(x - reach)), max(0, int(y - reach)), min(SIDE, int(x + reach) + 1), min(SIDE, int(y + reach) + 1)
+    cut = lambda a, how: np.asarray(Image.fromarray(a).crop(box).resize((CROP, CROP), how))
+    return cut(image, Image.BICUBIC), cut(index.astype(np.uint8), Image.NEAREST).astype(np.int8)
+
+
+def cut_out(image, index, spot, rng):
+    """A window of 56 pixels about an object, at the picture's own scale."""
+    x, y = np.clip(spot.astype(int) - CROP // 2 + rng.integers(-5, 6, 2), 0, SIDE - CROP)
+    return image[y : y + CROP, x : x + CROP], index[y : y + CROP, x : x + CROP]
+
+
+def train_vision(model, world, out, steps, batch=128):
+    """Dense labels: every patch names the object it shows; every fifth batch are crops."""
+    image, index, table, spot = world
+    rng, visual = np.random.default_rng(0), model.visual
+    head = nn.Linear(WIDTH, sum(LABELS.values()))
+    matrices = [p for name, p in visual.blocks.named_parameters() if p.ndim == 2]
+    rest = [*visual.patch_embed.parameters(), *[p for p in visual.blocks.parameters() if p.ndim < 2], *head.parameters()]
+    optimizers = Muon(matrices, 0.02), torch.optim.AdamW(rest, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    for step in range(steps):
+        set_rates(optimizers, min(1, (step + 1) / 100, 1.02 - step / steps))
+        s = np.sort(rng.choice(len(image) - HELD, batch, replace=False))
+        x, shown, things = np.asarray(image[s]), np.asarray(index[s]), np.asarray(table[s])
+        whole_scale = True
+        if step % 5 == 4:
+            which = (rng.random(batch) * (things[:, :, 0] >= 0).sum(1)).astype(int)
+            whole_scale = rng.random() < 0.4
+            cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)
+                    for b, k in enumerate(which)]  # fmt: skip
+            x, shown = (np.stack(part) for part in zip(*cuts))
+        label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, N)
+        told = torch.from_numpy(things[np.arange(batch)[:, None], label.clamp(min=0)]).long()  # (B, N, 4)
+        guess = dict(zip(LABELS, head(visual.merger.ln_q(trunk(visual, patches(x)))).split(list(LABELS.values()), -1)))
+        loss, on, scores = F.cross_entropy(guess["ground"][label > -2], (label[label > -2] >= 0).long()), label >= 0, {}
+        for column, name in enumerate(ATTRIBUTES):
+            if name != "size" or whole_scale:
+                loss = loss + F.cross_entropy(guess[name][on], told[on][:, column])
+                scores[name] = (guess[name][on].argmax(-1) == told[on][:, column]).float().mean().item()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 50 == 49:
+            log(out, {"stage": "vision", "step": step + 1, "loss": round(loss.item(), 4), **{k: round(v, 4) for k, v in scores.items()}})
+
+
+@torch.inference_mode()
+def write_features(model, world, out, batch=128):
+    """What the frozen tower makes of every picture (S, 64, D) and of two crops of each (2 S, 16, D), in half precision."""
+    image, index, table, spot = world
+    S, rng = len(image), np.random.default_rng(1)
+    opened = lambda name, shape, dtype: np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, shape)
+    full, crop = opened("full", (S, 64, WIDTH), np.float16), opened("crop", (2 * S, 16, WIDTH), np.float16)
+    clean = opened("clean", (2 * S,), np.int8)
+    for start in range(0, S, batch):
+        s = np.arange(start, min(start + batch, S))
+        x, shown, thing = np.asarray(image[s]), np.asarray(index[s]), s % (np.asarray(table[s])[:, :, 0] >= 0).sum(1)
+        full[s] = trunk(model.visual, patches(x)).half()
+        for first, cuts in ((0, [fitted(x[b], shown[b], k, rng) for b, k in enumerate(thing)]),
+                            (S, [cut_out(x[b], shown[b], spot[s[b], k], rng) for b, k in enumerate(thing)])):  # fmt: skip
+            crop[first + s] = trunk(model.visual, patches(np.stack([c for c, _ in cuts]))).half()
+            for b, (_, seen) in enumerate(cuts):  # is the object alone there?
+                clean[first + s[b]] = ((seen >= 0) & (seen != thing[b])).sum() < 12 and (seen == thing[b]).sum() > 60
+
+
+# -- 3. a lookup to start from -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prepare(model, seed=0):
+    """Set attention heads to look names up, and words to directions that picture tokens can be sums of.
+
+    Layer 0: heads 0 and 1 pass on the token before; head 2 the latest node name, which is the sentence's; head 3 the words
+    of the condition. Layer 1: head 0 passes on the sentence's name at the token before; heads 1 and 2 find the place whose
+    token before equals this token, and copy what stands there. Layer 2: heads 0 and 1 the same within the sentence of the
+    same name. Heads 3 of layer 1 and 2 of layer 2 attend to the picture tokens that show the condition's words.
+    Returns {word: direction (D,)} of the 15 attribute values, and the direction of "I am a picture".
+    """
+    g = torch.Generator().manual_seed(seed)
+    D, K = WIDTH, WIDTH // HEADS
+    half = K // 2
+    frequency = THETA ** (-torch.arange(half) / half)
+    still = [f for f in range(half) if frequency[f] < 0.003]
+    still += [f + half for f in still]  # dimensions of a head that the position hardly turns
+    frame = lambda n: torch.linalg.qr(torch.randn(D, n, generator=g))[0].T  # (n, D) orthonormal
+    embedding, layers = model.model.embed_tokens.weight, model.model.layers
+
+    axes = frame(D)
+    attribute, picture, spoken = axes[0], axes[1], axes[2:17]
+    words = [*SIZES, *COLORS, *MATERIALS, *SHAPES]
+    for word, axis in zip(words, spoken):
+        embedding[ID[word]] = 0.018 * torch.randn(D, generator=g) + 0.5 * attribute + 0.8 * axis
+    kinds = {}
+    for first, names in (("N", NODES), ("A", ACTIONS), ("P", POLICIES)):
+        kinds[first] = F.normalize(torch.randn(D, generator=g), dim=0)
+        for name in names:
+            e = embedding[ID[name]]
+            embedding[ID[name]] = e - e @ spoken.T @ spoken + 0.45 * kinds[first]
+
+    def head(layer, h):
+        at, own = layers[layer].self_attn, slice(h * K, (h + 1) * K)
+        at.q_proj.weight[own] *= 0.1
+        at.k_proj.weight[own] *= 0.1
+        return at, own
+
+    def values(at, own, read, write, gain):
+        pad = lambda m: torch.cat([m, torch.zeros(K - len(m), D)])
+        at.v_proj.weight[own], at.o_proj.weight[:, own] = pad(read), gain * pad(write).T
+
+    def turned(strength, back, frequencies):
+        """A query that, by rotary position alone, prefers keys [strength, 0] that stand `back` tokens before it."""
+        q = torch.zeros(K)
+        for f in frequencies:
+            q[f], q[f + half] = strength * math.cos(back * frequency[f]), -strength * math.sin(back * frequency[f])
+        return q
+
+    def previous(layer, h, read, write):
+        at, own = head(layer, h)
+        at.q_proj.bias[own] = turned(8, 1, range(4))
+        at.k_proj.bias[own] = torch.cat([torch.full((4,), 8.0), torch.zeros(K - 4)])
+        values(at, own, read, write, 0.15)
+
+    def recent(h, kind, back, frequencies, strength, read, write, gain):
+        at, own = head(0, h)
+        at.q_proj.bias[own] = turned(8, back, frequencies)
+        for f in frequencies:
+            at.k_proj.weight[own.start + f] += strength * kind
+        values(at, own, read, write, gain)
+
+    def match(layer, h, pairs, gain, read=None, write=None, out=0.12):
+        at, own = head(layer, h)
+        for d, (q, k) in zip(still, pairs):
+            at.q_proj.weight[own.start + d] += gain * q
+            at.k_proj.weight[own.start + d] += gain * k
+        copied = frame(K)
+        values(at, own, copied if read is None else read, copied if write is None else write, out)
+        return at, own
+
+    read, store = [frame(K) for _ in range(3)], frame(D).split(K)
+    condition = frame(len(words))
+    previous(0, 0, read[0], store[0])
+    previous(0, 1, read[1], store[1])
+    recent(2, kinds["N"], 0, (2, 3), 2.5, read[2], store[2], 0.15)
+    recent(3, attribute, 5, (2,), 2.0, spoken, condition, 0.12)
+    previous(1, 0, store[2], store[3])
+    both = len(still) - 8
+    for h in (0, 1):
+        match(1, 1 + h, zip(read[h], store[h]), 2.7)
+        name = [m if h == 0 else m.flip(0) for m in (store[2], store[3])]
+        match(2, h, [*zip(name[0][:both], name[1][:both]), *zip(read[h][:8], store[h][:8])], 2.7)
+    say = embedding[ID["yes"]] - embedding[ID["no"]]
+    for layer, h in ((1, 3), (2, 2)):
+        at, own = match(layer, h, zip(condition, spoken), 3.2, picture[None], say[None], 0.1)
+        at.v_proj.bias[own.start] = -1.2
+        for d in still[15:17]:
+            at.q_proj.bias[own.start + d] = -6
+            at.k_proj.weight[own.start + d] += 0.5 * picture
+    return dict(zip(words, spoken)), picture
+
+
+def initialise(model):
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data.fill_(float("norm" in name or "ln_q" in name))
+        elif name.startswith("visual"):
+            nn.init.normal_(p, std=0.02)
+        elif name == "model.embed_tokens.weight":
+            nn.init.normal_(p, std=0.08)
+        else:
+            nn.init.normal_(p, std=0.6 / p.shape[1] ** 0.5 * (0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+
+
+def train_merger(model, world, full, directions, picture, out, steps, batch=192):
+    """A picture token begins as the sum of the words for what it shows: least squares on the merger."""
+    _, index, table, _ = world
+    merger, rng = model.visual.merger, np.random.default_rng(2)
+    basis = [torch.stack([directions[word] for word in words]) for words in ATTRIBUTES.values()]
+    matrices = [p for p in merger.parameters() if p.ndim == 2]
+    rest = [p for p in merger.parameters() if p.ndim == 1]
+    optimizers = Muon(matrices, 0.02, weight_decay=0), torch.optim.AdamW(rest, 2e-3, betas=(0.9, 0.98))
+    for step in range(steps):
+        set_rates(optimizers, min(1, (step + 1) / 20, 1.05 - step / steps))
+        s = np.sort(rng.choice(len(index) - HELD, batch, replace=False))
+        label = torch.from_numpy(blocks(np.asarray(index[s]), 28, 60, 15))  # (B, 16)
+        told = torch.from_numpy(table[s][np.arange(batch)[:, None], label.clamp(min=0)]).long()
+        goal = 0.8 * sum(basis[k][told[..., k].clamp(min=0)] for k in range(4)) * (label >= 0)[..., None] + 0.6 * picture
+        found = merger(torch.from_numpy(np.asarray(full[s])).float().reshape(-1, WIDTH)).view(batch, 16, WIDTH)
+        weight = (label > -2).float() * torch.where(label >= 0, 3.0, 1.0)
+        loss = ((found - goal).square().mean(-1) * weight).sum() / weight.sum()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        merger.zero_grad()
+        if step % 50 == 49:
+            log(out, {"stage": "words", "step": step + 1, "loss": round(loss.item(), 6)})
+
+
+# -- 4. text -----------------------------------------------------------------------------------------------------------
+
+LOOK = [(0.04, "pairs", {}), (0.02, "copy", {}), (0.14, "recite", {"most": 12}), (0.06, "walk", {"depth": 2}), (0.08, "walk", {"depth": 3}),
+        (0.26, "check", {"decisions": 10, "most": 1}), (0.32, "check", {"decisions": 10}), (0.08, "describe", {})]  # fmt: skip
+APPLY = [(0.02, "pairs", {}), (0.01, "copy", {}), (0.08, "recite", {"most": 16}), (0.05, "walk", {"depth": 3}), (0.05, "walk", {"depth": 4}),
+         (0.1, "check", {"decisions": 10, "most": 1}), (0.25, "check", {"decisions": 10}), (0.06, "describe", {}),
+         *[(share, "apply", {"depth": depth}) for depth, share in ((1, 0.08), (2, 0.1), (3, 0.1), (4, 0.1))]]  # fmt: skip
+WHOLE = [(0.04, "recite", {"most": 20}), (0.03, "recite", {"most": 58, "each": 8}), (0.05, "recite", {"most": 12, "crops": True, "each": 6}),
+         (0.02, "walk", {"depth": 4, "each": 6}), (0.05, "walk", {"depth": 6, "each": 8}), (0.06, "check", {"decisions": 10, "most": 1}),
+         (0.18, "check", {"decisions": 10}), (0.03, "describe", {}), (0.04, "name_crop", {}), (0.03, "apply", {"depth": 1}),
+         (0.05, "apply", {"depth": 2}), (0.07, "apply", {"depth": 3, "each": 5}), (0.11, "apply", {"depth": 4, "each": 6}),
+         (0.12, "apply", {"depth": 6, "each": 8}), (0.03, "apply", {"depth": 2, "crops": True, "each": 5}),
+         (0.04, "apply", {"depth": 3, "crops": True, "each": 6}), (0.05, "apply", {"depth": 4, "crops": True, "each": 7})]  # fmt: skip
+# (share of the steps, mixture, tokens of a row, Muon's rate, AdamW's); the last phase decays over its second half.
+# Slow at first: large steps would tear the prepared heads down before the rest of the model has learnt to use them.
+PHASES = [(0.08, LOOK, 512, 0.004, 2e-3), (0.16, APPLY, 512, 0.008, 1.5e-3), (0.76, WHOLE, 1024, 0.007, 1.5e-3)]
+TESTS = {"recite": ("recite", {"most": 12}), "walk 4": ("walk", {"depth": 4}), "check": ("check", {"decisions": 10}),
+         **{f"N={n}": ("apply", {"depth": n, "blind": 0}) for n in (1, 2, 3, 4, 6)},
+         **{f"M, N={n}": ("apply", {"depth": n, "blind": 0, "crops": True}) for n in (2, 3, 4, 6)}}  # fmt: skip
+
+
+def stream(out, seed, held=False):
+    """The text stream over the training pictures, or over those held out."""
+    table, clean = np.load(out / "pictures" / "table.npy"), np.load(out / "clean.npy")
+    which = np.arange(len(table) - HELD, len(table)) if held else np.arange(len(table) - HELD)
+    return Stream(seed, table[which], crops_by_value(table, clean, which), first=int(which[0]))
+
+
+def draw(out, seed, mixture, count, length, queue):
+    """A process of its own that packs rows ahead of the training."""
+    source = stream(out, seed)
+    while True:
+        queue.put(rows(source, mixture, count, length))
+
+
+def predict(model, batch, full, crop):
+    """Scores (n, V) of the n learned tokens of packed rows, their targets, weights, and where they stand (B, T)."""
+    ids, group, query, place, target, weight, shown = batch
+    group, query = torch.from_numpy(group), torch.from_numpy(query)
+    sees = (group[:, :, None] == group[:, None]) & ((query[:, None] == 0) | (query[:, None] == query[:, :, None]))  # (B, T, T)
+    seen = [full[s] if s >= 0 else crop[~s] for s in shown]
+    embeds = model.visual.merger(torch.from_numpy(np.concatenate(seen)).float()) if seen else None
+    hidden = model(torch.from_numpy(ids), sees.tril(), position_ids=torch.from_numpy(place), image_embeds=embeds)  # (B, T, D)
+    weight = torch.from_numpy(weight)
+    on = weight > 0
+    return model.logits(hidden[on]), torch.from_numpy(target)[on], weight[on], on
+
+
+@torch.no_grad()
+def exact(model, source, full, crop, tests, count):
+    """Share of queries whose every word is predicted, which is what greedy answers would get exactly right, per test."""
+    scores = {}
+    for name, (kind, arguments) in tests.items():
+        length = 1024 if arguments.get("depth") == 6 or arguments.get("crops") else 512
+        batch = rows(source, [(1, kind, arguments)], max(1, count * 512 // length), length)
+        logits, target, _, on = predict(model, batch, full, crop)
+        row = on.nonzero()[:, 0].numpy()
+        query = row * 10**6 + batch[1][on] * 1000 + batch[2][on]
+        right = (logits.argmax(-1) == target).numpy()
+        scores[name] = round(float(np.mean([right[query == q].all() for q in np.unique(query)])), 4)
+    return scores
+
+
+def train_text(rank, world, out, steps, batch, seed):
+    """One of `world` processes of one thread each: its rows, the mean of all gradients, the same update."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=world)
+    model = Qwen25VL(Config.from_json(CONFIG))
+    first = torch.load(out / ("text.pt" if (out / "text.pt").exists() else "words.pt"))
+    model.load_state_dict(first["model"])
+    model.visual.requires_grad_(False)
+    model.visual.merger.requires_grad_(True)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("model.layers") and p.ndim == 2]
+    ours = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    optimizers = Muon(matrices, 1.0), torch.optim.AdamW(rest, 1.0, betas=(0.9, 0.98), weight_decay=0.05)
+    for optimizer, state in zip(optimizers, first.get("optimizers", [])):
+        optimizer.load_state_dict(state)
+    full, crop = np.load(out / "full.npy"), np.load(out / "crop.npy")
+    held, queue, worker, now = stream(out, 7, held=True), mp.get_context("spawn").Queue(6), None, None
+    ends = np.cumsum([round(share * steps) for share, *_ in PHASES])
+    for step in range(first.get("step", 0), steps):
+        phase = min(int(np.searchsorted(ends, step, side="right")), len(PHASES) - 1)
+        _, mixture, length, *rates = PHASES[phase]
+        if phase != now:
+            if worker:
+                worker.terminate()
+            now, queue = phase, mp.get_context("spawn").Queue(6)
+            worker = mp.get_context("spawn").Process(
+                target=draw, args=(out, seed + 1000 * step + rank, mixture, max(1, batch // world // length), length, queue), daemon=True)
+            worker.start()
+        factor = min(1, (step - (ends[phase - 1] if phase else 0) + 1) / 30, 2.06 * (1 - step / steps) / PHASES[-1][0] + 0.03)
+        for optimizer, rate in zip(optimizers, rates):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+        logits, target, weight, _ = predict(model, queue.get(), full, crop)
+        loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+        loss.backward()
+        trained = [*matrices, *rest]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
+        dist.all_reduce(flat)
+        for p, part in zip(trained, (flat / world).split([p.numel() for p in trained])):
+            p.grad = part.view_as(p)
+        nn.utils.clip_grad_norm_(rest, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if rank == 0 and step % 100 == 99:
+            scores = exact(model, held, full, crop, TESTS, 6)
+            log(out, {"stage": "text", "step": step + 1, "tokens": (step + 1) * batch, "loss": round(loss.item(), 4), **scores})
+            save(out / "text.pt", model, step + 1, optimizers)
+    if rank == 0:
+        log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 48)})
+        save(out / "text.pt", model, steps, optimizers)
+    dist.barrier()
+    os._exit(0)  # the drawing process ends with us
+
+
+# -- 5. all of it ------------------------------------------------------------------------------------------------------
+
+
+def log(out, entry):
+    entry = {"time": round(time.time()), **entry}
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    print("  ".join(f"{k} {v}" for k, v in entry.items() if k != "time"), flush=True)
+
+
+def save(path, model, step=0, optimizers=()):
+    torch.save({"model": model.state_dict(), "step": step, "optimizers": [o.state_dict() for o in optimizers]}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def publish(model, folder):
+    """The checkpoint in the hub's layout, bf16, with its tokenizer and processor files."""
+    save_pretrained(model.to(torch.bfloat16), folder)
+    write_tokenizer(Path(folder))
+
+
+def draw_curve(out):
+    """curve.png: exact answers of every test over the tokens of the text stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [entry for entry in map(json.loads, open(out / "log.jsonl")) if entry["stage"] == "text"]
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    for name in TESTS:
+        axis.plot([e["tokens"] / 1e6 for e in entries], [e[name] for e in entries], label=name)
+    axis.set_xlabel("million tokens of text")
+    axis.set_ylabel("queries answered exactly")
+    axis.legend(fontsize=8, ncol=2)
+    figure.tight_layout()
+    figure.savefig(out / "curve.png", dpi=150)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="working folder; stages that it holds are not done again (default runs/tiny)")
+    parser.add_argument("--pictures", type=int, default=48000, help="scenes to draw, 2000 of them held out (default 48000)")
+    parser.add_argument("--vision-steps", type=int, default=1800, help="batches of 128 pictures (default 1800)")
+    parser.add_argument("--text-steps", type=int, default=2600, help="updates of the text stage (default 2600)")
+    parser.add_argument("--batch", type=int, default=8192, help="tokens an update, over all processes (default 8192)")
+    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
+    parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
+    args = parser.parse_args(argv)
+    if args.pictures <= HELD or min(args.vision_steps, args.text_steps, args.processes) < 1 or args.batch < 1024 * args.processes:
+        raise InputError(f"found {args.pictures} pictures, {args.batch} tokens an update on {args.processes} processes, "
+                         f"expected more than {HELD} pictures, positive steps, 1024 tokens a process at least")  # fmt: skip
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    world = pictures(out / "pictures", args.pictures, args.seed, args.processes)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.processes)
+    model = Qwen25VL(Config.from_json(CONFIG))
+    initialise(model)
+    if (out / "vision.pt").exists():
+        model.load_state_dict(torch.load(out / "vision.pt")["model"])
+    else:
+        train_vision(model, world, out, args.vision_steps)
+        save(out / "vision.pt", model)
+    if not (out / "features.done").exists():
+        write_features(model, world, out)
+        (out / "features.done").touch()
+    if not (out / "words.pt").exists():
+        directions, picture = prepare(model, args.seed)
+        train_merger(model, world, np.load(out / "full.npy", mmap_mode="r"), directions, picture, out, 240)
+        save(out / "words.pt", model)
+    (out / "rendezvous").unlink(missing_ok=True)
+    mp.spawn(train_text, (args.processes, out, args.text_steps, args.batch, args.seed), args.processes)
+    model.load_state_dict(torch.load(out / "text.pt")["model"])
+    publish(model, out / "base")
+    draw_curve(out)
+    print(out / "base")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,155 @@
+"""The demo's report: one HTML file that asks no network for anything, and the same bars as a PNG.
+
+    write_report(out, results)      out: the demo's folder; results: what it writes to results.json
+"""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474): another model, another size of policy
+    "in_context": 13.15, "sft": 17.80, "cpt_sft": 22.75, "sft_grpo": 47.05, "cpt_sft_grpo": 55.90, "trimpi": 65.85,
+}  # fmt: skip
+TITLES = {
+    "in_context": "policy in the prompt, untrained", "no_policy": "untrained, without the policy", "sft": "CoT-SFT",
+    "cpt_sft": "CPT + SFT", "sft_grpo": "SFT + GRPO", "sft_poro": "SFT + PolicyRollout", "cpt_sft_grpo": "CPT + SFT + GRPO",
+    "trimpi": "TriMPI (CPT in response form)", "trimpi_paper": "TriMPI (the paper's CPT)",
+}  # fmt: skip
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 62rem; color: #1c2430; background: #fff }
+h1 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+svg { width: 100%; height: auto; display: block } svg text { font: 13px system-ui, sans-serif; fill: #1c2430 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap }
+td:first-child, th:first-child { text-align: left }
+code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
+.case { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1rem 0; border-top: 1px solid #dde3ea; padding-top: 1rem }
+.case img { width: 168px; height: 168px; image-rendering: auto } .case div { flex: 1 1 18rem; min-width: 0 }
+.right { color: #14713d } .wrong { color: #b3261e } small { color: #556273 }
+"""
+BLUE, PALE, GREY, RED = "#2a5bd7", "#9db7f2", "#c3cad4", "#c4462f"
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+def bars(rows):
+    """Accuracy with its interval as SVG: all paths, and beneath them the paths with sections that SFT never showed."""
+    left, right, step = 232, 668, 46
+    x = lambda share: left + share * (right - left)
+    out = [f'<svg viewBox="0 0 720 {step * len(rows) + 34}" role="img" aria-label="accuracy of every row">']
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        out.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="4" y2="{step * len(rows) + 8}" stroke="#e6eaf0"/>'
+                   f'<text x="{x(tick)}" y="{step * len(rows) + 26}" text-anchor="middle">{tick:.2f}</text>')  # fmt: skip
+    for k, row in enumerate(rows):
+        y, (low, high) = k * step + 8, row["interval"]
+        out.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{TITLES[row["name"]]}</text>')
+        out.append(f'<rect x="{left}" y="{y}" width="{x(row["accuracy"]) - left}" height="20" fill="{BLUE}"/>')
+        out.append(f'<line x1="{x(low)}" x2="{x(high)}" y1="{y + 10}" y2="{y + 10}" stroke="#1c2430" stroke-width="1.5"/>')
+        unseen = row.get("unseen") or {}
+        if unseen.get("accuracy") is not None:
+            out.append(f'<rect x="{left}" y="{y + 22}" width="{x(unseen["accuracy"]) - left}" height="9" fill="{PALE}"/>')
+        if row["name"] in PAPER:
+            out.append(f'<circle cx="{x(PAPER[row["name"]] / 100)}" cy="{y + 10}" r="5" fill="#fff" stroke="{RED}" stroke-width="2.5"/>')
+        out.append(f'<text x="{right + 6}" y="{y + 15}">{row["accuracy"]:.2f}</text>')
+    return "\n".join([*out, "</svg>"])
+
+
+def curves(runs):
+    """Share of right responses over RL steps, {title: metrics rows}, standard and policy-aware halves, as SVG."""
+    left, top, width, height, gap = 34, 22, 300, 120, 52
+    out = [f'<svg viewBox="0 0 720 {(len(runs) + 1) // 2 * (height + gap) + 8}" role="img" aria-label="reward over training">']
+    for k, (title, rows) in enumerate(runs.items()):
+        x0, y0 = left + k % 2 * (width + 54), top + k // 2 * (height + gap)
+        out.append(f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" fill="none" stroke="#dde3ea"/>'
+                   f'<text x="{x0}" y="{y0 - 6}">{title}</text><text x="{x0 - 4}" y="{y0 + 10}" text-anchor="end">1</text>'
+                   f'<text x="{x0 - 4}" y="{y0 + height}" text-anchor="end">0</text>'
+                   f'<text x="{x0 + width}" y="{y0 + height + 16}" text-anchor="end">step {len(rows)}</text>')  # fmt: skip
+        for key, color in (("accuracy", BLUE), ("accuracy_aware", RED)):
+            values = [row.get(key, 0) for row in rows]
+            if any(values):
+                values = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+                points = " ".join(f"{x0 + width * i / max(1, len(values) - 1):.1f},{y0 + height * (1 - v):.1f}" for i, v in enumerate(values))
+                out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+    return "\n".join([*out, "</svg>"])
+
+
+def cases(out, results, count=4):
+    """Some test pictures with every row's response and the path that it should have taken, unseen sections first."""
+    items = {item["id"]: item for item in lines_of(out / "data" / "test.jsonl")}
+    said = {row["name"]: {r["id"]: r for r in lines_of(out / "eval" / f"{row['name']}.jsonl")} for row in results["rows"]}
+    first = next(iter(said.values()))
+    order = sorted(first, key=lambda key: (bool(first[key].get("seen", True)), key))
+    chosen = order[: count // 2] + order[-(count - count // 2) :]
+    parts = []
+    for key in dict.fromkeys(chosen):
+        item = items[key]
+        picture = base64.b64encode((out / "data" / item["images"][0]).read_bytes()).decode()
+        kind = "a section that SFT never showed" if not first[key].get("seen", True) else "sections that SFT showed"
+        lines = [f'<div><b>{html.escape(item["answer"])}</b> <small>{kind}</small><br><code>{html.escape(item["cot"])}</code>']
+        for name, responses in said.items():
+            response = responses[key]
+            mark = "right" if response["correct"] else "wrong"
+            lines.append(f'<p><small>{TITLES[name]}: <span class="{mark}">{mark}</span></small><br><code>{html.escape(response["response"])}</code></p>')
+        parts.append(f'<section class="case"><img alt="test picture" src="data:image/png;base64,{picture}">{"".join(lines)}</div></section>')
+    return "\n".join(parts)
+
+
+def table(rows):
+    share = lambda row, side: "–" if not row.get(side) or row[side]["accuracy"] is None else f"{row[side]['accuracy']:.3f}"
+    head = "".join(f"<th>{name}</th>" for name in ("", "accuracy", "95 % interval", "seen", "unseen", "exact chains", "n", "paper"))
+    body = "".join(
+        f"<tr><td>{TITLES[row['name']]}</td><td>{row['accuracy']:.3f}</td><td>{row['interval'][0]:.3f} – {row['interval'][1]:.3f}</td>"
+        f"<td>{share(row, 'seen')}</td><td>{share(row, 'unseen')}</td><td>{row['exact_chain']:.2f}</td><td>{row['n']}</td>"
+        f"<td>{PAPER[row['name']] / 100 if row['name'] in PAPER else '–'}</td></tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def write_report(out, results):
+    """Write report.html and, where matplotlib is installed, report.png into the demo's folder."""
+    out, rows = Path(out), results["rows"]
+    rl = {TITLES[row["name"]]: lines_of(out / row["name"] / "metrics.jsonl") for row in rows}
+    rl = {title: metrics for title, metrics in rl.items() if metrics and "reward" in metrics[0]}
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>TriMPI on a tiny base</title><style>{STYLE}</style></head><body>
+<h1>TriMPI on a tiny base: one policy, without it in the prompt</h1>
+<p>Seed {results['seed']}: policy {results['policy']} of {results['depth']} layers, {rows[0]['n']} unseen pictures, greedy answers,
+{results['seconds']} seconds in all. No SFT item meets the sections {', '.join(results['left_out']) or '(none)'}.</p>
+<p><code>{html.escape(results['text'])}</code></p>
+<h2>Accuracy</h2>{bars(rows)}
+<p><small>Bar: all paths, with a 95 % interval. Pale bar: paths with a section that no SFT item met. Circle: the paper's figure, for
+Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task. GRPO has 8 responses a query, PolicyRollout 4 + 4.</small></p>
+{table(rows)}<p><small>trimpi: {html.escape(results['trimpi'])}.</small></p>
+<h2>Share of right responses while RL runs</h2>{curves(rl)}
+<p><small>Blue: responses to the query alone. Red: responses with the policy in the prompt (PolicyRollout's other half). Mean of five steps.</small></p>
+<h2>Pictures, the paths they call for, and what each stage said</h2>{cases(out, results)}
+</body></html>"""
+    (out / "report.html").write_text(page, encoding="utf-8")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    figure, axis = pyplot.subplots(figsize=(9, 0.55 * len(rows) + 1))
+    place = range(len(rows))
+    accuracy = [row["accuracy"] for row in rows]
+    errors = [[max(0, a - row["interval"][0]) for a, row in zip(accuracy, rows)], [max(0, row["interval"][1] - a) for a, row in zip(accuracy, rows)]]
+    axis.barh(place, accuracy, 0.5, xerr=errors, color=BLUE, ecolor="#1c2430", label="all paths")
+    unseen = [(row.get("unseen") or {}).get("accuracy") or 0 for row in rows]
+    axis.barh([p + 0.36 for p in place], unseen, 0.2, color=PALE, label="paths with a section that SFT never showed")
+    axis.plot([PAPER[r["name"]] / 100 for r in rows if r["name"] in PAPER], [k for k, r in enumerate(rows) if r["name"] in PAPER], "o",
+              mfc="white", mec=RED, label="the paper, 7B, six layers")  # fmt: skip
+    axis.set_yticks(list(place), [TITLES[row["name"]] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.02)
+    axis.set_xlabel("accuracy without the policy in the prompt (first row: with it)")
+    axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(out / "report.png", dpi=150)
+    pyplot.close(figure)
