@@ -93,7 +93,8 @@ def train(config):
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
                 parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight) for part, weight in run.micro_batches(rows(step))]
-            tokens = run.sum(sum(weight * len(batch.index) for batch, weight in parts))  # |O|, over all ranks
+            counts = [(weight * len(batch.index), weight * int(batch.attention_mask.sum())) for batch, weight in parts]
+            tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])             # |O|, over all ranks
             loss = 0.0
             with run.phase("learn"):
                 for batch, weight in parts:
@@ -104,7 +105,7 @@ def train(config):
                     loss += part.detach()
                 run.reduce_gradients(model)
                 grad_norm = run.update(model, optimizer, step, steps)
-            run.report(step, {"loss": run.sum(loss), "grad_norm": grad_norm, "tokens": int(tokens)}, tokens)
+            run.report(step, {"loss": run.sum(loss), "grad_norm": grad_norm, "tokens": int(tokens)}, read)
             run.checkpoint(step + 1, model, optimizer)
         run.finish(model)
 

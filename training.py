@@ -1,21 +1,22 @@
-"""What the three training scripts and evaluate.py share: config, ranks, batches, checkpoints, metrics.
+"""What the three training scripts share: where they start, their ranks, folder, optimiser, checkpoints and metrics.
 
 A reader of the method needs none of it. A script reads
 
     with Run(config, stage="sft") as run:
         model, processor = run.load()
         optimizer = run.optimizer(model)
-        for step in range(run.restore(model, optimizer), steps):
+        for step in run.steps(model, optimizer, total):       # from where --resume finds it
             ... backward of a loss whose denominator is global ...
             run.reduce_gradients(model)                       # the one collective: gradients are SUMMED over ranks
-            run.report(step, {"loss": loss, "grad_norm": run.update(model, optimizer, step, steps)})
+            grad_norm = run.update(model, optimizer, step, total)
+            run.report(step, {"loss": loss, "grad_norm": grad_norm})
             run.checkpoint(step + 1, model, optimizer)        # also where SIGTERM ends the run, with exit code 0
-        return run.finish(model, results)
+        run.finish(model)
 
-Axes: B batch, T tokens, R learned tokens of a row, N learned tokens of a batch, D width.
+Flags are in config.py, batches in batching.py, files of a checkpoint in checkpoint.py; their names can be imported from
+here, too. `python training.py plan` tells what a run needs in memory (plan.py).
 """
 
-import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -29,308 +30,21 @@ import signal
 import sys
 import threading
 import time
-import types
-import typing
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
+from batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,  # noqa: F401
+                      replayed_items, response_logprobs, rng, share, token_logprobs)
 from checkpoint import Checkpoints, cut_logs, trainable, write_json
+from config import CommonConfig, option, parse, redefault  # noqa: F401
 from data import InputError, command
-from kernels.logprob import linear_logprob
 
-# -- 1. config: defaults < --config file.json < flags -----------------------------------------------------------------
-
-
-def option(default, help, **limits):
-    """A config field: its default, its --help line (unit, when to change it), and limits: least, above, most, choices."""
-    return field(default=default, metadata={"help": help, **limits})
-
-
-def redefault(base, name, default):
-    """The same option as in `base` with another default."""
-    return field(default=default, metadata=base.__dataclass_fields__[name].metadata)
-
-
-@dataclass
-class CommonConfig:
-    model: str = option("", "checkpoint: folder in the hub's layout, hub id, or the folder of a finished run", required=True)
-    data: str = option("", "folder of policies.json and the .jsonl files", required=True)
-    split: str = option("", "file of the items to learn from, inside --data")
-    out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
-    init: str = option("", "start from the stage before: the folder of its run (its adapter is continued, or merged by --full)")
-    adapter: str = option("", "start from this LoRA adapter on top of --model")
-    full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
-    lora_rank: int = option(8, "rank of the adapter", least=1)
-    lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
-    lora_dropout: float = option(0.0, "dropout before A, probability", least=0, most=0.99)
-    lora_targets: str = option("", "projections with an adapter: names by commas, or one regex; empty: all of the text model")
-    train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
-    lr: float = option(1e-5, "peak learning rate", above=0)
-    weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
-    beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
-    warmup: int = option(0, "steps of linear warm-up", least=0)
-    schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
-    batch_size: int = option(128, "items an update, over all ranks and micro-batches", least=1)
-    micro_batch: int = option(4, "items a forward pass; lower it when memory runs out, results stay the same", least=1)
-    epochs: float = option(1.0, "passes over the data", above=0)
-    steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
-    replay: str = option("", "folder of other policies' items, learned with their policy in the prompt: keeps the model reading policies")
-    replay_split: str = option("sft.jsonl", "file of the items to replay, inside --replay")
-    replay_share: float = option(0.5, "share of each batch that is replayed, where --replay is given", least=0, most=0.9)
-    workers: int = option(4, "threads that read and scale pictures one step ahead on GPU machines; 0: none", least=0)
-    max_prompt: int = option(4096, "longest prompt in tokens, pictures included; a longer one is an error, never cut", least=1)
-    max_response: int = option(2048, "longest response in tokens", least=1)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    max_skipped: float = option(0.1, "share of updates that NaN or infinity may cost before the run stops (from step 10 on)", least=0, most=1)
-    seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of matrix products; weights and AdamW stay float32. auto: bfloat16 on GPUs, float32 on CPUs",
-                        choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
-    compile: bool = option(False, "torch.compile each layer: minutes at the start, faster steps on GPUs")
-    fsdp: str = option("auto", "shard weights, gradients and AdamW over ranks (full only); auto: on several GPUs",
-                       choices=("auto", "on", "off"))
-    save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run, so that --resume works", least=0)
-    async_save: bool = option(False, "write checkpoints in a thread while training goes on: for large models")
-    keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)
-    resume: bool = option(False, "continue from the newest whole checkpoint of --out (from the start if there is none)")
-    overwrite: bool = option(False, "delete the run that --out holds")
-    timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
-
-
-def parse(config_class, doc, argv=None):
-    """The config of a command: dataclass defaults, then the JSON of --config FILE, then flags; InputError for what is unknown.
-
-    Field `batch_size` is the flag --batch-size; a bool is --full / --no-full. Each option's metadata is its --help line.
-    """
-    kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items()}
-    options = {f.name: f for f in dataclasses.fields(config_class)}
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: _refuse(f"{message} (--help lists the flags)")
-    parser.add_argument("--config", metavar="FILE", help="JSON of option names and values; flags win over it")
-    for name, f in options.items():
-        text = f.metadata["help"].replace("%", "%%") + ("" if f.metadata.get("required") else f" (default: {f.default!r})")
-        extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": name.upper()}
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
-    flags = vars(parser.parse_args(argv))
-    values = _read_config(flags.pop("config"), options)
-    values |= flags
-    config = config_class(**{name: _convert(name, value, kinds[name], options[name].metadata) for name, value in values.items()})
-    for name, f in options.items():
-        if f.metadata.get("required") and not getattr(config, name):
-            raise InputError(f"--{name.replace('_', '-')} is missing: {f.metadata['help']}")
-    return config
-
-
-def _refuse(message):
-    raise InputError(message)
-
-
-def _kind(hint):
-    """The plain type of an annotation: int of int | None."""
-    return next((a for a in typing.get_args(hint) if a is not types.NoneType), hint)
-
-
-def _read_config(path, options):
-    if path is None:
-        return {}
-    try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: {error}, expected a JSON file") from None
-    if not isinstance(values, dict) or set(values) - set(options):
-        unknown = ", ".join(sorted(set(values) - set(options))) if isinstance(values, dict) else type(values).__name__
-        raise InputError(f"--config {path}: found {unknown}, expected one object of known options (--help lists them)")
-    return values
-
-
-def _convert(name, value, kind, limits):
-    """One option's value in its type and within its limits; text comes from flags, JSON values from --config."""
-    flag = "--" + name.replace("_", "-")
-    try:
-        good = isinstance(value, (str, kind)) or (kind is float and type(value) is int)
-        if not good or (kind is not bool and isinstance(value, bool)) or (kind is bool and isinstance(value, str)):
-            raise ValueError
-        value = kind(value)
-    except ValueError:
-        raise InputError(f"{flag}: found {value!r}, expected {'a' if kind is not int else 'an'} {kind.__name__}") from None
-    if "choices" in limits and value not in limits["choices"]:
-        raise InputError(f"{flag}: found {value!r}, expected one of {', '.join(limits['choices'])}")
-    if kind in (int, float) and not (math.isfinite(value) and value >= limits.get("least", -math.inf)
-                                     and value > limits.get("above", -math.inf) and value <= limits.get("most", math.inf)):
-        bounds = [f"{word} {limits[key]}" for key, word in (("least", "at least"), ("above", "above"), ("most", "at most")) if key in limits]
-        raise InputError(f"{flag}: found {value}, expected a finite number {' and '.join(bounds)}")
-    return value
-
-
-# -- 2. batches -------------------------------------------------------------------------------------------------------
-
-
-def rng(*key):
-    """A numpy generator that depends on nothing but the integers of `key`, e.g. (seed, step, item): resuming replays nothing."""
-    return np.random.default_rng(key)
-
-
-def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
-    """Item indices of this rank's share of the global batch number `step`.
-
-    The stream is one shuffled epoch behind the other, so no item is dropped at an epoch's end; `limit` (items) ends it,
-    and its last batch may be short. Ranks take every world-th index: together they hold each of the batch exactly once.
-    """
-    start, stop = step * batch_size, min((step + 1) * batch_size, limit or math.inf)
-    chosen = []
-    for epoch in range(start // n_items, -(-stop // n_items)):
-        order = rng(seed, epoch).permutation(n_items)
-        chosen += order[max(start - epoch * n_items, 0): stop - epoch * n_items].tolist()
-    return chosen[rank::world]
-
-
-def replayed_items(config):
-    """How many items of each batch come from --replay."""
-    return round(config.batch_size * config.replay_share) if config.replay else 0
-
-
-def mixture(step, n_items, n_replay, config):
-    """The global batch of update `step` as (replayed: bool, index): first the own items, then those of --replay."""
-    replayed = replayed_items(config)
-    limit = None if config.steps else round(n_items * config.epochs)
-    chosen = [(False, i) for i in batches(n_items, config.batch_size - replayed, config.seed, step, limit=limit)]
-    return chosen + ([(True, i) for i in batches(n_replay, replayed, config.seed + 1, step)] if replayed else [])
-
-
-def share(chosen, sizes, rank, world):
-    """This rank's part of a global batch: equal counts, near-equal sizes (dealt to and fro), sorted by size for little padding."""
-    order = sorted(range(len(chosen)), key=lambda i: (sizes[i], i))
-    return [chosen[i] for turn, i in enumerate(order) if turn % (2 * world) in (rank, 2 * world - 1 - rank)]
-
-
-class Ahead:
-    """[make(*key) for key in keys(step)], with the next step's made in threads meanwhile; in line where workers = 0."""
-
-    def __init__(self, keys, make, workers):
-        self.keys, self.make, self.futures = keys, make, {}
-        self.pool = ThreadPoolExecutor(workers) if workers else None
-
-    def __call__(self, step):
-        if not self.pool:
-            return [self.make(*key) for key in self.keys(step)]
-        for s in (step, step + 1):
-            if s not in self.futures:
-                self.futures[s] = [self.pool.submit(self.make, *key) for key in self.keys(s)]
-        return [future.result() for future in self.futures.pop(step)]
-
-
-@dataclass
-class Batch:
-    """Right-padded rows: what the model reads and which of its predictions count."""
-
-    input_ids: torch.Tensor              # (B,T) int64
-    attention_mask: torch.Tensor         # (B,T) int64: 1 where a token stands
-    labels: torch.Tensor                 # (B,T) int64: the token after position t where it is learned, else -100
-    index: torch.Tensor                  # (N,) int64: flat positions b*T + t of the learned ones
-    pixel_values: torch.Tensor | None    # (patches, 1176) fp32, the rows' pictures one after the other
-    image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
-    position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed; attention_mask is then bool (B,T,T)
-
-    def to(self, device):
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in moved.items()})
-
-
-def collate(prompts, targets, learn=None, *, pad_id):
-    """Rows `prompt + target` as one Batch.
-
-    prompts: model.Encoded each; targets: token ids each (list or tensor); learn: bool (T,) each over the whole row, the
-    tokens whose prediction counts (None: those of the target).
-    """
-    rows = [torch.cat([p.input_ids, torch.as_tensor(t, dtype=torch.long)]) for p, t in zip(prompts, targets, strict=True)]
-    learn = learn or [None] * len(rows)
-    learn = [torch.arange(len(row)) >= len(p.input_ids) if l is None else l for row, p, l in zip(rows, prompts, learn)]
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, -100)
-    for b, (row, counts) in enumerate(zip(rows, learn)):
-        input_ids[b, :len(row)] = row
-        attention_mask[b, :len(row)] = 1
-        labels[b, :len(row) - 1] = torch.where(counts[1:], row[1:], -100)  # position t predicts token t + 1
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    grids = [p.grid_thw for p in prompts if p.pixel_values is not None]
-    return Batch(input_ids, attention_mask, labels, (labels != -100).flatten().nonzero().squeeze(1),
-                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
-
-
-def pack(model, prompts, responses, pad_id):
-    """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
-
-    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last token,
-    which predicts its first, so that every place predicts one token; positions restart behind the prompt.
-    """
-    shared = [prompt.input_ids[:-1] for prompt in prompts]
-    length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
-    input_ids, labels = torch.full((len(prompts), length), pad_id), torch.full((len(prompts), length), -100)
-    part = torch.full_like(input_ids, -1)  # 0 the prompt, 1, 2, ... its responses, -1 padding
-    position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
-    for b, (prompt, group) in enumerate(zip(prompts, responses)):
-        places, delta = model.positions(prompt.input_ids[None], None, prompt.grid_thw)
-        stop = len(shared[b])
-        input_ids[b, :stop], part[b, :stop], position_ids[:, b, :stop] = shared[b], 0, places[:, 0, :-1]
-        for number, tokens in enumerate(map(torch.as_tensor, group), 1):
-            here = slice(stop, stop + len(tokens))
-            input_ids[b, here] = torch.cat([prompt.input_ids[-1:], tokens[:-1]])
-            labels[b, here], part[b, here] = tokens, number
-            position_ids[:, b, here] = len(shared[b]) + delta + torch.arange(len(tokens))
-            stop = here.stop
-    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B,T,S), and nothing that comes later
-    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
-    return Batch(input_ids, sees.tril(), labels, (labels != -100).flatten().nonzero()[:, 0],
-                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None, position_ids)
-
-
-def packing_pays(model, prompts, responses, most=1 << 14):
-    """Is it cheaper to read responses packed behind one prompt (dense mask) than one by one (causal), in operations?"""
-    c = model.config
-    per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # products, in widths
-    packed = [len(prompt.input_ids) + sum(map(len, group)) for prompt, group in zip(prompts, responses)]
-    alone = [len(prompt.input_ids) + len(tokens) for prompt, group in zip(prompts, responses) for tokens in group]
-    return max(packed) <= most and sum(t * (per_token + 2 * t) for t in packed) < sum(t * (per_token + t) for t in alone)
-
-
-def learned_hidden(model, batch):
-    """The hidden states that predict the learned tokens of the batch -> (N,D), in the order of batch.index."""
-    # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
-    mask = None if batch.position_ids is None else batch.attention_mask
-    hidden = model(batch.input_ids, mask, batch.pixel_values, batch.image_grid_thw, batch.position_ids)  # (B,T,D)
-    if batch.pixel_values is None and _is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
-        patch = torch.zeros(4, 1176, device=hidden.device)
-        hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()
-    return hidden.flatten(0, 1)[batch.index]
-
-
-def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
-    """log p of every learned token of the batch -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
-    targets = batch.labels.flatten()[batch.index]                                                    # (N,)
-    return linear_logprob(learned_hidden(model, batch), model.head_weight, targets, temperature=temperature, return_entropy=entropy)
-
-
-def response_logprobs(model, batch, *, temperature=1.0, entropy=False):
-    """The same laid out by rows -> (logp (B,R), entropy (B,R) | None): row b's learned tokens from the left, then zeros."""
-    counts = (batch.labels != -100).sum(1)                                                # (B,)
-    where = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]       # (B,R)
-    spread = lambda x: None if x is None else x.new_zeros(where.shape).masked_scatter(where, x)
-    return tuple(spread(x) for x in token_logprobs(model, batch, temperature=temperature, entropy=entropy))
-
-
-# -- 3. where a run starts --------------------------------------------------------------------------------------------
+# -- 1. where a run starts --------------------------------------------------------------------------------------------
 
 
 def locate(path):
@@ -344,7 +58,7 @@ def locate(path):
     if os.path.isdir(os.path.join(path, "adapter")):
         return _run_config(path)["base"], os.path.join(path, "adapter")
     if "base" in _run_config(path):
-        raise InputError(f"{path}: a run that has not ended, expected its model/ or adapter/ (continue it with --resume)")
+        raise InputError(f"{path}: found a run that has not ended, expected its model/ or adapter/: continue it with --resume")
     return path, None
 
 
@@ -359,10 +73,6 @@ def _run_config(folder):
         raise InputError(f"{folder}/config.json: {error}, expected the JSON of a run or of a model") from None
 
 
-def _is_fsdp(model):
-    return hasattr(model, "unshard")  # fully_shard mixes FSDPModule in; asking so spares its import, two seconds
-
-
 def _dissolve_lora(model):
     """Merge the adapter and put plain linear layers back: what was frozen under it can be tuned again."""
     qwen.merge_lora(model)
@@ -373,8 +83,12 @@ def _dissolve_lora(model):
         setattr(model.get_submodule(owner), leaf, plain)
 
 
-# -- 4. the run -------------------------------------------------------------------------------------------------------
+# -- 2. the run -------------------------------------------------------------------------------------------------------
 
+MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
+    "out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout", "device",
+    "gradient_checkpointing", "compile", "max_skipped",
+}  # fmt: skip
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
 
@@ -402,7 +116,7 @@ class Run:
         self.workers = config.workers if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
         if config.batch_size % self.world:
-            raise InputError(f"--batch-size {config.batch_size}: found {self.world} ranks, expected a number that divides it")
+            raise InputError(f"--batch-size {config.batch_size}: found {self.world} ranks, expected a divisor of it")
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -432,7 +146,8 @@ class Run:
             signal.signal(number, handler)
         self._unlock()
         if self.world > 1 and kind not in (None, SystemExit):
-            print(f"rank {self.rank}: failed in {self._phase!r} of step {self.step}: {error}", file=sys.stderr, flush=True)
+            place = f"{self._phase!r} of step {self.step}"
+            print(f"rank {self.rank}: failed in {place}: {error}", file=sys.stderr, flush=True)
 
     # -- the folder
 
@@ -455,15 +170,13 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
         except OSError:
             self._lock.close()
-            raise InputError(f"--out {self.out}: another process is writing this run, expected a folder of its own") from None
+            raise InputError(f"--out {self.out}: another process is writing this run, expected a folder of one's own") from None
         for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
             shutil.rmtree(path)
         before = _run_config(self.out)
         if before and self.config.resume:
-            free = {"out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout", "device",
-                    "gradient_checkpointing", "compile", "max_skipped"}  # these change the path, not the goal
             changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in dataclasses.asdict(self.config).items()
-                       if k not in free and before.get(k) != v]
+                       if k not in MAY_CHANGE and before.get(k) != v]
             if changed or before["stage"] != self.stage:
                 raise InputError(f"--resume {self.out}: the run was started as {before['stage']} with another config "
                                  f"({', '.join(changed)}), expected the same")
@@ -521,7 +234,7 @@ class Run:
 
     def _all_reduce(self, x, how):
         if self.world == 1:
-            return x.item() if isinstance(x, torch.Tensor) else x
+            return x.tolist() if isinstance(x, torch.Tensor) else x
         x = torch.as_tensor(x, dtype=torch.float64, device=self.device).clone()
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x.tolist()
@@ -575,6 +288,8 @@ class Run:
         elif not full:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
             qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None, dropout=config.lora_dropout)
+        if not frozen:
+            self.parameters = sum(p.numel() for p in model.parameters())
         if full:
             qwen.set_trainable(model, vision=config.train_vision and not frozen, text=not frozen)
         if config.gradient_checkpointing and not frozen:
@@ -587,7 +302,7 @@ class Run:
         return model.train(not frozen), qwen.Processor.from_pretrained(self.base)
 
     def _shard(self, model):
-        """FSDP2 from outside: a unit a layer; the rest (tower, embedding, head) is one, as not every batch has pictures."""
+        """FSDP2 from outside. A layer is a unit; the rest is one, tower included, as not every batch has pictures."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -617,7 +332,7 @@ class Run:
     @contextlib.contextmanager
     def gathered(self, model):
         """For sampling: whole weights in the compute dtype, gathered or cast once, no gradients; yields the model."""
-        units = [m for m in model.modules() if _is_fsdp(m)]
+        units = [m for m in model.modules() if is_fsdp(m)]
         masters = {} if units or self.dtype == torch.float32 else {p: p.data for p in model.parameters()}
         for p in masters:
             p.data = p.data.to(self.dtype)
@@ -669,8 +384,8 @@ class Run:
         else:
             self.skipped += 1
             if self.skipped > self.config.max_skipped * max(step + 1, 10):
-                raise InputError(f"step {step}: gradient norm {norm}, and {self.skipped} of {step + 1} updates were skipped for that "
-                                 f"(--max-skipped {self.config.max_skipped}); expected finite losses: lower --lr")
+                raise InputError(f"step {step}: found a gradient norm of {norm}, and {self.skipped} of {step + 1} updates were skipped "
+                                 f"for that, expected at most --max-skipped {self.config.max_skipped}; try a lower --lr")
         optimizer.zero_grad()
         return norm
 
@@ -700,26 +415,28 @@ class Run:
         self._times[name] = self._times.get(name, 0.0) + time.perf_counter() - start
         self._phase = before  # not in a finally: after a failure it still says where
 
-    def report(self, step, metrics, tokens=0, parameters=0, phase_tokens=()):
+    def report(self, step, metrics, tokens=0, phase_tokens=()):
         """One row of metrics.jsonl and of the terminal; "speed" holds what differs from run to run.
 
-        tokens: those that all ranks learned from in this step; parameters: the model's, for the MFU on a known GPU;
+        tokens: those that all ranks have read in this step, for the rate, and on a known GPU for the MFU;
         phase_tokens: {phase: tokens} for a rate of each.
         """
         seconds = time.perf_counter() - self._began
-        speed = {"seconds": round(seconds, 4), **{k: round(v, 4) for k, v in self._times.items()}, "memory_gb": memory_gb(self.device)}
+        speed = {"seconds": round(seconds, 4), **{phase: round(t, 4) for phase, t in self._times.items()}}
+        speed["memory_gb"] = memory_gb(self.device)
         for phase in phase_tokens:
             speed[f"{phase}_tokens_per_second"] = round(phase_tokens[phase] / max(self._times.get(phase, 0), 1e-9), 1)
         if tokens:
             speed["tokens_per_second"] = round(tokens / seconds, 1)
-            peak = next((v for k, v in PEAK_FLOPS.items() if self.device.type == "cuda"
-                         and k in torch.cuda.get_device_name(self.device)), None)
-            if peak and parameters:
+            card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+            peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+            if peak:
                 work = 6 if self.config.full else 4  # frozen weights need no gradient: a third of the work less
-                speed["mfu"] = round(work * parameters * tokens / seconds / peak / self.world, 4)
+                speed["mfu"] = round(work * self.parameters * tokens / seconds / peak / self.world, 4)
         metrics = {"step": step, **metrics, "skipped": self.skipped}
         self.append("metrics", {**metrics, "speed": speed})
-        line = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("step", "skipped"))
+        shown = {name: x for name, x in metrics.items() if isinstance(x, (int, float)) and name not in ("step", "skipped")}
+        line = "  ".join(f"{name} {x:.4g}" for name, x in shown.items())
         if self.is_main and not self._bar.disable:
             self._bar.set_postfix_str(line, refresh=False)
             self._bar.update()
@@ -734,7 +451,8 @@ class Run:
             since = since + every if now == last else 0
             last = now
             if since:
-                print(f"rank {self.rank}: {self.stage} step {self.step} in {self._phase!r} for {since} s", file=sys.stderr, flush=True)
+                place = f"{self.stage} step {self.step}, in {self._phase!r} for {since} s"
+                print(f"rank {self.rank}: {place}", file=sys.stderr, flush=True)
 
     def _on_signal(self, number, frame):
         self._stop = True
@@ -751,10 +469,11 @@ class Run:
         with self.phase("save"):
             self.checkpoints.publish_if_done()
             if stop or (self.config.save_every and step % self.config.save_every == 0):
-                self.checkpoints.save(step, model, optimizer, extra or {}, score, wait=stop or not self.config.async_save)
+                wait = stop or not self.config.async_save
+                self.checkpoints.save(step, model, optimizer, extra or {}, score, wait)
         if stop:
             if self.is_main:
-                print(f"{self.stage}: stopped by a signal after step {step}; --resume continues", file=sys.stderr, flush=True)
+                print(f"{self.stage}: stopped by a signal after step {step}, --resume continues", file=sys.stderr, flush=True)
             sys.exit(0)
 
     def restore(self, model, optimizer):
@@ -823,7 +542,8 @@ def memory_gb(device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] != ["plan"]:
-        raise InputError(f"found {' '.join(argv[:1]) or 'no command'}, expected: python training.py plan --model M (--help lists the flags)")
+        found = argv[0] if argv else "no command"
+        raise InputError(f"found {found}, expected: python training.py plan --model M (--help lists the flags)")
     import plan  # here, as it imports this file
 
     plan.main(argv[1:])

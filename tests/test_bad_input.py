@@ -213,5 +213,5 @@ def test_the_line_reaches_the_terminal_and_the_exit_code_is_2(sound, tmp_path, s
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(sound, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(InputError, match="--batch-size 4: found 3 ranks, expected a number that divides it"):
+    with pytest.raises(InputError, match="--batch-size 4: found 3 ranks, expected a divisor of it"):
         train_sft.main(arguments(sound / "model", sound / "data", tmp_path / "out", steps=1))

@@ -1,0 +1,189 @@
+"""What a step reads: which items, dealt out to which rank, as which tensors; and the log-probabilities of what it learns.
+
+Randomness derives from (seed, step, item) alone. So any number of ranks sees the same global batch, and a run that is
+resumed replays nothing.
+
+Axes: B batch, T tokens, S keys, R learned tokens of a row, N learned tokens of a batch, D width.
+"""
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.logprob import linear_logprob
+
+# -- 1. which items ---------------------------------------------------------------------------------------------------
+
+
+def rng(*key):
+    """A numpy generator that depends on nothing but the integers of `key`, say (seed, step, item)."""
+    return np.random.default_rng(key)
+
+
+def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
+    """Item indices of this rank's share of the global batch number `step`.
+
+    The stream is one shuffled epoch behind the other, so no item is dropped at an epoch's end; `limit` (items) ends it,
+    and its last batch may be short. Ranks take every world-th index: together they hold each of the batch exactly once.
+    """
+    start, stop = step * batch_size, min((step + 1) * batch_size, limit or math.inf)
+    chosen = []
+    for epoch in range(start // n_items, -(-stop // n_items)):
+        order = rng(seed, epoch).permutation(n_items)
+        chosen += order[max(start - epoch * n_items, 0): stop - epoch * n_items].tolist()
+    return chosen[rank::world]
+
+
+def replayed_items(config):
+    """How many items of each batch come from --replay."""
+    return round(config.batch_size * config.replay_share) if config.replay else 0
+
+
+def mixture(step, n_items, n_replay, config):
+    """The global batch of update `step` as (replayed: bool, index): first the own items, then those of --replay."""
+    replayed = replayed_items(config)
+    limit = None if config.steps else round(n_items * config.epochs)
+    chosen = [(False, i) for i in batches(n_items, config.batch_size - replayed, config.seed, step, limit=limit)]
+    return chosen + ([(True, i) for i in batches(n_replay, replayed, config.seed + 1, step)] if replayed else [])
+
+
+def share(chosen, sizes, rank, world):
+    """This rank's part of a global batch, sorted by size for little padding.
+
+    Dealt to and fro, so that all ranks get as many, of nearly the same size together. sizes: one for each of `chosen`.
+    """
+    order = sorted(range(len(chosen)), key=lambda i: (sizes[i], i))
+    return [chosen[i] for turn, i in enumerate(order) if turn % (2 * world) in (rank, 2 * world - 1 - rank)]
+
+
+class Ahead:
+    """[make(*key) for key in keys(step)], with the next step's made in threads meanwhile; in line where workers = 0."""
+
+    def __init__(self, keys, make, workers):
+        self.keys, self.make, self.futures = keys, make, {}
+        self.pool = ThreadPoolExecutor(workers) if workers else None
+
+    def __call__(self, step):
+        if not self.pool:
+            return [self.make(*key) for key in self.keys(step)]
+        for s in (step, step + 1):
+            if s not in self.futures:
+                self.futures[s] = [self.pool.submit(self.make, *key) for key in self.keys(s)]
+        return [future.result() for future in self.futures.pop(step)]
+
+
+# -- 2. as tensors ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Right-padded rows: what the model reads and which of its predictions count."""
+
+    input_ids: torch.Tensor              # (B,T) int64
+    attention_mask: torch.Tensor         # (B,T) int64: 1 where a token stands
+    labels: torch.Tensor                 # (B,T) int64: the token after position t where it is learned, else -100
+    index: torch.Tensor                  # (N,) int64: flat positions b*T + t of the learned ones
+    pixel_values: torch.Tensor | None    # (patches, 1176) fp32, the rows' pictures one after the other
+    image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
+    position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed; attention_mask is then bool (B,T,T)
+
+    def to(self, device):
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in moved.items()})
+
+
+def collate(prompts, targets, learn=None, *, pad_id):
+    """Rows `prompt + target` as one Batch.
+
+    prompts: model.Encoded each; targets: token ids each (list or tensor); learn: bool (T,) each over the whole row, the
+    tokens whose prediction counts (None: those of the target).
+    """
+    targets = [torch.as_tensor(target, dtype=torch.long) for target in targets]
+    rows = [torch.cat([prompt.input_ids, target]) for prompt, target in zip(prompts, targets, strict=True)]
+    learn = [torch.arange(len(row)) >= len(prompt.input_ids) if given is None else given
+             for row, prompt, given in zip(rows, prompts, learn or [None] * len(rows))]
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for b, (row, counts) in enumerate(zip(rows, learn)):
+        input_ids[b, :len(row)] = row
+        attention_mask[b, :len(row)] = 1
+        labels[b, :len(row) - 1] = torch.where(counts[1:], row[1:], -100)  # position t predicts token t + 1
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [p.grid_thw for p in prompts if p.pixel_values is not None]
+    return Batch(input_ids, attention_mask, labels, (labels != -100).flatten().nonzero().squeeze(1),
+                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
+
+
+def pack(model, prompts, responses, pad_id):
+    """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
+
+    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last token,
+    which predicts its first, so that every place predicts one token; positions restart behind the prompt.
+    """
+    shared = [prompt.input_ids[:-1] for prompt in prompts]
+    length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
+    input_ids, labels = torch.full((len(prompts), length), pad_id), torch.full((len(prompts), length), -100)
+    part = torch.full_like(input_ids, -1)  # 0 the prompt, 1, 2, ... its responses, -1 padding
+    position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+    for b, (prompt, group) in enumerate(zip(prompts, responses)):
+        places, delta = model.positions(prompt.input_ids[None], None, prompt.grid_thw)
+        stop = len(shared[b])
+        input_ids[b, :stop], part[b, :stop], position_ids[:, b, :stop] = shared[b], 0, places[:, 0, :-1]
+        for number, tokens in enumerate(map(torch.as_tensor, group), 1):
+            here = slice(stop, stop + len(tokens))
+            input_ids[b, here] = torch.cat([prompt.input_ids[-1:], tokens[:-1]])
+            labels[b, here], part[b, here] = tokens, number
+            position_ids[:, b, here] = len(shared[b]) + delta + torch.arange(len(tokens))
+            stop = here.stop
+    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B,T,S), and nothing that comes later
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
+    return Batch(input_ids, sees.tril(), labels, (labels != -100).flatten().nonzero()[:, 0],
+                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None, position_ids)
+
+
+def packing_pays(model, prompts, responses, most=1 << 14):
+    """Are responses packed behind one prompt (dense mask) cheaper to read than one by one (causal), in operations?"""
+    c = model.config
+    per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
+    packed = [len(prompt.input_ids) + sum(map(len, group)) for prompt, group in zip(prompts, responses)]
+    alone = [len(prompt.input_ids) + len(tokens) for prompt, group in zip(prompts, responses) for tokens in group]
+    return max(packed) <= most and sum(t * (per_token + 2 * t) for t in packed) < sum(t * (per_token + t) for t in alone)
+
+
+# -- 3. what the model makes of them ----------------------------------------------------------------------------------
+
+
+def is_fsdp(model):
+    return hasattr(model, "unshard")  # fully_shard mixes FSDPModule in; asking so spares its import, two seconds
+
+
+def learned_hidden(model, batch):
+    """The hidden states that predict the learned tokens of the batch -> (N,D), in the order of batch.index."""
+    # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
+    mask = None if batch.position_ids is None else batch.attention_mask
+    hidden = model(batch.input_ids, mask, batch.pixel_values, batch.image_grid_thw, batch.position_ids)  # (B,T,D)
+    if batch.pixel_values is None and is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
+        patch = torch.zeros(4, 1176, device=hidden.device)
+        hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()
+    return hidden.flatten(0, 1)[batch.index]
+
+
+def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
+    """log p of the batch's learned tokens -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
+    hidden, targets = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (N,D), (N,)
+    return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)
+
+
+def response_logprobs(model, batch, *, temperature=1.0, entropy=False):
+    """The same laid out by rows -> (logp (B,R), entropy (B,R) | None): learned tokens from the left, then zeros."""
+    counts = (batch.labels != -100).sum(1)  # (B,)
+    where = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (B,R)
+    spread = lambda x: None if x is None else x.new_zeros(where.shape).masked_scatter(where, x)
+    return tuple(spread(x) for x in token_logprobs(model, batch, temperature=temperature, entropy=entropy))

@@ -1,0 +1,143 @@
+"""The config of a command: dataclass defaults < --config file.json < flags.
+
+A field is an option: its name, type, default, --help line and limits stand in one place, and nowhere else.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import InputError
+
+
+def option(default, help, **limits):
+    """A config field: default, --help line (unit, when to change it), and limits: least, above, most, choices, required."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def redefault(base, name, default):
+    """The same option as in `base` with another default."""
+    return field(default=default, metadata=base.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class CommonConfig:
+    model: str = option("", "checkpoint: folder in the hub's layout, hub id, or folder of a finished run", required=True)
+    data: str = option("", "folder of policies.json and the .jsonl files", required=True)
+    split: str = option("", "file of the items to learn from, inside --data")
+    out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
+    init: str = option("", "start from the stage before: the folder of its run; its adapter is continued, or merged by --full")
+    adapter: str = option("", "start from this LoRA adapter on top of --model")
+    full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
+    lora_rank: int = option(8, "rank of the adapter", least=1)
+    lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
+    lora_dropout: float = option(0.0, "dropout before A, probability", least=0, most=0.99)
+    lora_targets: str = option("", "projections with an adapter: names by commas or one regex; empty: all of the text model")
+    train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
+    lr: float = option(1e-5, "peak learning rate", above=0)
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
+    beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
+    warmup: int = option(0, "steps of linear warm-up", least=0)
+    schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    batch_size: int = option(128, "items an update, over all ranks and micro-batches", least=1)
+    micro_batch: int = option(4, "items a forward pass; fewer need less memory, and the results stay the same", least=1)
+    epochs: float = option(1.0, "passes over the data", above=0)
+    steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
+    replay: str = option("", "folder of other policies' items, learned with their policy in the prompt, so that the model"
+                             " does not forget how to read one")
+    replay_split: str = option("sft.jsonl", "file of the items to replay, inside --replay")
+    replay_share: float = option(0.5, "share of each batch that is replayed, where --replay is given", least=0, most=0.9)
+    workers: int = option(4, "threads that read and scale pictures one step ahead on GPU machines; 0: none", least=0)
+    max_prompt: int = option(4096, "longest prompt in tokens with its pictures; a longer one is an error, never cut", least=1)
+    max_response: int = option(2048, "longest response in tokens", least=1)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    max_skipped: float = option(0.1, "share of updates (of ten at least) that NaN or infinity may cost before the run stops",
+                                least=0, most=1)
+    seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of matrix products; trained weights and AdamW stay float32, frozen ones take it;"
+                                " auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third more time")
+    compile: bool = option(False, "torch.compile each layer: minutes at the start, faster steps on GPUs")
+    fsdp: str = option("auto", "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
+                       choices=("auto", "on", "off"))
+    save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run", least=0)
+    async_save: bool = option(False, "write checkpoints in a thread while training goes on: for large models")
+    keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)
+    resume: bool = option(False, "continue from the newest whole checkpoint of --out, or from the start if there is none")
+    overwrite: bool = option(False, "delete the run that --out holds")
+    timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
+
+
+def parse(config_class, doc, argv=None):
+    """-> config_class from its defaults, the JSON of --config FILE and the flags of `argv` (default: the command line).
+
+    Field `batch_size` is the flag --batch-size, a bool --full or --no-full. Raises InputError for what is unknown, missing,
+    of another type or out of its limits.
+    """
+    kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items()}
+    options = {f.name: f for f in dataclasses.fields(config_class)}
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=layout)
+    parser.error = lambda message: _refuse(f"{message} (--help lists the flags)")
+    parser.add_argument("--config", metavar="FILE", help="JSON of option names and values; flags win over it")
+    for name, f in options.items():
+        text = f.metadata["help"].replace("%", "%%")
+        text += "" if f.metadata.get("required") else f" (default: {f.default!r})"
+        extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": name.upper()}
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
+    flags = vars(parser.parse_args(argv))
+    values = {**_read_config(flags.pop("config"), options), **flags}
+    config = config_class(**{name: _convert(name, v, kinds[name], options[name].metadata) for name, v in values.items()})
+    for name, f in options.items():
+        if f.metadata.get("required") and not getattr(config, name):
+            raise InputError(f"--{name.replace('_', '-')} is missing: {f.metadata['help']}")
+    return config
+
+
+def _refuse(message):
+    raise InputError(message)
+
+
+def _kind(hint):
+    """The plain type of an annotation: int of int | None."""
+    return next((a for a in typing.get_args(hint) if a is not types.NoneType), hint)
+
+
+def _read_config(path, options):
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: {error}, expected a JSON file") from None
+    if not isinstance(values, dict) or set(values) - set(options):
+        unknown = ", ".join(sorted(set(values) - set(options))) if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"--config {path}: found {unknown}, expected one object of known options (--help lists them)")
+    return values
+
+
+def _convert(name, value, kind, limits):
+    """One option's value in its type and within its limits; text comes from flags, JSON values from --config."""
+    flag = "--" + name.replace("_", "-")
+    try:
+        good = isinstance(value, (str, kind)) or (kind is float and type(value) is int)
+        if not good or (kind is not bool and isinstance(value, bool)) or (kind is bool and isinstance(value, str)):
+            raise ValueError
+        value = kind(value)
+    except ValueError:
+        article = "an" if kind is int else "a"
+        raise InputError(f"{flag}: found {value!r}, expected {article} {kind.__name__}") from None
+    if "choices" in limits and value not in limits["choices"]:
+        raise InputError(f"{flag}: found {value!r}, expected one of {', '.join(limits['choices'])}")
+    least, above, most = (limits.get(key, x) for key, x in (("least", -math.inf), ("above", -math.inf), ("most", math.inf)))
+    if kind in (int, float) and not (math.isfinite(value) and least <= value <= most and above < value):
+        words = {"least": "at least", "above": "above", "most": "at most"}
+        bounds = [f"{word} {limits[key]}" for key, word in words.items() if key in limits]
+        raise InputError(f"{flag}: found {value}, expected a finite number {' and '.join(bounds)}")
+    return value
