@@ -1,4 +1,4 @@
-"""GTAPolicy: the prose says what the engine does, gold calls follow, splits do not leak, the official folder reads in."""
+"""GTAPolicy: the prose says what the engine does, gold calls follow, splits do not leak, the official folder loads."""
 
 import hashlib
 import itertools
@@ -15,7 +15,8 @@ from data.dataset import load_items, load_policies, messages, target
 from data.gta_draw import COLORS
 from data.gta_policy import (call_text, least_tokens, made_up_profile, main, make_dataset, make_items, override_items,
                              own_dialogues, read_official, split, to_official)  # fmt: skip
-from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, next_step, open_ended, policy_text, rules,
+from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, next_step, open_ended, policy_text,
+                            rules,
                             solver_command, value_beside, version)  # fmt: skip
 from data.gta_score import call, exact, read_call
 from data.rewards import parse
@@ -112,7 +113,8 @@ def test_an_agent_that_reads_only_the_prose_picks_every_version_right(items):
 
     def agree(given):
         called = [f"{bare_name(n)}_{v}" if (v := pick(bare_name(n), p)) else n for n, p in zip(names, given)]
-        return sum(a == b for a, b in zip(called, names) if bare_name(a) in VERSIONS) / sum(bare_name(n) in VERSIONS for n in names)
+        versioned = [a == b for a, b in zip(called, names) if bare_name(a) in VERSIONS]
+        return sum(versioned) / len(versioned)
 
     assert agree(profiles) == 1
     assert agree(profiles[7:] + profiles[:7]) < 0.55
@@ -138,15 +140,18 @@ def test_the_engine_orders_calls_by_the_rules():
         why.append(" ".join(step.why))
         history.append({"call": step.call, "result": next(results)})
     assert names == [("ImageDescription_v4", "image/a.png"), ("ImageDescription_v4", "image/b.png"),
-                     ("ImageDescription_v4", "image/b.png"), ("TextToBbox", "image/b.png"), ("DrawBox", "image/b.png")]  # fmt: skip
+                     ("ImageDescription_v4", "image/b.png"), ("TextToBbox", "image/b.png"),
+                     ("DrawBox", "image/b.png")]  # fmt: skip
     assert history[-1]["call"]["arguments"] == {"image": "image/b.png", "bbox": "(1, 2, 30, 40)", "annotation": "sold"}
-    assert [re.findall(r"Rule (\d+)", words) for words in why] == [["5", "8"], ["5", "8"], ["7"], ["23", "20", "15"], ["23", "15"]]
+    quoted = [re.findall(r"Rule (\d+)", words) for words in why]
+    assert quoted == [["5", "8"], ["5", "8"], ["7"], ["23", "20", "15"], ["23", "15"]]
 
 
 def test_values_are_read_in_rows_and_columns():
     rows = "(10, 10, 60, 30) Tea\n(200, 11, 240, 29) 2.50\n(10, 50, 60, 70) Rice\n(200, 51, 240, 69) 11.00"
     assert value_beside("Rice", rows) == "11.00"
-    assert value_beside("Mon", "(10, 20, 30, 29) 66\n(50, 90, 70, 99) 7\n(8, 300, 32, 310) Mon\n(48, 300, 72, 310) Tue") == "66"
+    columns = "(10, 20, 30, 29) 66\n(50, 90, 70, 99) 7\n(8, 300, 32, 310) Mon\n(48, 300, 72, 310) Tue"
+    assert value_beside("Mon", columns) == "66"
     with pytest.raises(ValueError, match="no number beside"):
         value_beside("Total", rows)
     assert solver_command("\\frac{x}{3} + 13 = 16") == "solve(x/3 + 13 = 16, x)"
@@ -185,7 +190,8 @@ def test_every_tool_is_asked_for_in_training_and_in_the_test(items):
 
 def test_no_test_picture_or_dialogue_is_seen_in_training(items):
     seen = {(key, value) for name in SPLITS[:3] for item in items[name]
-            for key, value in [("dialogue", item.get("dialogue")), *(("picture", Path(p).name) for p in item["images"])]}  # fmt: skip
+            for key, value in [("dialogue", item.get("dialogue")),
+                               *(("picture", Path(p).name) for p in item["images"])]}  # fmt: skip
     for item in items["test.jsonl"]:
         assert ("dialogue", item["dialogue"]) not in seen
         assert not {("picture", Path(p).name) for p in item["images"]} & seen
@@ -203,7 +209,8 @@ def test_pictures_hold_what_their_facts_say(own):
             assert COLORS[thing["color"]] in colors
         if picture.family == "scene":
             boxes = [thing["box"] for thing in picture.objects]
-            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in itertools.combinations(boxes, 2))
+            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a,
+                           b in itertools.combinations(boxes, 2))
             assert sum(picture.facts["counts"].values()) == len(boxes)
     for dialogue in dialogues:
         for entry in dialogue.history():
@@ -218,7 +225,8 @@ def test_pictures_hold_what_their_facts_say(own):
 
 
 def digest(path):
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob("*") if file.is_file()}
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob("*")
+            if file.is_file()}
 
 
 def test_same_seed_same_bytes_other_seed_other_users(folder, tmp_path):
@@ -279,7 +287,9 @@ def asked(text):
 
 
 def tooled(name, arguments, thought="I look closer.", **more):
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}, **more}], "thought": thought}
+    return {"role": "assistant", "tool_calls": [{"type": "function",
+                                                 "function": {"name": name, "arguments": arguments}, **more}],
+                                                 "thought": thought}
 
 
 def told(name, content, kind="text"):
@@ -292,24 +302,33 @@ def pictured(*names):
 
 OFFICIAL = {
     "0": {"tools": [{"name": "OCR", "description": "d", "inputs": [], "outputs": []}], "files": pictured("image_1.jpg"),
-          "dialogs": [asked("What do I owe?"), tooled("OCR", {"image": "image/image_1.jpg"}), told("OCR", "(1, 2, 3, 4) 12.50"),
-                      tooled("Calculator", {"expression": "round(12.50 * 2, 2)"}), told("Calculator", "25.0"), {"role": "assistant", "content": "25"}],
+          "dialogs": [asked("What do I owe?"), tooled("OCR", {"image": "image/image_1.jpg"}),
+                      told("OCR", "(1, 2, 3, 4) 12.50"),
+                      tooled("Calculator", {"expression": "round(12.50 * 2, 2)"}), told("Calculator", "25.0"),
+                      {"role": "assistant", "content": "25"}],
           "gt_answer": {"whitelist": [["25"]], "blacklist": None}},
     "1": {"tools": [], "files": pictured("image_2.jpg", "image_3.jpg"),
-          "dialogs": [asked("Compare them."), tooled("ImageDescription", {"image": "image/image_2.jpg"}), told("ImageDescription", "a cat"),
-                      tooled("ImageDescription", {"image": "image/image_3.jpg"}), told("ImageDescription", "broken pipe", "error"),
-                      tooled("ImageDescription", {"image": "image/image_3.jpg"}), told("ImageDescription", "a dog"), {"role": "assistant", "content": "A cat and a dog."},
-                      asked("And how do I keep them apart?"), tooled("GoogleSearch", {"query": "tips cat and dog", "k": 10}), told("GoogleSearch", "a gate"),
+          "dialogs": [asked("Compare them."), tooled("ImageDescription", {"image": "image/image_2.jpg"}),
+                      told("ImageDescription", "a cat"),
+                      tooled("ImageDescription", {"image": "image/image_3.jpg"}),
+                      told("ImageDescription", "broken pipe", "error"),
+                      tooled("ImageDescription", {"image": "image/image_3.jpg"}), told("ImageDescription", "a dog"),
+                      {"role": "assistant", "content": "A cat and a dog."},
+                      asked("And how do I keep them apart?"),
+                      tooled("GoogleSearch", {"query": "tips cat and dog", "k": 10}), told("GoogleSearch", "a gate"),
                       {"role": "assistant", "content": "With a gate."}],
           "gt_answer": {"whitelist": [], "blacklist": None}},
     "2": {"tools": [], "files": pictured("image_3.jpg"), "gt_answer": {},
           "dialogs": [asked("Frame the dog in the style of Klee."),
                       {"role": "assistant", "thought": "both", "tool_calls": [
-                          {"type": "function", "function": {"name": "TextToBbox", "arguments": {"image": "image/image_3.jpg", "text": "dog"}}},
-                          {"type": "function", "function": {"name": "ImageStylization", "arguments": {"image": "image/image_3.jpg", "instruction": "Klee"}}}]},
-                      told("TextToBbox", "(1, 2, 3, 4), score 80"), told("ImageStylization", "image/made.png", "image")]},
+                          *tooled("TextToBbox", {"image": "image/image_3.jpg", "text": "dog"})["tool_calls"],
+                          *tooled("ImageStylization",
+                                  {"image": "image/image_3.jpg", "instruction": "Klee"})["tool_calls"]]},
+                      told("TextToBbox", "(1, 2, 3, 4), score 80"),
+                      told("ImageStylization", "image/made.png", "image")]},
     "3": {"tools": [], "files": pictured("image_4.jpg"), "gt_answer": {},
-          "dialogs": [asked("Solve it."), tooled("MathOCR", {"image": "image/image_4.jpg"}, None), told("MathOCR", "x = {")]},
+          "dialogs": [asked("Solve it."), tooled("MathOCR", {"image": "image/image_4.jpg"}, None),
+                      told("MathOCR", "x = {")]},
 }  # fmt: skip
 
 
@@ -366,13 +385,18 @@ BAD = {
     "a list": (lambda d: json.dumps([]), "list found"),
     "no dialogs": (lambda d: json.dumps({"0": {"files": []}}), "dialogue '0'.*'dialogs'"),
     "a missing picture": (lambda d: json.dumps({"0": {**d["0"], "files": pictured("gone.jpg")}}), "gone.jpg.*missing"),
-    "a picture outside": (lambda d: json.dumps({"0": {**d["0"], "files": [{"type": "image", "path": "../../etc/passwd"}]}}), "outside"),
-    "an absolute picture": (lambda d: json.dumps({"0": {**d["0"], "files": [{"type": "image", "path": "/etc/passwd"}]}}), "outside"),
-    "an unknown tool": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("Shell", {})]}}), "message 1.*'Shell'.*expected a tool"),
-    "arguments of a wrong kind": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("OCR", 3)]}}), "'OCR' with int"),
-    "a result without a call": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), told("OCR", "b")]}}), "result of 'OCR'"),
-    "an unknown role": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [{"role": "judge", "content": ""}]}}), "role 'judge'"),
-    "a call first": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [tooled("MathOCR", {})]}}), "begins with the user"),
+    "a picture outside": (lambda d: json.dumps({"0": {**d["0"], "files": pictured("../../etc/passwd")}}), "outside"),
+    "an absolute picture": (lambda d: json.dumps({"0": {**d["0"], "files": [{"path": "/etc/passwd"}]}}), "outside"),
+    "an unknown tool": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("Shell", {})]}}),
+                        "message 1.*'Shell'.*expected a tool"),
+    "arguments of a wrong kind": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("OCR", 3)]}}),
+                                  "'OCR' with int"),
+    "a result without a call": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), told("OCR", "b")]}}),
+                                "result of 'OCR'"),
+    "an unknown role": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [{"role": "judge", "content": ""}]}}),
+                        "role 'judge'"),
+    "a call first": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [tooled("MathOCR", {})]}}),
+                     "begins with the user"),
 }  # fmt: skip
 
 

@@ -9,10 +9,12 @@ import types
 import pytest
 
 from data import InputError
-from data.gta_score import (arguments, argument_score, bert_score, box, call, compare, evaluate, exact, expression_score,
+from data.gta_score import (arguments, argument_score, bert_score, box, call, compare, evaluate, exact,
+                            expression_score,
                             overlap, parts, read_call, token_f1, tool)  # fmt: skip
 
-GOLD = {"name": "AddText", "arguments": {"image": "image/a.png", "text": "summer fair", "position": "lt", "color": "red"}}
+GOLD = {"name": "AddText", "arguments": {"image": "image/a.png", "text": "summer fair", "position": "lt",
+                                         "color": "red"}}
 ITEM = {"answer": json.dumps(GOLD)}
 
 
@@ -26,9 +28,12 @@ def changed(**arguments):
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
-VALUES = {"1 + 2 * 3": 7, "(1 + 2) * 3": 9, "2 ** 3 ** 2": 512, "-2 ** 2": -4, "2 ** -1": 0.5, "7 // 2": 3, "-7 // 2": -4,
-          "7 % 4": 3, "10 - 4 - 3": 3, "100 / 10 / 5": 2, "1.5e2": 150, ".5 + 5.": 5.5, "sqrt(16) + abs(-3)": 7, "--3": 3,
-          "round(75 / (0.5 * 50.8), 2)": 2.95, "max(1, 2, 3) - min(4, 5)": -1, "math.sqrt(2)": math.sqrt(2), "2 * math.pi": 2 * math.pi,
+VALUES = {"1 + 2 * 3": 7, "(1 + 2) * 3": 9, "2 ** 3 ** 2": 512, "-2 ** 2": -4, "2 ** -1": 0.5, "7 // 2": 3,
+          "-7 // 2": -4,
+          "7 % 4": 3, "10 - 4 - 3": 3, "100 / 10 / 5": 2, "1.5e2": 150, ".5 + 5.": 5.5, "sqrt(16) + abs(-3)": 7,
+          "--3": 3,
+          "round(75 / (0.5 * 50.8), 2)": 2.95, "max(1, 2, 3) - min(4, 5)": -1, "math.sqrt(2)": math.sqrt(2),
+          "2 * math.pi": 2 * math.pi,
           " 3 ": 3, "sum(1, 2, 3)": 6, "log(e)": 1, "9 ** 0.5": 3}  # fmt: skip
 
 
@@ -37,10 +42,14 @@ def test_arithmetic_agrees_with_known_values(expression):
     assert evaluate(expression) == pytest.approx(VALUES[expression], rel=1e-12)
 
 
-REFUSED = ["", " ", "9**9**9", "9**9**9**9", "10 ** 400", "1/0", "1 % 0", "0 ** -1", "(-8) ** 0.5", "log(0)", "1e999", "((1)", "1)", "1 +", "* 2", "2 3", "2(3)",
-           "__import__('os').system('true')", "open('/etc/passwd')", "(1).__class__", "exec", "sqrt", "sqrt()", "sqrt(1, 2)", "lambda: 1", "[1] * 10**9",
-           "'a' * 10", "1 if 1 else 2", "x", "3x", "٣ + ٤", "１ + １", "²", "1_000", "1 = 1", "1, 2", "$5", "5 %", "math.factorial(9)", "exp(1000)", "nan", "inf",
-           "True", "(" * 450 + "1" + ")" * 450, "sqrt(" * 150 + "1" + ")" * 150, "2**" * 300 + "1", "-" * 900 + "1", "1" * 100, "1+" * 499 + "+", "9" * 1_000_000, "(" * 1_000_000, " " * 1_000_000, "1\n;2",
+REFUSED = ["", " ", "9**9**9", "9**9**9**9", "10 ** 400", "1/0", "1 % 0", "0 ** -1", "(-8) ** 0.5", "log(0)", "1e999",
+           "((1)", "1)", "1 +", "* 2", "2 3", "2(3)",
+           "__import__('os').system('true')", "open('/etc/passwd')", "(1).__class__", "exec", "sqrt", "sqrt()",
+           "sqrt(1, 2)", "lambda: 1", "[1] * 10**9",
+           "'a' * 10", "1 if 1 else 2", "x", "3x", "٣ + ٤", "１ + １", "²", "1_000", "1 = 1", "1, 2", "$5", "5 %",
+           "math.factorial(9)", "exp(1000)", "nan", "inf",
+           "True", "(" * 450 + "1" + ")" * 450, "sqrt(" * 150 + "1" + ")" * 150, "2**" * 300 + "1", "-" * 900 + "1",
+           "1" * 100, "1+" * 499 + "+", "9" * 1_000_000, "(" * 1_000_000, " " * 1_000_000, "1\n;2",
            "2 ** 2 ** 2 ** 2 ** 2 ** 2"]  # fmt: skip
 
 
@@ -60,8 +69,9 @@ def test_only_text_is_arithmetic(value):
 
 def test_expressions_count_by_their_value():
     assert expression_score("2 * 3.10 + 1.00", "1.00 + 3.10 + 3.10") == 1
-    assert expression_score("7.2", "7.21") == expression_score("1/0", "1") == expression_score(None, "1") == expression_score(7, "7") == 0
-    assert expression_score("x +  1", "x + 1") == 1 and expression_score("x + 2", "x + 1") == expression_score(None, "x") == 0
+    assert expression_score("x +  1", "x + 1") == 1  # no arithmetic: the same text
+    for found, gold in (("7.2", "7.21"), ("1/0", "1"), (None, "1"), (7, "7"), ("x + 2", "x + 1"), (None, "x")):
+        assert expression_score(found, gold) == 0
 
 
 # -- single arguments --------------------------------------------------------------------------------------------------
@@ -71,8 +81,10 @@ def test_boxes_by_overlap():
     assert overlap("(0, 0, 10, 10)", "(0, 0, 10, 10)") == overlap([0, 0, 10, 10], "[0,0,10.0,1e1]") == 1
     assert overlap("(0, 0, 10, 10)", "(5, 0, 15, 10)") == pytest.approx(50 / 150)
     assert overlap("(0, 0, 10, 10)", "(20, 20, 30, 30)") == 0
-    for none in ("", "(1, 2, 3)", "(5, 5, 1, 1)", "(0, 0, 0, 0)", "(nan, 0, 1, 1)", "(0, 0, inf, 1)", "(1e999, 0, 1, 1)", "(٠, ٠, ١, ١)", [1, 2, 3, None],
-                 [True, 0, 5, 5], [0, 0, 10**400, 1], ["0", [], {}, 1], {"x1": 0}, None, 5, "(" * 10**6, "0, 0, 1, 1", "(0, 0, 1, 1) or (2, 2, 3, 3)"):  # fmt: skip
+    for none in ("", "(1, 2, 3)", "(5, 5, 1, 1)", "(0, 0, 0, 0)", "(nan, 0, 1, 1)", "(0, 0, inf, 1)",
+                 "(1e999, 0, 1, 1)", "(٠, ٠, ١, ١)", [1, 2, 3, None],
+                 [True, 0, 5, 5], [0, 0, 10**400, 1], ["0", [], {}, 1], {"x1": 0}, None, 5, "(" * 10**6, "0, 0, 1, 1",
+                 "(0, 0, 1, 1) or (2, 2, 3, 3)"):  # fmt: skip
         assert box(none) is None and overlap(none, "(0, 0, 1, 1)") == 0
 
 
@@ -87,7 +99,8 @@ def test_exact_arguments_mind_their_types():
     assert argument_score("k", 4, 4) == argument_score("top1", True, True) == 1
     for found, gold in ((4.0, 4), ("4", 4), (True, 1), (1, True), (None, 1), ([4], 4)):
         assert argument_score("k", found, gold) == 0
-    assert argument_score("image", "image/A.png", "image/a.png") == argument_score("text", 5, "5") == argument_score("text", None, "x") == 0
+    assert argument_score("image", "image/A.png", "image/a.png") == 0
+    assert argument_score("text", 5, "5") == argument_score("text", None, "x") == 0
 
 
 def test_bert_score_is_used_where_it_is_at_hand_and_refused_in_words_where_not(monkeypatch):
@@ -112,8 +125,10 @@ def test_bert_score_is_used_where_it_is_at_hand_and_refused_in_words_where_not(m
 
 def test_known_answers_and_near_misses():
     assert parts(said(GOLD), ITEM) == {"tool": 1, "arguments": 1, "call": 1, "exact": 1}
-    assert parts(said({"arguments": GOLD["arguments"], "name": "AddText"}), ITEM)["exact"] == 1  # the order of keys is free
-    assert arguments(None, said(changed(color="blue")), ITEM) == 0.75 and exact(None, said(changed(color="blue")), ITEM) == 0
+    assert parts(said({"arguments": GOLD["arguments"], "name": "AddText"}),
+                 ITEM)["exact"] == 1  # the order of keys is free
+    blue = said(changed(color="blue"))
+    assert arguments(None, blue, ITEM) == 0.75 and exact(None, blue, ITEM) == 0
     assert arguments(None, said(changed(text="summer party")), ITEM) == pytest.approx(3.5 / 4)
     assert arguments(None, said(changed(extra=1)), ITEM) == pytest.approx(4 / 5)
     other = {**GOLD, "name": "AddText_v1"}
@@ -123,15 +138,24 @@ def test_known_answers_and_near_misses():
     assert compare(bare, bare) == (1, 1)
 
 
+BARE = {"name": "AddText", "arguments": {}}
 HEDGES = [
-    said(GOLD) + said(GOLD, before=""), said(GOLD) + " or " + said(bare := {"name": "AddText", "arguments": {}}, before=""), said([GOLD, bare]), said(json.dumps(GOLD) + json.dumps(bare)),
-    said('{"name": "AddText", "name": "DrawBox", "arguments": {}}'), said('{"name": "AddText", "arguments": {"image": "a", "image": "b"}}'),
-    said('{"name": "AddText", "arguments": {"image": NaN}}'), said('{"name": "AddText", "arguments": {"image": Infinity}}'), said({**GOLD, "note": "or DrawBox"}),
-    said({"name": ["AddText"], "arguments": GOLD["arguments"]}), said({"name": "AddText", "arguments": [GOLD["arguments"]]}),
-    said({"name": "AddText", "arguments": json.dumps(GOLD["arguments"])}), said({"name": "AddText"}), said("null"), said("7"), said(""), said("[" * 100_000), said("{" * 1000 + "}" * 1000),
-    said(GOLD, before="<think>"), "<think>" + said(GOLD), json.dumps(GOLD), "", "\\boxed{", "\\boxed" + json.dumps(GOLD) + "x", "\\boxed{{}", "x" * 1_000_000,
-    said('{"name": "AddText", "arguments": {"text": "' + "x" * 1_000_000 + '"}}'), said("9" * 100_000), "\\boxed{" * 100_000, said(GOLD).replace('"', "'"),
-    said(f"```json\n{json.dumps(GOLD)}\n```"), said('{"name": "AddText", "arguments": ' + '{"a":' * 5000 + "1" + "}" * 5001),
+    said(GOLD) + said(GOLD, before=""), said(GOLD) + " or " + said(BARE, before=""), said([GOLD, BARE]),
+    said(json.dumps(GOLD) + json.dumps(BARE)),
+    said('{"name": "AddText", "name": "DrawBox", "arguments": {}}'),
+    said('{"name": "AddText", "arguments": {"image": "a", "image": "b"}}'),
+    said('{"name": "AddText", "arguments": {"image": NaN}}'),
+    said('{"name": "AddText", "arguments": {"image": Infinity}}'), said({**GOLD, "note": "or DrawBox"}),
+    said({"name": ["AddText"], "arguments": GOLD["arguments"]}),
+    said({"name": "AddText", "arguments": [GOLD["arguments"]]}),
+    said({"name": "AddText", "arguments": json.dumps(GOLD["arguments"])}), said({"name": "AddText"}), said("null"),
+    said("7"), said(""), said("[" * 100_000), said("{" * 1000 + "}" * 1000),
+    said(GOLD, before="<think>"), "<think>" + said(GOLD), json.dumps(GOLD), "", "\\boxed{",
+    "\\boxed" + json.dumps(GOLD) + "x", "\\boxed{{}", "x" * 1_000_000,
+    said('{"name": "AddText", "arguments": {"text": "' + "x" * 1_000_000 + '"}}'), said("9" * 100_000),
+    "\\boxed{" * 100_000, said(GOLD).replace('"', "'"),
+    said(f"```json\n{json.dumps(GOLD)}\n```"),
+    said('{"name": "AddText", "arguments": ' + '{"a":' * 5000 + "1" + "}" * 5001),
 ]  # fmt: skip
 
 
@@ -145,9 +169,11 @@ def test_hedges_and_broken_answers_earn_nothing_and_raise_nothing(response):
 def test_nothing_in_a_response_is_executed(tmp_path):
     mark = tmp_path / "ran"
     gold = {"name": "Calculator", "arguments": {"expression": "1 + 1"}}
-    for bait in (f"__import__('pathlib').Path('{mark}').touch() or 2", f"open('{mark}', 'w') and 2", "9**9**9", "2" + "+0" * 100_000):
+    for bait in (f"__import__('pathlib').Path('{mark}').touch() or 2", f"open('{mark}', 'w') and 2", "9**9**9",
+                 "2" + "+0" * 100_000):
         began = time.process_time()
-        assert parts(said({"name": "Calculator", "arguments": {"expression": bait}}), {"answer": json.dumps(gold)})["arguments"] == 0
+        assert parts(said({"name": "Calculator", "arguments": {"expression": bait}}),
+                     {"answer": json.dumps(gold)})["arguments"] == 0
         assert time.process_time() - began < 0.5
     assert not mark.exists()
 
