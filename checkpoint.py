@@ -75,7 +75,7 @@ class Checkpoints:
             self.publish_if_done(wait=True)
 
     def publish_if_done(self, wait=False):
-        """Give the checkpoint that is being written its name, once every rank has written its shard (wait: until then)."""
+        """Give what is being written its name, once every rank has written its shard (wait: until then)."""
         if self.pending is None:
             return
         written, aside, final, state = self.pending
@@ -90,8 +90,10 @@ class Checkpoints:
         if run.max(0 if failure is None else 1):
             if run.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"{final}: {failure or 'another rank could not write its shard'}; the checkpoint is not there, older ones are")
-        state["shards"] = [int(x) for x in run.sum([crc if r == run.rank else 0 for r in range(run.world)])][:self.shards]
+            reason = failure or "another rank could not write its shard"
+            raise InputError(f"{final}: {reason}; the checkpoint is not there, older ones are")
+        sums = run.sum([crc if r == run.rank else 0 for r in range(run.world)])
+        state["shards"] = [int(x) for x in sums][:self.shards]
         run.on_main(lambda: self._publish(aside, final, state))
 
     def _prepare(self, aside, final, size):
@@ -100,7 +102,8 @@ class Checkpoints:
         free, need = shutil.disk_usage(aside).free, size * self.shards + 2**20
         if free < need:
             aside.rmdir()
-            raise InputError(f"{final}: found {free / 2**30:.2f} GB of free disk, expected {need / 2**30:.2f} GB for a checkpoint")
+            sizes = f"found {free / 2**30:.2f} GB of free disk, expected {need / 2**30:.2f} GB"
+            raise InputError(f"{final}: {sizes} for a checkpoint")
 
     def _publish(self, aside, final, state):
         try:
@@ -135,7 +138,7 @@ class Checkpoints:
             return {}
 
     def newest_whole(self):
-        """The name of the newest checkpoint that is as it was written, to the last bit, or None; a line for each damaged one."""
+        """The name of the newest checkpoint that is as it was written, to the last bit, or None; a line a damaged one."""
         for path in self.folder.glob("*.tmp"):  # a kill came in between
             shutil.rmtree(path)
         for name in self.names():
@@ -159,7 +162,8 @@ class Checkpoints:
         state = self.state(name)
         shards = len(state["shards"])
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(safe_open(self.folder / name / shard_name(r, shards), "pt")) for r in range(shards)]
+            paths = [self.folder / name / shard_name(r, shards) for r in range(shards)]
+            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
             known = set(files[0].keys())
             for key, p in trainable(model).items():
                 if f"param.{key}" not in known:
@@ -171,7 +175,7 @@ class Checkpoints:
         return state
 
     def _rows(self, files, key, p):
-        """This rank's rows of a tensor whose rows lie in `files` in equal chunks, the last ones shorter; a scalar as it is."""
+        """This rank's rows of a tensor that lies in `files` in equal chunks, the last ones shorter; a scalar as it is."""
         if not files[0].get_slice(key).get_shape():  # AdamW's step, which the fused kernel wants beside the weights
             return files[0].get_tensor(key).to("cpu" if self.run.fsdp else p.device)
         start, stop, rows = 0, p.shape[0], p.shape[0]

@@ -3,10 +3,10 @@
     python evaluate.py --model runs/rl --data data/clevr --out runs/eval                        M(Q, I)
     python evaluate.py --model M --data data/clevr --out runs/eval --policy-in-context          M(Q, I, P)
 
-Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was forgotten),
-data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint or the folder of a run.
-Responses are greedy. <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each response with
-its verdict. The parser and the scores are those of training: data/rewards.py.
+Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was
+forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint or the folder
+of a run. Responses are greedy. <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each
+response with its verdict. The parser and the scores are those of training: data/rewards.py.
 """
 
 import json
@@ -25,6 +25,7 @@ from data.dataset import load_items, load_policies, messages
 from data.referral import branching_error, referral
 from data.sections import recitation, recitation_items
 from rollout import sample
+from train_sft import check_length
 from training import locate, option, parse, write_json
 
 
@@ -37,14 +38,17 @@ class Config:
     name: str = option("", "name of the row; empty: no_policy or in_context")
     split: str = option("test.jsonl", "file of the items, inside --data")
     policy_in_context: bool = option(False, "put each item's policy in front of its prompt")
-    seen: str = option("", "a .jsonl file of training items: items whose path keeps to its sections are scored apart from the others")
-    recite: bool = option(False, "ask for every section of every policy instead of the items: is its text in the weights?")
+    seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart from others")
+    recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     limit: int = option(0, "items to evaluate, the first so many; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
     batch: int = option(256, "prompts that are read and answered together; lower it when memory runs out", least=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+
+
+VERDICTS = ("format", "exact_chain", "referral", "tool", "arguments", "call", "f1", "follows_old")
 
 
 def wilson(successes, n, z=1.96):
@@ -86,7 +90,8 @@ def judge(text, item, policy):
     if item.get("kind") == "section":  # recited, without a box
         said = recitation(text, item)
         return {"parsed": text, "correct": said["exact"], "f1": said["f1"]}
-    verdict = {"parsed": rewards.parse(text), "correct": rewards.accuracy(None, text, item), "format": rewards.format(None, text, item)}
+    verdict = {"parsed": rewards.parse(text), "correct": rewards.accuracy(None, text, item),
+               "format": rewards.format(None, text, item)}
     if gta_score.read_call(item["answer"]):
         verdict |= gta_score.parts(text, item)
         verdict["correct"] = verdict["exact"]
@@ -100,8 +105,8 @@ def judge(text, item, policy):
     return verdict
 
 
-def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536, max_response=2048, batch=256,
-             progress=False):
+def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536, max_response=2048,
+             batch=256, progress=False):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
@@ -113,20 +118,19 @@ def evaluate(model, processor, items, policies, *, policy_in_context=False, seen
         part = [items[i] for i in order[start:start + batch]]
         prompts = []
         for item in part:
-            prompt = processor.encode(messages(item, policies[item["policy"]] if policy_in_context else None), add_generation_prompt=True)
-            if (length := len(prompt.input_ids)) > max_prompt:
-                raise InputError(f"item {item['id']}: found a prompt of {length} tokens, expected at most --max-prompt {max_prompt}")
-            prompts.append(prompt)
+            policy = policies[item["policy"]] if policy_in_context else None
+            prompts.append(processor.encode(messages(item, policy), add_generation_prompt=True))
+            check_length(item, "prompt", prompts[-1].input_ids, max_prompt)
         for item, prompt, (text, tokens, finished) in zip(part, prompts, respond(model, processor, prompts, max_response)):
-            record = {"id": item["id"], "policy": item["policy"], "depth": len(item.get("path", [])), "answer": item["answer"],
-                      **judge(text, item, policies[item["policy"]]), "finished": finished, "prompt_tokens": len(prompt.input_ids),
-                      "tokens": tokens, "response": text}
+            record = {"id": item["id"], "policy": item["policy"], "depth": len(item.get("path", [])),
+                      "answer": item["answer"], **judge(text, item, policies[item["policy"]]), "finished": finished,
+                      "prompt_tokens": len(prompt.input_ids), "tokens": tokens, "response": text}
             if seen is not None:
                 record["seen"] = sections([item]) <= seen
             records.append(record)
             asked.append(item)
     row = score(records)
-    for key in ("format", "exact_chain", "referral", "tool", "arguments", "call", "f1", "follows_old", "finished", "prompt_tokens", "tokens"):
+    for key in (*VERDICTS, "finished", "prompt_tokens", "tokens"):
         values = [record[key] for record in records if key in record]
         if values:
             row[key] = sum(values) / len(values)
@@ -134,7 +138,8 @@ def evaluate(model, processor, items, policies, *, policy_in_context=False, seen
         row |= branching_error([record["response"] for record in records], asked, policies)
     if seen is not None:
         row["seen"], row["unseen"] = (score([r for r in records if r["seen"] is side]) for side in (True, False))
-    row |= {"by_depth": group(records, "depth"), "by_policy": group(records, "policy"), "seconds": round(time.perf_counter() - began, 2)}
+    row |= {"by_depth": group(records, "depth"), "by_policy": group(records, "policy")}
+    row["seconds"] = round(time.perf_counter() - began, 2)
     return row, records
 
 
@@ -171,15 +176,17 @@ def main(argv=None):
     items = items[:config.limit or None]
     if not items:
         raise InputError(f"{config.data}: found no policy with sections, expected some to recite")
-    seen = sections(load_items(str(Path(config.seen).parent), Path(config.seen).name, policies)) if config.seen else None
+    path = Path(config.seen)
+    seen = sections(load_items(path.parent, path.name, policies)) if config.seen else None
     model, processor = load(config.model, config.adapter, config.device, config.dtype)
     row, records = evaluate(model, processor, items, policies, policy_in_context=config.policy_in_context, seen=seen,
                             max_prompt=config.max_prompt, max_response=config.max_response, batch=config.batch, progress=True)
-    row = {"name": config.name or ("recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"), **row, "model": config.model}
+    name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
+    row = {"name": config.name or name, **row, "model": config.model}
     save(config.out, row, records)
     low, high = row["interval"]
-    rest = "  ".join(f"{key} {row[key]:.3f}" for key in ("format", "exact_chain", "referral", "call", "f1", "follows_old") if key in row)
-    print(f"{row['name']}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {rest}  n {row['n']}  {row['seconds']:.1f} s")
+    rest = "".join(f"  {key} {row[key]:.3f}" for key in VERDICTS if key in row)
+    print(f"{row['name']}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]{rest}  n {row['n']}  {row['seconds']:.1f} s")
     return row
 
 

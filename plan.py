@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-from data import InputError
 from training import CommonConfig, option, parse, redefault
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
@@ -132,15 +131,15 @@ def plan(config):
     ranks = config.gpus if sharded else 1
     if config.full:
         tuned = total - (0 if config.train_vision else vision)
-        parts = {"weights (fp32)": 4 * total / ranks, "gradients (fp32)": 4 * tuned / ranks, "AdamW (two fp32 moments)": 8 * tuned / ranks}
+        parts = {"weights (fp32)": 4 * total / ranks, "gradients (fp32)": 4 * tuned / ranks,
+                 "AdamW (two fp32 moments)": 8 * tuned / ranks}
         if sharded:  # the root unit stays gathered from forward to backward; two layers are in flight
             parts["gathered units and their gradients"] = 2 * width * (root + 2 * layer)
         elif half:
             parts["bf16 copies of the weights (autocast)"] = 2 * total
     else:
-        names = [p for leaf in qwen.TEXT_TARGETS for n, p in model.model.layers[1 if text.num_hidden_layers > 1 else 0].named_parameters()
-                 if n.endswith(f"{leaf}.weight")]  # fmt: skip
-        tuned = config.lora_rank * text.num_hidden_layers * sum(sum(p.shape) for p in names)
+        shapes = [p.shape for name, p in model.model.layers[-1].named_parameters() if name.split(".")[-2] in qwen.TEXT_TARGETS]
+        tuned = config.lora_rank * text.num_hidden_layers * sum(sum(shape) for shape in shapes if len(shape) == 2)
         parts = {f"frozen weights ({'bf16' if half else 'fp32'})": width * total, "adapter, gradient, AdamW (fp32)": 16 * tuned}
     if config.stage == "rl" and config.reference:
         parts["start model"] = width * total / ranks if config.full else 0
@@ -152,7 +151,8 @@ def plan(config):
     if config.stage == "rl":
         cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
         phases["sampling"] = cache + (width * total if config.full else 0)  # the bf16 weights, gathered or cast once a phase
-    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": sum(parts.values()) + max(phases.values())}
+    peak = sum(parts.values()) + max(phases.values())
+    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
 
 
 def advice(config, result):
@@ -166,21 +166,23 @@ def advice(config, result):
     if config.micro_batch > 1:
         levers.append(f"--micro-batch {config.micro_batch // 2}: the same result, smaller passes")
     if config.full:
-        levers += [f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further", "--no-train-vision: no gradients there",
-                   "--no-full: LoRA; no gradients and moments of the weights"]
+        levers += [f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further",
+                   "--no-train-vision: no gradients there", "--no-full: LoRA; no gradients and moments of the weights"]
     return levers + ["shorter --max-prompt or --max-response, or smaller pictures"]
 
 
 def report(config):
     """The plan as lines of text."""
     result = plan(config)
-    lines = [f"{config.model}, {config.stage}, {'full' if config.full else f'LoRA r {config.lora_rank}'}, {config.gpus} GPUs: "
+    how = "full" if config.full else f"LoRA r {config.lora_rank}"
+    lines = [f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
              f"{result['parameters'] / 1e9:.2f} B parameters, {result['trained'] / 1e9:.3f} B trained; GB on each GPU"]  # fmt: skip
     lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
-    lines += [f"  {size / GB:8.2f}  {name}: activations and buffers" if name == "learning" else
-              f"  {size / GB:8.2f}  {name}: keys, values and bf16 weights" for name, size in result["phases"].items()]  # fmt: skip
+    holds = {"learning": "activations and buffers", "sampling": "keys, values and whole weights"}
+    lines += [f"  {size / GB:8.2f}  {name}: {holds[name]}" for name, size in result["phases"].items()]
     fits = result["peak"] / GB <= config.memory
-    lines.append(f"  {result['peak'] / GB:8.2f}  peak (the phases follow one another); {'fits' if fits else 'does not fit'} {config.memory:g} GB")
+    verdict = f"{'fits' if fits else 'does not fit'} {config.memory:g} GB"
+    lines.append(f"  {result['peak'] / GB:8.2f}  peak (the phases follow one another); {verdict}")
     return "\n".join(lines if fits else [*lines, "to lower it:", *(f"  {line}" for line in advice(config, result))])
 
 

@@ -32,8 +32,8 @@ class Config(CommonConfig):
     split: str = redefault(CommonConfig, "split", "cpt.jsonl")
     epochs: float = redefault(CommonConfig, "epochs", 5.0)
     kinds: str = option("applied", f"kinds of items to learn, by commas: {', '.join(KINDS)}")
-    mask_visual: float = option(1.0, "share of the visual tokens that m_t masks, drawn anew for each update; 1 is the paper's,"
-                                     " 0 predicts every picture token", least=0, most=1)
+    mask_visual: float = option(1.0, "share of the visual tokens that m_t masks, drawn anew for each update; 1 is the"
+                                     " paper's, 0 predicts every picture token", least=0, most=1)
 
 
 # -- 2. what is learned -----------------------------------------------------------------------------------------------
@@ -62,8 +62,8 @@ class Sequences:
 
     def size(self, i):
         """Characters: near enough to tokens for dealing out work evenly."""
-        item = self.items[i]
-        return sum(len(item.get(key, "")) for key in ("question", "cot", "answer")) + len((self.policy(item) or {"text": ""})["text"])
+        item, policy = self.items[i], self.policy(self.items[i])
+        return sum(len(item.get(key, "")) for key in ("question", "cot", "answer")) + len(policy["text"] if policy else "")
 
     def read(self, step, i):
         item = self.items[i]
@@ -90,7 +90,7 @@ def train(config):
     with Run(config, stage="cpt") as run:
         model, processor = run.load()
         own = Sequences(config.data, config.split, processor, config)
-        replay = Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True) if config.replay else []
+        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True)
 
         def keys(step):
             chosen = mixture(step, len(own), len(replay), config)
@@ -103,7 +103,8 @@ def train(config):
 
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight) for part, weight in run.micro_batches(rows(step))]
+                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight)
+                         for part, weight in run.micro_batches(rows(step))]
             counts = [(weight * len(batch.index), weight * int(batch.attention_mask.sum())) for batch, weight in parts]
             tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])             # sum_t m_t, over all ranks
             loss = 0.0

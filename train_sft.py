@@ -69,7 +69,8 @@ def response_ids(processor, text):
 def check_length(item, what, ids, most):
     """Never cut a sequence: name the item that is too long."""
     if len(ids) > most:
-        raise InputError(f"item {item['id']}: found a {what} of {len(ids)} tokens, expected at most --max-{what} {most}")
+        found = f"found a {what} of {len(ids)} tokens"
+        raise InputError(f"item {item['id']}: {found}, expected at most --max-{what} {most}")
 
 
 # -- 3. train ---------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def train(config):
     with Run(config, stage="sft") as run:
         model, processor = run.load()
         own = Examples(config.data, config.split, processor, config, config.policy_in_prompt)
-        replay = Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True) if config.replay else []
+        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True)
 
         def keys(step):
             chosen = mixture(step, len(own), len(replay), config)
@@ -92,7 +93,8 @@ def train(config):
 
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight) for part, weight in run.micro_batches(rows(step))]
+                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight)
+                         for part, weight in run.micro_batches(rows(step))]
             counts = [(weight * len(batch.index), weight * int(batch.attention_mask.sum())) for batch, weight in parts]
             tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])             # |O|, over all ranks
             loss = 0.0

@@ -170,7 +170,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
         except OSError:
             self._lock.close()
-            raise InputError(f"--out {self.out}: another process is writing this run, expected a folder of one's own") from None
+            raise InputError(f"--out {self.out}: another process is writing this run, expected another folder") from None
         for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
             shutil.rmtree(path)
         before = _run_config(self.out)
@@ -179,7 +179,7 @@ class Run:
                        if k not in MAY_CHANGE and before.get(k) != v]
             if changed or before["stage"] != self.stage:
                 raise InputError(f"--resume {self.out}: the run was started as {before['stage']} with another config "
-                                 f"({', '.join(changed)}), expected the same")
+                                 f"({', '.join(changed[:5])}), expected the same")
         elif (before or (self.out / "model").exists() or (self.out / "adapter").exists()) and not self.config.overwrite:
             raise InputError(f"--out {self.out}: holds another run, expected a new folder, --resume or --overwrite")
 
@@ -384,8 +384,8 @@ class Run:
         else:
             self.skipped += 1
             if self.skipped > self.config.max_skipped * max(step + 1, 10):
-                raise InputError(f"step {step}: found a gradient norm of {norm}, and {self.skipped} of {step + 1} updates were skipped "
-                                 f"for that, expected at most --max-skipped {self.config.max_skipped}; try a lower --lr")
+                raise InputError(f"step {step}: found a gradient norm of {norm}, {self.skipped} of {step + 1} updates were skipped"
+                                 f" for that, expected at most --max-skipped {self.config.max_skipped}; try a lower --lr")
         optimizer.zero_grad()
         return norm
 
@@ -393,7 +393,8 @@ class Run:
 
     def total_steps(self, n_items, per_update=None):
         """Updates of the whole run: --steps, or what --epochs of n_items items need, so many (--batch-size) an update."""
-        return self.config.steps or math.ceil(round(n_items * self.config.epochs) / (per_update or self.config.batch_size))
+        per_update = per_update or self.config.batch_size
+        return self.config.steps or math.ceil(round(n_items * self.config.epochs) / per_update)
 
     def steps(self, model, optimizer, total):
         """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
@@ -435,8 +436,7 @@ class Run:
                 speed["mfu"] = round(work * self.parameters * tokens / seconds / peak / self.world, 4)
         metrics = {"step": step, **metrics, "skipped": self.skipped}
         self.append("metrics", {**metrics, "speed": speed})
-        shown = {name: x for name, x in metrics.items() if isinstance(x, (int, float)) and name not in ("step", "skipped")}
-        line = "  ".join(f"{name} {x:.4g}" for name, x in shown.items())
+        line = "  ".join(f"{name} {x:.4g}" for name, x in list(metrics.items())[1:-1] if isinstance(x, (int, float)))
         if self.is_main and not self._bar.disable:
             self._bar.set_postfix_str(line, refresh=False)
             self._bar.update()
@@ -463,7 +463,7 @@ class Run:
     def checkpoint(self, step, model, optimizer, extra=None, score=None):
         """Save after `step` updates where --save-every says so; after SIGTERM or SIGINT save and end with exit code 0.
 
-        extra: a JSON-able dict that the resumed run finds in run.extra. score: the checkpoint with the highest is kept, too.
+        extra: a JSON-able dict that the resumed run finds in run.extra. score: the checkpoint of the highest is kept, too.
         """
         stop = bool(self.max(int(self._stop)))  # a signal reaches the ranks at different moments
         with self.phase("save"):

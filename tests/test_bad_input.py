@@ -74,7 +74,7 @@ TABLE = {
     "flag without value": ("sft", nothing, ["--lr"], "--lr: expected one argument"),
     "no number": ("cpt", nothing, ["--lr", "fast"], "--lr: found 'fast', expected a float"),
     "no whole number": ("rl", nothing, ["--steps", "1.5"], "--steps: found '1.5', expected an int"),
-    "negative learning rate": ("cpt", nothing, ["--lr", "-1e-5"], "--lr: found -1e-05, expected a finite number above 0"),
+    "negative learning rate": ("cpt", nothing, ["--lr=-1e-5"], "--lr: found -1e-05, expected a finite number above 0"),
     "zero learning rate": ("rl", nothing, ["--lr", "0"], "--lr: found 0.0"),
     "infinite learning rate": ("sft", nothing, ["--lr", "inf"], "--lr: found inf, expected a finite number"),
     "learning rate NaN": ("sft", nothing, ["--lr", "nan"], "--lr: found nan, expected a finite number"),
@@ -95,7 +95,7 @@ TABLE = {
     "config file of another kind": ("sft", lambda f: (f / "c.json").write_text("lr: 1"), ["--config", "F/c.json"], "expected a JSON file"),
     "unknown key in the config file": ("sft", lambda f: (f / "c.json").write_text('{"lrr": 1}'), ["--config", "F/c.json"], "found lrr"),
     "config file with a list": ("sft", lambda f: (f / "c.json").write_text("[1]"), ["--config", "F/c.json"], "found list, expected one object"),
-    "text for a number in the config file": ("sft", lambda f: (f / "c.json").write_text('{"steps": "many"}'), ["--config", "F/c.json"], "--steps"),
+    "text for a number in the config file": ("sft", lambda f: (f / "c.json").write_text('{"warmup": "many"}'), ["--config", "F/c.json"], "--warmup: found 'many'"),
     "text for a bool in the config file": ("sft", lambda f: (f / "c.json").write_text('{"full": "yes"}'), ["--config", "F/c.json"], "--full: found 'yes'"),
     # RL
     "negative policy rollouts": ("rl", nothing, ["--policy-rollouts", "-1"], "--policy-rollouts: found -1"),
@@ -112,7 +112,7 @@ TABLE = {
     "output holds another run": ("rl", another_run, [], "holds another run, expected a new folder, --resume or --overwrite"),
     "resume of another stage": ("cpt", another_run, ["--resume"], "was started as sft"),
     "init from a run that has not ended": ("cpt", lambda f: (shutil.copytree(f / "data", f / "half"), (f / "half" / "config.json").write_text('{"stage": "cpt", "base": "m"}')), ["--init", "F/half"], "a run that has not ended"),
-    "adapter that is not there": ("evaluate", nothing, ["--adapter", "F/nowhere"], "adapter_config.json"),
+    "adapter that is not there": ("evaluate", nothing, ["--adapter", "F/nowhere"], "nowhere: found no such folder"),
     "results of another kind": ("evaluate", lambda f: ((f / "out").mkdir(), (f / "out" / "results.json").write_text("[]")), [], "results.json: found no rows"),
     "nothing to recite": ("evaluate", nothing, ["--recite"], "no policy with sections"),
     # checkpoints
