@@ -102,31 +102,30 @@ class Response:
 
 
 class Pictures:
-    """The pictures of all prompts, equal ones numbered alike, each encoded once, when first needed."""
+    """The pictures of all prompts, numbered by what they show, so that equal ones are one; each encoded when first needed."""
 
     def __init__(self, model):
         self.model, self.merge = model, model.config.vision.spatial_merge_size**2
-        self.numbers, self.patches, self.features = {}, [], {}
+        self.patches, self.features = {}, {}  # by number
 
     def read(self, prompt):
-        """A prompt as (key (T,), [(place, number) of its pictures]): equal keys read alike.
+        """A prompt as (key (T,), [(place, number) of its pictures]): equal keys read alike, in this call and in later ones.
 
         The key is the token ids with those of picture number i replaced by -1 - i.
         """
-        key, pictures = prompt.input_ids.cpu().numpy().copy(), []
-        if prompt.grid_thw is not None:
-            counts = prompt.grid_thw.prod(1)  # (n,) patches
-            for patches, grid in zip(prompt.pixel_values.split(counts.tolist()), prompt.grid_thw):
-                digest = hashlib.sha1(np.ascontiguousarray(patches.cpu().numpy())).digest() + bytes(str(grid.tolist()), "ascii")
-                number = self.numbers.setdefault(digest, len(self.numbers))
-                if number == len(self.patches):
-                    self.patches.append((patches, grid))
-                pictures.append(number)
-            tokens = counts.numpy() // self.merge  # (n,)
-            places = np.flatnonzero(key == self.model.config.image_token_id)
-            key[places] = np.repeat(-1 - np.array(pictures), tokens)
-            pictures = list(zip(places[np.cumsum(tokens) - tokens].tolist(), pictures))
-        return key, pictures
+        key, numbers = prompt.input_ids.cpu().numpy().copy(), []
+        if prompt.grid_thw is None:
+            return key, numbers
+        counts = prompt.grid_thw.prod(1)  # (n,) patches
+        for patches, grid in zip(prompt.pixel_values.split(counts.tolist()), prompt.grid_thw):
+            content = hashlib.sha1(np.ascontiguousarray(patches.cpu().numpy()))
+            content.update(str(grid.tolist()).encode())
+            numbers.append(int.from_bytes(content.digest()[:7], "big"))
+            self.patches[numbers[-1]] = patches, grid
+        tokens = counts.numpy() // self.merge  # (n,)
+        places = np.flatnonzero(key == self.model.config.image_token_id)
+        key[places] = np.repeat(-1 - np.array(numbers), tokens)
+        return key, list(zip(places[np.cumsum(tokens) - tokens].tolist(), numbers))
 
     def encode(self, numbers):
         """Features (M, D) of these pictures one after the other; None without pictures."""

@@ -379,7 +379,8 @@ class Learner:
 def train(config):
     if config.group_size + config.policy_rollouts < 2 and config.algorithm != "opcd":
         raise InputError(f"found {config.group_size} + {config.policy_rollouts} responses a query, expected a group of 2 at least")
-    G, K, spec, rewards = config.group_size, config.policy_rollouts, LOSSES[config.algorithm], load(config.reward)
+    spec, rewards = LOSSES[config.algorithm], load(config.reward)
+    G, K = config.group_size, 0 if spec.advantage == "opcd" else config.policy_rollouts  # OPCD samples from pi(.|x) alone
     with Run(config, stage="rl") as run:
         model, processor = run.load()
         policies = load_policies(config.data)

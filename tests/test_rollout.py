@@ -145,6 +145,16 @@ def test_everything_shared_is_read_once(model, processor, prompts, monkeypatch):
     assert sum(tokens) == len(keys[0]) - policy
 
 
+def test_held_prefixes_know_their_pictures(model, processor):
+    """The second call shows another picture at the same place: what was held of the first must not answer for it."""
+    held, rules = {}, dict(max_tokens=1, temperature=0)
+    for seed in (1, 2):
+        ask = [processor.encode(question(f"{i} what?", picture(84, 84, seed)), add_generation_prompt=True) for i in range(2)]
+        (first,), _ = sample(model, ask, 1, prefixes=held, **rules)
+        assert abs(first.logprobs[0] - float(fresh(model, ask[0], first.tokens)[0, first.tokens[0]])) < 1e-5
+    assert len(held) == 2
+
+
 def test_prefixes_are_those_of_one_policy_each():
     """All policies begin alike; what counts is what the queries of one policy share."""
     head, one, other = [np.arange(n) + k for n, k in ((10, 0), (50, 100), (50, 200))]
