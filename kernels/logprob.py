@@ -29,9 +29,9 @@ from importlib.util import find_spec
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = 16              # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
-CPU_CHUNK = 24 << 20   # elements of a chunk of logits on a CPU: 96 MB, and W is read from memory once a chunk
-CPU_TILE = 1 << 14     # rows of a half-precision W that are widened to fp32 at a time on a CPU
+ROWS = 16           # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
+CPU_CHUNK = 16 << 20, 80 << 20  # logits of a chunk on a CPU, least and most: W is read from memory once a chunk
+CPU_TILE = 1 << 14  # rows of a half-precision W that are widened to fp32 at a time on a CPU
 
 
 @torch.compiler.disable  # the number of kept rows is data; a graph break costs nothing here
@@ -199,9 +199,10 @@ def workspace(W, chunks):
 
 
 def default_chunk(h, W):
-    """Rows of a chunk: as many as CPU_CHUNK allows, or on a GPU those that fill whole waves of 128 x 256 tiles of G."""
+    """Rows of a chunk: a third of them within CPU_CHUNK, or on a GPU those that fill whole waves of 128 x 256 tiles of G."""
     if not h.is_cuda:
-        return max(ROWS, CPU_CHUNK // len(W) // ROWS * ROWS)
+        least, most = (logits // max(1, len(W)) for logits in CPU_CHUNK)
+        return max(ROWS, least, min(len(h) // 3, most)) // ROWS * ROWS
     cores = torch.cuda.get_device_properties(h.device).multi_processor_count
     across = -(-h.shape[1] // 256)
 

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 import kernels.logprob as logprob
 from kernels.logprob import linear_logprob
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRITON = INTERPRETED or DEVICE == "cuda"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Frobenius, worst row; the row 1 - p = 1e-6 of fp32 is as exact as fp32 logits of 60 are (PyTorch's own is wrong by 17 %)
 GRADIENT_BOUND = {torch.float32: (1e-5, 3e-5), torch.bfloat16: (4e-3, 1e-2), torch.float16: (4e-3, 1e-2)}
-arithmetic_aside = pytest.mark.skipif(TRITON, reason="not about the kernel: the run without it has it")
+arithmetic_aside = pytest.mark.skipif(INTERPRETED, reason="not about the kernel: the run that is not interpreted has it")
 
 
 def two_blocks(V):
@@ -254,7 +254,8 @@ def test_chunk_and_row_order_and_run_do_not_matter(dtype):
     """Bit-equal on a CPU for any chunk, any order of the rows, with neighbours or alone."""
     N = 20 if INTERPRETED else 70
     h, W, y = case(N, 48, 1000, dtype)
-    exactly = dict(atol=0, rtol=0) if DEVICE == "cpu" else dict(atol=1e-6, rtol=1e-6)
+    # cuBLAS takes other kernels for other numbers of rows: fp32 sums in another order, then bf16 steps in the gradient
+    exactly = dict(atol=0, rtol=0) if DEVICE == "cpu" else dict(atol=2e-5, rtol=2**-7)
     logp, entropy, dh, _ = gradient(h, W, y)
     order = torch.randperm(N, device=DEVICE)
     for chunk in (1, 33) if INTERPRETED else (1, 16, 33, 70, 1000):
