@@ -10,7 +10,7 @@ import torch
 
 from data import InputError, rewards
 from data.dataset import load_items, load_policies, messages, target
-from model import Config, Processor, Qwen25VL, load_pretrained
+from model import Config, Processor, Qwen25VL, rotate
 from tiny import demo, report
 from tiny import data as tiny_data
 from tiny.pretrain import CONFIG, blocks, initialise, orthogonal, patches, predict, prepare, trunk
@@ -130,30 +130,35 @@ def test_leaves_of_a_grown_tree_hold_the_scenes_that_its_conditions_say(table):
                 assert any(all(thing[TABLE_COLUMN[v]] == INDEX[v] for v in spoken) for thing in table[s]) == answer
 
 
-def test_prepared_heads_find_what_followed_a_name_before(table):
-    """The circuit that saves the base most of its training: from a second mention to the word behind the first one."""
-    torch.manual_seed(0)
-    model = Qwen25VL(Config.from_json(CONFIG))
-    initialise(model)
-    prepare(model)
-    seen = []
-    attention = model.model.layers[1].self_attn
-    attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
-    prefix, _, _, (query,) = Stream(4, table).pairs()
-    ids = torch.tensor([[*prefix, *query.ids]])
+def attention_of(model, layer, ids):
+    """Shares of attention (H, T, T) of one layer."""
+    seen, attention = [], model.model.layers[layer].self_attn
+    hook = attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
     with torch.no_grad():
         model(ids)
         x, cos, sin, *_ = seen[0]
-        from model import rotate
+        q, k = (rotate(p(x).view(1, -1, 4, 32).transpose(1, 2), cos, sin) for p in (attention.q_proj, attention.k_proj))
+    hook.remove()
+    return (q @ k.mT / 32**0.5 + torch.full((ids.shape[1],) * 2, -1e9).triu(1)).softmax(-1)[0]
 
-        split = lambda y: y.view(1, -1, 4, 32).transpose(1, 2)
-        q, k = (rotate(split(p(x)), cos, sin) for p in (attention.q_proj, attention.k_proj))
-        share = (q @ k.mT / 32**0.5 + torch.full((ids.shape[1],) * 2, -1e9).triu(1)).softmax(-1)[0]  # (H, T, T)
-    hits = []
-    for t in range(len(prefix), ids.shape[1], 2):
-        follows = [j + 1 for j in range(t) if ids[0, j] == ids[0, t]]
-        hits.append(share[1, t, follows].sum().item())
-    assert np.mean(hits) > 0.7
+
+def test_prepared_heads_find_what_followed_a_name_before(table):
+    """The circuit that saves the base most of its training: from a second mention to the word behind the first one."""
+    prefix, _, _, (query,) = Stream(4, table).pairs()
+    ids = torch.tensor([[*prefix, *query.ids]])
+
+    def found(model):
+        share = attention_of(model, 1, ids)
+        mentions = range(len(prefix), ids.shape[1], 2)
+        return np.mean([share[1, t, [j + 1 for j in range(t) if ids[0, j] == ids[0, t]]].sum().item() for t in mentions])
+
+    torch.manual_seed(0)
+    model = Qwen25VL(Config.from_json(CONFIG))
+    initialise(model)
+    before = found(model)
+    prepare(model)
+    assert attention_of(model, 0, ids)[0].diagonal(-1).min() > 0.9  # the token before
+    assert found(model) > 3 * before
 
 
 def test_patches_are_the_processors_and_labels_name_the_object_under_them(processor):
