@@ -1,4 +1,4 @@
-"""What a step reads: which items, dealt out to which rank, as which tensors; and the log-probabilities of what it learns.
+"""What a step reads: which items, dealt out to which rank, as which tensors; and log-probabilities of what it learns.
 
 Randomness derives from (seed, step, item) alone. So any number of ranks sees the same global batch, and a run that is
 resumed replays nothing.
@@ -176,7 +176,7 @@ def learned_hidden(model, batch):
 
 
 def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
-    """log p of the batch's learned tokens -> (N,) float32, in the order of batch.index, and their entropies (N,) | None."""
+    """log p of the batch's learned tokens -> (N,) float32, in the order of batch.index, and entropies (N,) | None."""
     hidden, targets = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (N,D), (N,)
     return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)
 

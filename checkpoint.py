@@ -3,8 +3,8 @@
     <out>/checkpoints/step-00000120/shard-00000-of-00002.safetensors    a rank's rows of parameters and AdamW's moments
                                     state.json                          step, checksums, config, code version, counters
 
-A checkpoint is written aside (step-N.tmp), forced to the disk and renamed: a folder without .tmp is a whole one, and what
-the disk damages later fails its checksum. No random states are stored: all randomness derives from (seed, step, item).
+A checkpoint is written aside (step-N.tmp), forced to the disk and renamed: a folder without .tmp is a whole one, and
+what the disk damages later fails its checksum. No random states are stored: randomness derives from (seed, step, item).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def shard_name(rank, shards):
 
 
 class Checkpoints:
-    """The checkpoints of a Run. Replicated weights are one shard, rank 0's; under FSDP each rank writes its own rows."""
+    """The checkpoints of a Run. Replicated weights are one shard, rank 0's; under FSDP a rank writes its own rows."""
 
     def __init__(self, run):
         self.run, self.folder = run, run.out / "checkpoints"
@@ -138,7 +138,7 @@ class Checkpoints:
             return {}
 
     def newest_whole(self):
-        """The name of the newest checkpoint that is as it was written, to the last bit, or None; a line a damaged one."""
+        """The name of the newest checkpoint that is as it was written, to the last bit; a line for a damaged one."""
         for path in self.folder.glob("*.tmp"):  # a kill came in between
             shutil.rmtree(path)
         for name in self.names():
@@ -175,7 +175,7 @@ class Checkpoints:
         return state
 
     def _rows(self, files, key, p):
-        """This rank's rows of a tensor that lies in `files` in equal chunks, the last ones shorter; a scalar as it is."""
+        """This rank's rows of a tensor that lies in `files` in equal chunks, the last shorter; a scalar as it is."""
         if not files[0].get_slice(key).get_shape():  # AdamW's step, which the fused kernel wants beside the weights
             return files[0].get_tensor(key).to("cpu" if self.run.fsdp else p.device)
         start, stop, rows = 0, p.shape[0], p.shape[0]

@@ -16,7 +16,7 @@ from data import InputError
 
 
 def option(default, help, **limits):
-    """A config field: default, --help line (unit, when to change it), and limits: least, above, most, choices, required."""
+    """A config field: default, --help line (unit, when to change it); limits: least, above, most, choices, required."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -27,17 +27,17 @@ def redefault(base, name, default):
 
 @dataclass
 class CommonConfig:
-    model: str = option("", "checkpoint: folder in the hub's layout, hub id, or folder of a finished run", required=True)
+    model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
     split: str = option("", "file of the items to learn from, inside --data")
     out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
-    init: str = option("", "start from the stage before: the folder of its run; its adapter is continued, or merged by --full")
+    init: str = option("", "start from the stage before: its run's folder; an adapter is continued, or merged by --full")
     adapter: str = option("", "start from this LoRA adapter on top of --model")
     full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
     lora_rank: int = option(8, "rank of the adapter", least=1)
     lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
     lora_dropout: float = option(0.0, "dropout before A, probability", least=0, most=0.99)
-    lora_targets: str = option("", "projections with an adapter: names by commas or one regex; empty: all of the text model")
+    lora_targets: str = option("", "layers with an adapter: names by commas or a regex; empty: all of the text blocks")
     train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
     lr: float = option(1e-5, "peak learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
@@ -48,28 +48,29 @@ class CommonConfig:
     micro_batch: int = option(4, "items a forward pass; fewer need less memory, and the results stay the same", least=1)
     epochs: float = option(1.0, "passes over the data", above=0)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
-    replay: str = option("", "folder of other policies' items, learned with their policy in the prompt, so that the model"
-                             " does not forget how to read one")
+    replay: str = option("", "folder of other policies' items, learned with their policy in the prompt, so that the"
+                             " model does not forget how to read one")
     replay_split: str = option("sft.jsonl", "file of the items to replay, inside --replay")
-    replay_share: float = option(0.5, "share of each batch that is replayed, where --replay is given", least=0, most=0.9)
+    replay_share: float = option(0.5, "share of each batch that is replayed, if --replay is given", least=0, most=0.9)
     workers: int = option(4, "threads that read and scale pictures one step ahead on GPU machines; 0: none", least=0)
-    max_prompt: int = option(4096, "longest prompt in tokens with its pictures; a longer one is an error, never cut", least=1)
+    max_prompt: int = option(4096, "longest prompt, tokens with its pictures; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens", least=1)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    max_skipped: float = option(0.1, "share of updates (of ten at least) that NaN or infinity may cost before the run stops",
-                                least=0, most=1)
+    max_skipped: float = option(0.1, "share of updates (of ten at least) that NaN or infinity may cost before the run"
+                                     " stops", least=0, most=1)
     seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of matrix products; trained weights and AdamW stay float32, frozen ones take it;"
                                 " auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third more time")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third"
+                                                 " more time")
     compile: bool = option(False, "torch.compile each layer: minutes at the start, faster steps on GPUs")
     fsdp: str = option("auto", "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
                        choices=("auto", "on", "off"))
     save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run", least=0)
     async_save: bool = option(False, "write checkpoints in a thread while training goes on: for large models")
     keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)
-    resume: bool = option(False, "continue from the newest whole checkpoint of --out, or from the start if there is none")
+    resume: bool = option(False, "continue from the newest whole checkpoint of --out; from the start if there is none")
     overwrite: bool = option(False, "delete the run that --out holds")
     timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
 
@@ -77,8 +78,8 @@ class CommonConfig:
 def parse(config_class, doc, argv=None):
     """-> config_class from its defaults, the JSON of --config FILE and the flags of `argv` (default: the command line).
 
-    Field `batch_size` is the flag --batch-size, a bool --full or --no-full. Raises InputError for what is unknown, missing,
-    of another type or out of its limits.
+    Field `batch_size` is the flag --batch-size, a bool --full or --no-full. Raises InputError for what is unknown,
+    missing, of another type or out of its limits.
     """
     kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items()}
     options = {f.name: f for f in dataclasses.fields(config_class)}
@@ -93,7 +94,7 @@ def parse(config_class, doc, argv=None):
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
     flags = vars(parser.parse_args(argv))
     values = {**_read_config(flags.pop("config"), options), **flags}
-    config = config_class(**{name: _convert(name, v, kinds[name], options[name].metadata) for name, v in values.items()})
+    config = config_class(**{key: _convert(key, v, kinds[key], options[key].metadata) for key, v in values.items()})
     for name, f in options.items():
         if f.metadata.get("required") and not getattr(config, name):
             raise InputError(f"--{name.replace('_', '-')} is missing: {f.metadata['help']}")
@@ -135,7 +136,8 @@ def _convert(name, value, kind, limits):
         raise InputError(f"{flag}: found {value!r}, expected {article} {kind.__name__}") from None
     if "choices" in limits and value not in limits["choices"]:
         raise InputError(f"{flag}: found {value!r}, expected one of {', '.join(limits['choices'])}")
-    least, above, most = (limits.get(key, x) for key, x in (("least", -math.inf), ("above", -math.inf), ("most", math.inf)))
+    least, above = limits.get("least", -math.inf), limits.get("above", -math.inf)
+    most = limits.get("most", math.inf)
     if kind in (int, float) and not (math.isfinite(value) and least <= value <= most and above < value):
         words = {"least": "at least", "above": "above", "most": "at most"}
         bounds = [f"{word} {limits[key]}" for key, word in words.items() if key in limits]

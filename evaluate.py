@@ -4,8 +4,8 @@
     python evaluate.py --model M --data data/clevr --out runs/eval --policy-in-context          M(Q, I, P)
 
 Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was
-forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint or the folder
-of a run. Responses are greedy. <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each
+forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint or a run's
+folder. Responses are greedy. <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each
 response with its verdict. The parser and the scores are those of training: data/rewards.py.
 """
 
@@ -31,21 +31,22 @@ from training import locate, option, parse, write_json
 
 @dataclass
 class Config:
-    model: str = option("", "checkpoint: folder in the hub's layout, hub id, or the folder of a finished run", required=True)
+    model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
     adapter: str = option("", "LoRA adapter on top of --model")
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
     out: str = option("", "folder for results.json and the responses", required=True)
     name: str = option("", "name of the row; empty: no_policy or in_context")
     split: str = option("test.jsonl", "file of the items, inside --data")
     policy_in_context: bool = option(False, "put each item's policy in front of its prompt")
-    seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart from others")
+    seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart")
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     limit: int = option(0, "items to evaluate, the first so many; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
     batch: int = option(256, "prompts that are read and answered together; lower it when memory runs out", least=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs",
+                        choices=("auto", "float32", "bfloat16"))
 
 
 VERDICTS = ("format", "exact_chain", "referral", "tool", "arguments", "call", "f1", "follows_old")
@@ -105,8 +106,8 @@ def judge(text, item, policy):
     return verdict
 
 
-def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536, max_response=2048,
-             batch=256, progress=False):
+def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536,
+             max_response=2048, batch=256, progress=False):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
@@ -121,7 +122,8 @@ def evaluate(model, processor, items, policies, *, policy_in_context=False, seen
             policy = policies[item["policy"]] if policy_in_context else None
             prompts.append(processor.encode(messages(item, policy), add_generation_prompt=True))
             check_length(item, "prompt", prompts[-1].input_ids, max_prompt)
-        for item, prompt, (text, tokens, finished) in zip(part, prompts, respond(model, processor, prompts, max_response)):
+        responses = respond(model, processor, prompts, max_response)
+        for item, prompt, (text, tokens, finished) in zip(part, prompts, responses):
             record = {"id": item["id"], "policy": item["policy"], "depth": len(item.get("path", [])),
                       "answer": item["answer"], **judge(text, item, policies[item["policy"]]), "finished": finished,
                       "prompt_tokens": len(prompt.input_ids), "tokens": tokens, "response": text}
@@ -154,16 +156,20 @@ def load(path, adapter="", device="auto", dtype="auto"):
     return model.requires_grad_(False).eval(), qwen.Processor.from_pretrained(base)
 
 
+def earlier_rows(out):
+    """The rows that <out>/results.json holds; [] without one."""
+    path = Path(out) / "results.json"
+    try:
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: found no rows, expected the results of earlier evaluations") from None
+
+
 def save(out, row, records):
     """Put the row into <out>/results.json beside the rows of other names, and the records into <out>/NAME.jsonl."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
-    try:
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: found no rows, expected the results of earlier evaluations") from None
-    write_json(path, {"rows": [r for r in rows if r["name"] != row["name"]] + [row]})
+    write_json(out / "results.json", {"rows": [r for r in earlier_rows(out) if r["name"] != row["name"]] + [row]})
     aside = out / f"{row['name']}.jsonl.tmp"
     aside.write_text("".join(json.dumps(record) + "\n" for record in records))
     aside.replace(out / f"{row['name']}.jsonl")
@@ -171,6 +177,7 @@ def save(out, row, records):
 
 def main(argv=None):
     config = parse(Config, __doc__, argv)
+    earlier_rows(config.out)  # better refused now than after an hour
     policies = load_policies(config.data)
     items = recitation_items(policies) if config.recite else load_items(config.data, config.split, policies)
     items = items[:config.limit or None]
@@ -180,13 +187,15 @@ def main(argv=None):
     seen = sections(load_items(path.parent, path.name, policies)) if config.seen else None
     model, processor = load(config.model, config.adapter, config.device, config.dtype)
     row, records = evaluate(model, processor, items, policies, policy_in_context=config.policy_in_context, seen=seen,
-                            max_prompt=config.max_prompt, max_response=config.max_response, batch=config.batch, progress=True)
+                            max_prompt=config.max_prompt, max_response=config.max_response, batch=config.batch,
+                            progress=True)
     name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
     row = {"name": config.name or name, **row, "model": config.model}
     save(config.out, row, records)
     low, high = row["interval"]
     rest = "".join(f"  {key} {row[key]:.3f}" for key in VERDICTS if key in row)
-    print(f"{row['name']}: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]{rest}  n {row['n']}  {row['seconds']:.1f} s")
+    accuracy = f"accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+    print(f"{row['name']}: {accuracy}{rest}  n {row['n']}  {row['seconds']:.1f} s")
     return row
 
 

@@ -1,7 +1,7 @@
 """What a run needs in memory, before it is started: `python training.py plan --model 7B --stage rl --gpus 8`.
 
-Weights, gradients and AdamW follow from the number of parameters; activations are counted, not guessed: one text block and
-the vision tower run on the meta device, which computes nothing, and every tensor that autograd would keep is added up.
+Weights, gradients and AdamW follow from the number of parameters; activations are counted, not guessed: one text block
+and the vision tower run on the meta device, which computes nothing, and what autograd would keep is added up.
 """
 
 import contextlib
@@ -138,9 +138,11 @@ def plan(config):
         elif half:
             parts["bf16 copies of the weights (autocast)"] = 2 * total
     else:
-        shapes = [p.shape for name, p in model.model.layers[-1].named_parameters() if name.split(".")[-2] in qwen.TEXT_TARGETS]
-        tuned = config.lora_rank * text.num_hidden_layers * sum(sum(shape) for shape in shapes if len(shape) == 2)
-        parts = {f"frozen weights ({'bf16' if half else 'fp32'})": width * total, "adapter, gradient, AdamW (fp32)": 16 * tuned}
+        last = model.model.layers[-1].named_parameters()
+        shapes = [p.shape for name, p in last if p.ndim == 2 and name.split(".")[-2] in qwen.TEXT_TARGETS]
+        tuned = config.lora_rank * text.num_hidden_layers * sum(map(sum, shapes))
+        parts = {f"frozen weights ({'bf16' if half else 'fp32'})": width * total,
+                 "adapter, gradient, AdamW (fp32)": 16 * tuned}
     if config.stage == "rl" and config.reference:
         parts["start model"] = width * total / ranks if config.full else 0
     layers = text.num_hidden_layers
@@ -150,7 +152,7 @@ def plan(config):
     phases = {"learning": kept + 2 * x + block / 2 + head + 2 * 4 * 2048 * text.vocab_size}
     if config.stage == "rl":
         cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
-        phases["sampling"] = cache + (width * total if config.full else 0)  # the bf16 weights, gathered or cast once a phase
+        phases["sampling"] = cache + (width * total if config.full else 0)  # whole weights, gathered or cast once
     peak = sum(parts.values()) + max(phases.values())
     return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
 
@@ -176,7 +178,7 @@ def report(config):
     result = plan(config)
     how = "full" if config.full else f"LoRA r {config.lora_rank}"
     lines = [f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
-             f"{result['parameters'] / 1e9:.2f} B parameters, {result['trained'] / 1e9:.3f} B trained; GB on each GPU"]  # fmt: skip
+             f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"]
     lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
     holds = {"learning": "activations and buffers", "sampling": "keys, values and whole weights"}
     lines += [f"  {size / GB:8.2f}  {name}: {holds[name]}" for name, size in result["phases"].items()]

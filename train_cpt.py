@@ -63,7 +63,8 @@ class Sequences:
     def size(self, i):
         """Characters: near enough to tokens for dealing out work evenly."""
         item, policy = self.items[i], self.policy(self.items[i])
-        return sum(len(item.get(key, "")) for key in ("question", "cot", "answer")) + len(policy["text"] if policy else "")
+        parts = [item.get(key, "") for key in ("question", "cot", "answer")] + ([policy["text"]] if policy else [])
+        return sum(map(len, parts))
 
     def read(self, step, i):
         item = self.items[i]
@@ -90,7 +91,7 @@ def train(config):
     with Run(config, stage="cpt") as run:
         model, processor = run.load()
         own = Sequences(config.data, config.split, processor, config)
-        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True)
+        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, True)
 
         def keys(step):
             chosen = mixture(step, len(own), len(replay), config)
@@ -106,7 +107,7 @@ def train(config):
                 parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight)
                          for part, weight in run.micro_batches(rows(step))]
             counts = [(weight * len(batch.index), weight * int(batch.attention_mask.sum())) for batch, weight in parts]
-            tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])             # sum_t m_t, over all ranks
+            tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])         # sum_t m_t, over all ranks
             loss = 0.0
             with run.phase("learn"):
                 for batch, weight in parts:

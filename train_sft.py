@@ -80,7 +80,7 @@ def train(config):
     with Run(config, stage="sft") as run:
         model, processor = run.load()
         own = Examples(config.data, config.split, processor, config, config.policy_in_prompt)
-        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, policy_in_prompt=True)
+        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, True)
 
         def keys(step):
             chosen = mixture(step, len(own), len(replay), config)

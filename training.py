@@ -38,8 +38,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-from batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,  # noqa: F401
-                      replayed_items, response_logprobs, rng, share, token_logprobs)
+from batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,
+                      replayed_items, response_logprobs, rng, share, token_logprobs)  # noqa: F401
 from checkpoint import Checkpoints, cut_logs, trainable, write_json
 from config import CommonConfig, option, parse, redefault  # noqa: F401
 from data import InputError, command
@@ -58,7 +58,7 @@ def locate(path):
     if os.path.isdir(os.path.join(path, "adapter")):
         return _run_config(path)["base"], os.path.join(path, "adapter")
     if "base" in _run_config(path):
-        raise InputError(f"{path}: found a run that has not ended, expected its model/ or adapter/: continue it with --resume")
+        raise InputError(f"{path}: found a run that has not ended, expected its model/ or adapter/ (see --resume)")
     return path, None
 
 
@@ -86,8 +86,8 @@ def _dissolve_lora(model):
 # -- 2. the run -------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
-    "out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout", "device",
-    "gradient_checkpointing", "compile", "max_skipped",
+    "out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout",
+    "device", "gradient_checkpointing", "compile", "max_skipped",
 }  # fmt: skip
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
@@ -107,7 +107,8 @@ class Run:
         if cuda and not torch.cuda.is_available():
             raise InputError("--device: found cuda, expected cpu or auto: this machine has no usable GPU")
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" or (cuda and config.dtype == "auto") else torch.float32
+        half = config.dtype == "bfloat16" or (cuda and config.dtype == "auto")
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.fsdp = config.full and self.world > 1 and (config.fsdp == "on" or config.fsdp == "auto" and cuda)
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
@@ -170,7 +171,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
         except OSError:
             self._lock.close()
-            raise InputError(f"--out {self.out}: another process is writing this run, expected another folder") from None
+            raise InputError(f"--out {self.out}: another process is writing it, expected another folder") from None
         for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
             shutil.rmtree(path)
         before = _run_config(self.out)
@@ -242,8 +243,8 @@ class Run:
     def micro_batches(self, rows):
         """Split a rank's rows into [(at most --micro-batch rows, weight 1.0)].
 
-        Under FSDP each forward pass is a collective: a rank with fewer parts repeats a row with weight 0.0, or the others
-        would wait for it for ever.
+        Under FSDP each forward pass is a collective: a rank with fewer parts repeats a row with weight 0.0, or the
+        others would wait for it for ever.
         """
         size = self.config.micro_batch
         parts = [(rows[i:i + size], 1.0) for i in range(0, len(rows), size)]
@@ -270,7 +271,7 @@ class Run:
     # -- model and optimiser
 
     def load(self, frozen=False):
-        """-> (model, processor): --model or --init with its adapter, made trainable as --full says, placed on the device.
+        """-> (model, processor): --model or --init with its adapter, trainable as --full says, on the device.
 
         frozen: the same start as a reference policy, without gradients, its adapter merged, in the compute dtype.
         """
@@ -384,15 +385,15 @@ class Run:
         else:
             self.skipped += 1
             if self.skipped > self.config.max_skipped * max(step + 1, 10):
-                raise InputError(f"step {step}: found a gradient norm of {norm}, {self.skipped} of {step + 1} updates were skipped"
-                                 f" for that, expected at most --max-skipped {self.config.max_skipped}; try a lower --lr")
+                raise InputError(f"step {step}: found a gradient norm of {norm}, {self.skipped} of {step + 1} updates were "
+                                 f"skipped for such ones, expected a share of {self.config.max_skipped} (--max-skipped)")
         optimizer.zero_grad()
         return norm
 
     # -- the loop
 
     def total_steps(self, n_items, per_update=None):
-        """Updates of the whole run: --steps, or what --epochs of n_items items need, so many (--batch-size) an update."""
+        """Updates of the whole run: --steps, or what --epochs of n_items items need, per_update of them each."""
         per_update = per_update or self.config.batch_size
         return self.config.steps or math.ceil(round(n_items * self.config.epochs) / per_update)
 
@@ -463,7 +464,7 @@ class Run:
     def checkpoint(self, step, model, optimizer, extra=None, score=None):
         """Save after `step` updates where --save-every says so; after SIGTERM or SIGINT save and end with exit code 0.
 
-        extra: a JSON-able dict that the resumed run finds in run.extra. score: the checkpoint of the highest is kept, too.
+        extra: a JSON-able dict that the resumed run finds in run.extra. score: the one with the highest is kept, too.
         """
         stop = bool(self.max(int(self._stop)))  # a signal reaches the ranks at different moments
         with self.phase("save"):
@@ -473,7 +474,7 @@ class Run:
                 self.checkpoints.save(step, model, optimizer, extra or {}, score, wait)
         if stop:
             if self.is_main:
-                print(f"{self.stage}: stopped by a signal after step {step}, --resume continues", file=sys.stderr, flush=True)
+                print(f"{self.stage}: stopped by a signal after step {step}, --resume continues", file=sys.stderr)
             sys.exit(0)
 
     def restore(self, model, optimizer):
