@@ -334,7 +334,9 @@ class Run:
     def gathered(self, model):
         """For sampling: whole weights in the compute dtype, gathered or cast once, no gradients; yields the model."""
         units = [m for m in model.modules() if is_fsdp(m)]
-        masters = {} if units or self.dtype == torch.float32 else {p: p.data for p in model.parameters()}
+        masters = {}
+        if not units and self.dtype != torch.float32:  # an adapter stays float32, as its layers expect
+            masters = {p: p.data for name, p in model.named_parameters() if ".lora_" not in name}
         for p in masters:
             p.data = p.data.to(self.dtype)
         for unit in units:

@@ -164,14 +164,18 @@ def test_a_gradient_that_is_no_number_costs_its_step_and_too_many_the_run(run, v
         poisoned(1)
 
 
-def test_sampling_in_bfloat16_leaves_the_float32_weights_as_they_were(run):
-    run.dtype = torch.bfloat16
+@pytest.mark.parametrize("full", [True, False])
+def test_sampling_in_bfloat16_leaves_the_weights_as_they_were(run, full):
+    """Full: float32 weights are cast for the phase; LoRA: the frozen ones are bfloat16 anyway, the adapter is not cast."""
+    run.dtype, run.config.full = torch.bfloat16, full
     model, _ = run.load()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with run.gathered(model) as half:
         assert half.head_weight.dtype == torch.bfloat16 and not half.training
         half(torch.tensor([[1, 2, 3]]))
-    assert model.training and all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in model.named_parameters())
+    assert model.training
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) and torch.equal(p, before[name])
 
 
 def test_bfloat16_products_train_float32_weights(folder, tmp_path):
