@@ -404,7 +404,7 @@ def train(config):
         steps, cursor = run.total_steps(len(items), config.batch_size), None
 
         for step in run.steps(model, optimizer, steps):
-            if step == 0 and config.check and K and not config.noise:
+            if step == 0 and config.check and (K or teach) and not config.noise:
                 chosen = [items[i] for i in batches(len(items), min(config.check, len(items)), config.seed, 0)]
                 without, given = right_share(run, model, rollout, chosen, rewards), right_share(run, model, rollout, chosen, rewards, policies)
                 run.append("validation", {"step": 0, "without_policy": without, "with_policy": given, "n": len(chosen)})

@@ -208,10 +208,10 @@ def run(folder, name, data="data", model="model", **flags):
 
 @pytest.mark.parametrize("algorithm", [name for name in LOSSES if name != "opcd"])
 def test_every_loss_climbs(folder, algorithm):
-    """The share of vowels, .03 by chance, in twenty steps; a turned sign would lead to none."""
+    """The share of vowels, .06 by chance, in twenty steps; a turned sign would lead to none."""
     rows = run(folder, algorithm, algorithm=algorithm, clip_low=0.2, clip_high=0.3)
     first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
-    assert last > 0.3 > 4 * first
+    assert first < 0.2 and last > 0.6
     assert all(row["grad_norm"] > 0 for row in rows[:3]) and rows[0]["length_max"] == 3 and rows[0]["failed"] == 0
 
 
