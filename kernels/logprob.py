@@ -20,7 +20,8 @@ The right-hand form matters in half precision. The direction (1[y] - q) is round
 destroys 1 - p; here the target's entry is exactly 1, the largest of all, and 1 - p_y = sum_{v != y} e^{l_v} / sum_v e^{l_v}
 stays in fp32, summed without the target so that nothing cancels.
 
-The sweep over a chunk's rows is a Triton kernel on a GPU (kernels/logprob_triton.py) and plain PyTorch elsewhere.
+The sweep over a chunk's rows is a Triton kernel on a GPU (kernels/logprob_triton.py) and plain PyTorch elsewhere. With
+TRITON_INTERPRET=1, set before Python starts, the same kernel runs interpreted on CPU tensors.
 """
 
 import os
@@ -30,7 +31,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 16           # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
-CPU_CHUNK = 16 << 20, 80 << 20  # logits of a chunk on a CPU, least and most: W is read from memory once a chunk
+CPU_CHUNK = 16 << 20, 80 << 20  # fp32 logits of a chunk on a CPU, least and most: W is read from memory once a chunk
 CPU_TILE = 1 << 14  # rows of a half-precision W that are widened to fp32 at a time on a CPU
 
 
