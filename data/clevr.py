@@ -23,8 +23,22 @@ RELATIONS = ("left", "right", "behind", "front")
 INVALID = "__INVALID__"  # what the official engine answers to an ill-posed question
 
 RADIUS = {"small": 0.35, "large": 0.7}
-RGB = np.array([(87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20), (129, 74, 25), (129, 38, 192), (41, 208, 208),
-                (255, 238, 51)], np.float32).T / 255  # (3, colours)
+RGB = (
+    np.array(
+        [
+            (87, 87, 87),
+            (173, 35, 35),
+            (42, 75, 215),
+            (29, 105, 20),
+            (129, 74, 25),
+            (129, 38, 192),
+            (41, 208, 208),
+            (255, 238, 51),
+        ],
+        np.float32,
+    ).T
+    / 255
+)  # (3, colours)
 
 # The stage: a camera that looks at the origin, three area lamps that do too. Positions are Blender's; the strengths
 # were fitted to the empty ground of official pictures (mean error 3 % of its brightness), in squared display values.
@@ -102,8 +116,13 @@ def _place(rng, wanted, area, apart=0.25, margin=0.4):
     return None
 
 
-_DISC = np.stack([np.concatenate([[0], s * np.cos(a)]) if i == 0 else np.concatenate([[0], s * np.sin(a)])
-                  for i in range(2) for s, a in [(np.repeat([0.45, 0.85], 8), np.tile(np.arange(8) * np.pi / 4, 2))]])
+_DISC = np.stack(
+    [
+        np.concatenate([[0], s * np.cos(a)]) if i == 0 else np.concatenate([[0], s * np.sin(a)])
+        for i in range(2)
+        for s, a in [(np.repeat([0.45, 0.85], 8), np.tile(np.arange(8) * np.pi / 4, 2))]
+    ]
+)
 
 
 def _all_visible(pixels, radii, size, zoom, share=0.45):
@@ -339,7 +358,9 @@ def _shade(point, normal, direction, color, metal, radius, lamps):
     for i, lamp in enumerate(lamps):
         to = lamp[:, None] - point
         cosine = _dot(to, mirror) / np.sqrt(_dot(to, to))
-        gloss[i] = np.where(metal, LAMP_SHINE * np.clip((cosine - 0.97) / 0.02, 0, 1), 0.05 * np.maximum(cosine, 0) ** 6)
+        gloss[i] = np.where(
+            metal, LAMP_SHINE * np.clip((cosine - 0.97) / 0.02, 0, 1), 0.05 * np.maximum(cosine, 0) ** 6
+        )
     gloss = (LAMP_RGB.T / LAMP_RGB.max()) @ gloss
     out = color * light + gloss
     m = np.flatnonzero(metal)
@@ -432,7 +453,7 @@ class SceneTable:
         most = max((len(s["objects"]) for s in scenes), default=0)
         self.mask = np.zeros((len(scenes), most), bool)
         self.value = {name: np.full((len(scenes), most), -1, np.int8) for name in ATTRIBUTES}
-        self._related = None
+        self._related = self._whole = None
         for s, scene in enumerate(scenes):
             self.mask[s, : len(scene["objects"])] = True
             for name, values in ATTRIBUTES.items():
@@ -452,7 +473,10 @@ class SceneTable:
 
     @property
     def related(self):
-        if self._related is None:
+        if self._related is None and self._whole:  # a part's are the whole's, worked out once
+            whole, rows = self._whole
+            self._related = {name: cube[rows] for name, cube in whole.related.items()}
+        elif self._related is None:
             count, most = self.mask.shape
             self._related = {name: np.zeros((count, most, most), bool) for name in RELATIONS}
             for s, scene in enumerate(self.scenes):
@@ -466,7 +490,7 @@ class SceneTable:
         part = object.__new__(SceneTable)
         part.scenes, part.mask, part.code = self.scenes[rows], self.mask[rows], self.code[rows]
         part.value = {name: column[rows] for name, column in self.value.items()}
-        part._related = self._related and {name: cube[rows] for name, cube in self._related.items()}
+        part._related, part._whole = None, (self, rows)
         return part
 
     def answers(self, program):

@@ -19,7 +19,20 @@ import numpy as np
 from PIL import Image
 
 from data import InputError, command
-from data.clevr import ATTRIBUTES, CAMERA, CODE_BITS, FOCAL, INVALID, RADIUS, SceneTable, execute, project, render, sample_scene, word
+from data.clevr import (
+    ATTRIBUTES,
+    CAMERA,
+    CODE_BITS,
+    FOCAL,
+    INVALID,
+    RADIUS,
+    SceneTable,
+    execute,
+    project,
+    render,
+    sample_scene,
+    word,
+)
 from data.conditions import grow_full
 from data.dataset import KINDS
 from data.prose import Prose
@@ -258,7 +271,9 @@ def draw_crops(policy, table, size, style, rng):
                 crops.append(style.crop(open_picture(scene, size).crop(box)))
                 break
         else:
-            raise InputError(f"policy {policy['name']}: no scene shows a {value} object apart from others, expected one")
+            raise InputError(
+                f"policy {policy['name']}: no scene shows a {value} object apart from others, expected one"
+            )
     return crops
 
 
@@ -316,7 +331,12 @@ def sample_scenes(seed, counts, run=map, **options):
 
 def open_picture(scene, size):
     """A scene's picture as PIL image: the folder's own, or drawn at size (W, H)."""
-    return read_picture(scene["file"]).convert("RGB") if "file" in scene else Image.fromarray(render(scene, size)[0])
+    if "file" not in scene:
+        return Image.fromarray(render(scene, size)[0])
+    try:
+        return read_picture(scene["file"]).convert("RGB")
+    except OSError as error:  # the header was fine, the rest is not
+        raise InputError(f"{scene['file']}: unreadable picture ({error})") from None
 
 
 def picture_size(scene, size):
@@ -548,7 +568,9 @@ def main(argv=None):
             raise InputError(f"--cpt {kind!r} found, expected one of {', '.join(KINDS)}")
     size, objects = _pair(args.size, "x", "--size"), _pair(args.objects, "-", "--objects")
     if not objects[0] <= objects[1] <= 10 or min(size) < 56 or max(size) > 4096:
-        raise InputError(f"--objects {args.objects} --size {args.size} found, expected 1 to 10 objects, 56 to 4096 pixels")
+        raise InputError(
+            f"--objects {args.objects} --size {args.size} found, expected 1 to 10 objects, 56 to 4096 pixels"
+        )
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(ProcessPoolExecutor(args.processes)).map if args.processes > 1 else map
         if args.clevr_root:

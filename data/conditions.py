@@ -205,4 +205,3 @@ def grow_full(rng, depth, table, tries=40, weighed=1200):
 
     visit(0, np.arange(len(table)), [], frozenset())
     return nodes, leaves
-

@@ -50,7 +50,9 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
     order = sorted(range(len(items)), key=lambda k: items[k]["policy"])  # one policy's items share its prefix
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        encoded = [processor.encode(m, add_generation_prompt=True) for m in prompts([items[k] for k in part], policies, mode)]
+        encoded = [
+            processor.encode(m, add_generation_prompt=True) for m in prompts([items[k] for k in part], policies, mode)
+        ]
         seeds = [[(seed * 1_000_003 + k) * 1009 + a for a in range(attempts)] for k in part]
         groups = sample(model, encoded, attempts, max_tokens=max_response, temperature=temperature, seeds=seeds,
                         stop_ids=processor.stop_ids, banned_ids=processor.banned_ids)  # fmt: skip
@@ -63,7 +65,9 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
 
 def quality(items, policies):
     """How the chains refer to their policies: (share of sections quoted rightly, share of items on the gold path)."""
-    read = [referral(target(item), item, policies[item["policy"]]) for item in items if policies[item["policy"]]["nodes"]]
+    read = [
+        referral(target(item), item, policies[item["policy"]]) for item in items if policies[item["policy"]]["nodes"]
+    ]
     count = max(1, len(read))
     return sum(r["quoted"] for r in read) / count, sum(r["path"] for r in read) / count
 
@@ -97,7 +101,9 @@ def main(argv=None):
         from evaluate import load
 
         model, processor = load(args.model)
-        made = generate(model, processor, items, policies, args.mode, args.attempts, args.temperature, args.max_response, args.seed)
+        made = generate(
+            model, processor, items, policies, args.mode, args.attempts, args.temperature, args.max_response, args.seed
+        )
     root = os.path.realpath(args.data)
     with open(f"{args.out}.draft", "w", encoding="utf-8") as file:
         for item in made:
@@ -109,7 +115,9 @@ def main(argv=None):
           f"chains on the gold path {100 * on_path:.1f} %")  # fmt: skip
     if args.mode != "gold" and all(item.get("cot") for item in items):
         quoted, on_path = quality(items, policies)
-        print(f"gold chains of the same items: sections quoted rightly {100 * quoted:.1f} %, on the gold path {100 * on_path:.1f} %")
+        print(
+            f"gold chains of the same items: sections quoted rightly {100 * quoted:.1f} %, on the gold path {100 * on_path:.1f} %"
+        )
 
 
 if __name__ == "__main__":

@@ -127,7 +127,9 @@ def _check_tree(policy, where):
             raise InputError(f"{where}: node {key!r} has no branches")
         for answer, child in sorted(nodes[key].items()):
             if not isinstance(child, str) or child not in nodes and child not in ends:
-                raise InputError(f"{where}: node {key!r}, branch {answer!r} leads to {child!r}, no node or leaf of this policy")
+                raise InputError(
+                    f"{where}: node {key!r}, branch {answer!r} leads to {child!r}, no node or leaf of this policy"
+                )
         for child in sorted({c for c in nodes[key].values() if c in nodes}):
             stack.append((child, key))
     lost = sorted(set(nodes) - set(state))
@@ -154,7 +156,9 @@ def load_items(folder, split_file, policies):
         seen[key] = number
         policy = _need(item, "policy", str, where)
         if policy not in policies:
-            raise InputError(f"{where}: policy {policy!r} is not in policies.json, found there: {', '.join(policies)[:200]}")
+            raise InputError(
+                f"{where}: policy {policy!r} is not in policies.json, found there: {', '.join(policies)[:200]}"
+            )
         kind = item.get("kind", "applied")
         if kind not in KINDS:
             raise InputError(f"{where}: kind {kind!r} found, expected one of {', '.join(KINDS)}")

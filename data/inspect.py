@@ -57,7 +57,9 @@ def thumbnail(path, width):
 def with_pictures(text, images):
     """A policy's text as HTML, each <image> replaced by its picture; images: an iterator over paths."""
     head, *rest = text.split(IMAGE)
-    return escape(head) + "".join(f'<img class="crop" alt="" src="{thumbnail(next(images), 88)}">{escape(part)}' for part in rest)
+    return escape(head) + "".join(
+        f'<img class="crop" alt="" src="{thumbnail(next(images), 88)}">{escape(part)}' for part in rest
+    )
 
 
 # -- 1. trees ----------------------------------------------------------------------------------------------------------
@@ -138,7 +140,9 @@ class Drawing:
             end = ' text-anchor="end" dx="-20"' if x > 800 else ""
             parts.append(f'<text class="on" x="{x + 10:.0f}" y="{y - 3}"{end}>{escape(step["answer"])}</text>')
         x, y = self.point(leaf)
-        parts.append(f'<text class="on" text-anchor="middle" x="{min(max(x, 30), 970):.0f}" y="{y + 17}">{escape(leaf)}</text>')
+        parts.append(
+            f'<text class="on" text-anchor="middle" x="{min(max(x, 30), 970):.0f}" y="{y + 17}">{escape(leaf)}</text>'
+        )
         return (f'<svg viewBox="0 0 1000 {height}"><use href="#{escape(self.name)}" width="1000" height="{height}"/>'
                 f'{"".join(parts)}</svg>')  # fmt: skip
 
@@ -178,10 +182,14 @@ def warnings(policies, items):
             continue
         silent = [leaf["response"] for leaf in policy["leaves"] if not answers[leaf["response"]]]
         if silent:
-            out.append(f"{name}: {len(silent)} of {len(policy['leaves'])} responses have no training query: {silent[0]}")
+            out.append(
+                f"{name}: {len(silent)} of {len(policy['leaves'])} responses have no training query: {silent[0]}"
+            )
         share = max(answers.values(), default=0) / max(1, total)
         if share > 3 / len(policy["leaves"]) and total >= len(policy["leaves"]):
-            out.append(f"{name}: {answers.most_common(1)[0][0]} is the answer to {100 * share:.0f} % of its training queries")
+            out.append(
+                f"{name}: {answers.most_common(1)[0][0]} is the answer to {100 * share:.0f} % of its training queries"
+            )
         if not any(i["policy"] == name for i in items["test"]):
             out.append(f"{name}: no test items")
     for split, part in items.items():
@@ -200,7 +208,9 @@ def query(item, policy, drawing, response=None):
     parts = [head, f"<pre>{escape(item['question'])}</pre>"]
     for key in ("profile", "history"):
         if item.get(key):
-            parts.append(f'<details><summary class="soft">{key}</summary><pre>{escape(json.dumps(item[key], indent=1))}</pre></details>')
+            parts.append(
+                f'<details><summary class="soft">{key}</summary><pre>{escape(json.dumps(item[key], indent=1))}</pre></details>'
+            )
     leaf = next((end["id"] for end in policy["leaves"] if end["response"] == item["answer"]), None)
     if drawing and leaf:
         parts.append(drawing.lit(item["path"], leaf))
@@ -212,9 +222,13 @@ def query(item, policy, drawing, response=None):
         said = f'<span class="tag">response</span> <span class="{"yes" if right else "no"}">{"right" if right else "wrong"}</span>'
         if policy["nodes"]:
             read = referral(response, item, policy)
-            said += f' <span class="soft">sections quoted {100 * read["quoted"]:.0f} %, unknown {read["unknown"]}</span>'
+            said += (
+                f' <span class="soft">sections quoted {100 * read["quoted"]:.0f} %, unknown {read["unknown"]}</span>'
+            )
         answer = response.rpartition("</think>")[2]
-        parts.append(f'<div class="sides">{gold}<div>{said}<pre>{escape(thoughts(response))}\n{escape(answer)}</pre></div></div>')
+        parts.append(
+            f'<div class="sides">{gold}<div>{said}<pre>{escape(thoughts(response))}\n{escape(answer)}</pre></div></div>'
+        )
     return f'<div class="card query"><div>{pictures}</div><div>{"".join(parts)}</div></div>'
 
 
@@ -231,7 +245,11 @@ def page(folder, responses=None, limit=24):
     facts = [("policies", len(policies)), *((f"{split} items", len(items[split])) for split in present),
              ("tokens a policy", f"{min(lengths)}-{max(lengths)}"),
              ("pictures in policies", sum(len(policy["images"]) for policy in policies.values()))]  # fmt: skip
-    out = ['<div class="card facts">' + "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts) + "</div>"]
+    out = [
+        '<div class="card facts">'
+        + "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts)
+        + "</div>"
+    ]
     found = warnings(policies, items)
     out += [f'<div class="card warn">{escape(text)}</div>' for text in found[:40]]
     out += [] if found else ['<div class="card fine">No warnings.</div>']
@@ -256,7 +274,10 @@ def page(folder, responses=None, limit=24):
     while len(chosen) < min(limit, len(shown)):
         chosen += [i for i in (next(rest, None) for rest in by_policy.values()) if i]
     out.append(f"<h2>Queries</h2><p class='soft'>{min(limit, len(shown))} of {len(shown)}; the right way is lit.</p>")
-    out += [query(i, policies[i["policy"]], drawings.get(i["policy"]), responses and responses[i["id"]]) for i in chosen[:limit]]
+    out += [
+        query(i, policies[i["policy"]], drawings.get(i["policy"]), responses and responses[i["id"]])
+        for i in chosen[:limit]
+    ]
 
     out.append('<h2>Lengths</h2><div class="sides">')
     for title, values in (("tokens of the questions", [tokens(i["question"]) for i in items["rl"] or shown]),
@@ -278,7 +299,9 @@ def read_responses(path):
                     record = json.loads(line)
                     out[record["id"]] = str(record["response"])
                 except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{path}:{number}: no response of an evaluation, expected id and response") from None
+                    raise InputError(
+                        f"{path}:{number}: no response of an evaluation, expected id and response"
+                    ) from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected the JSONL that evaluate.py writes") from None
     return out

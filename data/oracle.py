@@ -101,7 +101,9 @@ def ask(question, scene, found):
                          question):  # fmt: skip
         one = only(m[4])
         return said([o for o in kinds(m[2], objects) if o is not one and o[m[3]] == one[m[3]]], m[1] == "How many")
-    if m := re.fullmatch(rf"(Is there an?|How many) (.*?)(?: are there)? both {SIDE} the (.*) and {SIDE} the (.*)\?", question):
+    if m := re.fullmatch(
+        rf"(Is there an?|How many) (.*?)(?: are there)? both {SIDE} the (.*) and {SIDE} the (.*)\?", question
+    ):
         ends = [(only(m[4]), SIDES[m[3]]), (only(m[6]), SIDES[m[5]])]
         some = [o for o in kinds(m[2], objects) if all(o is not e and lies(o, side, e, scene) for e, side in ends)]
         return said(some, m[1] == "How many")
@@ -113,7 +115,9 @@ def ask(question, scene, found):
         return said(kinds(m[1], objects), True)
     if m := re.fullmatch(r"(?:Among|Of) the .* just found, (.*)\?", question):
         some = kinds(m[1], found)
-    elif m := re.fullmatch(r"(?:Is there|Does the picture show|Is at least one object in the picture) (.*)\?", question):
+    elif m := re.fullmatch(
+        r"(?:Is there|Does the picture show|Is at least one object in the picture) (.*)\?", question
+    ):
         some = kinds(m[1], objects)
     else:
         raise InputError(f"{question!r}: the agent does not understand this sentence")
@@ -192,7 +196,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.oracle", description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="*", metavar="DIR", help="data folders made by data.clevr_policy, to check")
     parser.add_argument("--table", metavar="FILE", help="write the table of all kinds of policies to this file")
-    parser.add_argument("--clevr-root", metavar="FOLDER", help="for the table: scenes of an official folder, not our own")
+    parser.add_argument(
+        "--clevr-root", metavar="FOLDER", help="for the table: scenes of an official folder, not our own"
+    )
     parser.add_argument("--scenes", type=int, default=6000, help="for the table: scenes drawn (default 6000)")
     parser.add_argument("--seed", type=int, default=0, help="of the table's policies and scenes (default 0)")
     args = parser.parse_args(argv)
@@ -204,7 +210,9 @@ def main(argv=None):
         for split in ("rl.jsonl", "test.jsonl"):
             items = load_items(folder, split, policies)
             right, mistaken = check(policies, items, scenes, np.random.default_rng(0))
-            print(f"{folder}/{split}: {len(items)} items, agent {100 * right:.1f} %, on wrong scenes {100 * mistaken:.1f} %")
+            print(
+                f"{folder}/{split}: {len(items)} items, agent {100 * right:.1f} %, on wrong scenes {100 * mistaken:.1f} %"
+            )
     if args.table:
         drawn = read_clevr(args.clevr_root) if args.clevr_root else sample_scenes(
             args.seed, {"train": args.scenes, "test": args.scenes // 10})  # fmt: skip
@@ -212,7 +220,7 @@ def main(argv=None):
         for conditions in ("existence", "full"):
             for depth in (2, 4, 6, 8) if conditions == "existence" else (2, 4, 6):
                 for variant in "TM":
-                    queries = 400 if len(drawn["train"]) >= FEW else len(drawn["train"])
+                    queries = 200 if len(drawn["train"]) >= FEW else len(drawn["train"])
                     row = survey(depth, variant, conditions, drawn, args.seed, queries=queries)
                     lines.append("| " + " | ".join(map(str, row)) + " |")
                     print(lines[-1], flush=True)

@@ -144,7 +144,10 @@ class Prose:
         if node["crop"]:
             objects = "is any" if held else "Does the picture show an object"
             form = f"{lead}{objects} of the same {attribute} as {{}}?"
-            node["question"], node["quote"] = form.format(f"the object in {IMAGE}"), form.format(example(attribute, value))
+            node["question"], node["quote"] = (
+                form.format(f"the object in {IMAGE}"),
+                form.format(example(attribute, value)),
+            )
 
     def text(self, policy, rng):
         leaves = {leaf["id"] for leaf in policy["leaves"]}

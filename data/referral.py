@@ -96,7 +96,9 @@ def judge_line(response, item, policy):
 
 def _named(response, item):
     """(sections that the thoughts name, sections of the policy); train_rl.py gives each item the latter as "sections"."""
-    return set(mentions(thoughts(response), {"nodes": [{"id": section} for section in item["sections"]]})), set(item["sections"])
+    return set(mentions(thoughts(response), {"nodes": [{"id": section} for section in item["sections"]]})), set(
+        item["sections"]
+    )
 
 
 def recall(prompt, response, item):

@@ -82,7 +82,9 @@ def load(text):
             function = getattr(importlib.import_module(module or __name__), attribute)
             found.append((attribute, function, float(weight or 1)))
         except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"--reward {part!r}: {error}; expected name=weight of data.rewards, or module:function=weight") from None
+            raise InputError(
+                f"--reward {part!r}: {error}; expected name=weight of data.rewards, or module:function=weight"
+            ) from None
     return found
 
 

@@ -43,7 +43,18 @@ def test_a_model_writes_chains_in_reverse(folder, tmp_path, capsys):  # noqa: F8
 
     made = tiny_checkpoint(tmp_path / "m")
     out = folder / "reverse.jsonl"
-    flags = ["--model", str(tmp_path / "m"), "--data", str(folder), "--mode", "reverse", "--max-response", "6", "--out", str(out)]
+    flags = [
+        "--model",
+        str(tmp_path / "m"),
+        "--data",
+        str(folder),
+        "--mode",
+        "reverse",
+        "--max-response",
+        "6",
+        "--out",
+        str(out),
+    ]
     cot.main(flags)
     first = out.read_bytes()
     cot.main(flags)

@@ -17,7 +17,9 @@ from data.dataset import load_items, load_policies, messages, target
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "m"
-    main(f"--out {out} --depth 2 --variant M --policies 2 --queries 8 --seed 3 --size 96x64 --scenes 200 --cpt applied,document,section,response".split())
+    main(
+        f"--out {out} --depth 2 --variant M --policies 2 --queries 8 --seed 3 --size 96x64 --scenes 200 --cpt applied,document,section,response".split()
+    )
     return out
 
 
@@ -44,8 +46,15 @@ def test_a_written_folder_loads_as_it_was_meant(folder):
     sizes = {name: len(load_items(folder, f"{name}.jsonl", policies)) for name in ("sft", "rl", "test")}
     assert sizes == {"sft": 2, "rl": 16, "test": 2}
     sft, rl, test = ([i for i in load_items(folder, f"{name}.jsonl", policies)] for name in ("sft", "rl", "test"))
-    assert {i["scene"] for i in sft} <= {i["scene"] for i in rl} and not {i["scene"] for i in rl} & {i["scene"] for i in test}
-    assert {i.get("kind") for i in load_items(folder, "cpt.jsonl", policies)} == {"applied", "document", "section", "response"}
+    assert {i["scene"] for i in sft} <= {i["scene"] for i in rl} and not {i["scene"] for i in rl} & {
+        i["scene"] for i in test
+    }
+    assert {i.get("kind") for i in load_items(folder, "cpt.jsonl", policies)} == {
+        "applied",
+        "document",
+        "section",
+        "response",
+    }
     for item in rl:
         assert item["cot"].endswith(f"so the response is {item['answer']}.") and item["policy"] in item["question"]
         assert target(item) == f"<think>{item['cot']}</think>\\boxed{{{item['answer']}}}"
@@ -63,7 +72,10 @@ def test_the_policy_stands_in_front_with_its_pictures_in_place(folder):
     assert "".join(part.get("text", "<image>") for part in front) == policy["text"]
     assert [part["image"] for part in front if part["type"] == "image"] == policy["images"]
     document = next(i for i in load_items(folder, "cpt.jsonl", policies) if i.get("kind") == "document")
-    assert messages(document, policies[document["policy"]])[0]["content"][0]["text"].startswith("Policy") and target(document) == ""
+    assert (
+        messages(document, policies[document["policy"]])[0]["content"][0]["text"].startswith("Policy")
+        and target(document) == ""
+    )
 
 
 def cycle(policies):

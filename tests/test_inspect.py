@@ -63,7 +63,9 @@ def test_every_query_shown_has_its_way_lit(folder):
 
 def test_responses_of_a_run_stand_beside_the_gold_chain(folder, tmp_path):
     items = load_items(folder, "test.jsonl", load_policies(folder))
-    lines = [json.dumps({"id": item["id"], "response": target(item) if k else "<b>no</b>"}) for k, item in enumerate(items)]
+    lines = [
+        json.dumps({"id": item["id"], "response": target(item) if k else "<b>no</b>"}) for k, item in enumerate(items)
+    ]
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
     main([str(folder), "--responses", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "p.html")])
     html = (tmp_path / "p.html").read_text()

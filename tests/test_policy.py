@@ -24,7 +24,9 @@ from data.referral import branching_error, judge_line, mentions, referral
 from data.sections import recitation, recitation_items, section_items
 
 REPOSITORY = Path(__file__).parents[1]
-KINDS = [(depth, variant, conditions) for conditions in ("existence", "full") for depth in (2, 4, 6) for variant in "TM"]
+KINDS = [
+    (depth, variant, conditions) for conditions in ("existence", "full") for depth in (2, 4, 6) for variant in "TM"
+]
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +150,18 @@ def test_policies_over_blender_scenes_agree_too(depth, variant, conditions):
 
 @needs_clevr
 def test_a_folder_of_real_pictures_becomes_a_data_set(tmp_path):
-    report = make_dataset(tmp_path / "d", read_clevr(ROOT), depth=2, variant="M", policies=2, queries=16, sft=4, test=10, seed=0)
+    report = make_dataset(
+        tmp_path / "d", read_clevr(ROOT), depth=2, variant="M", policies=2, queries=16, sft=4, test=10, seed=0
+    )
     policies = load_policies(tmp_path / "d")
     items = load_items(tmp_path / "d", "rl.jsonl", policies)
     assert len(items) == 32 and len(report) == 2
     written = Path(items[0]["images"][0]).read_bytes()
     assert written in [Path(scene["file"]).read_bytes() for scene in read_clevr(ROOT)["train"]]
     with pytest.raises(InputError, match="21 train queries asked for, the folder's scenes supply 20"):
-        make_dataset(tmp_path / "e", read_clevr(ROOT), depth=2, variant="T", policies=1, queries=21, sft=1, test=1, seed=0)
+        make_dataset(
+            tmp_path / "e", read_clevr(ROOT), depth=2, variant="T", policies=1, queries=21, sft=1, test=1, seed=0
+        )
     assert sorted(os.listdir(tmp_path)) == ["d"]
 
 
@@ -185,7 +191,9 @@ def test_the_same_seed_writes_the_same_bytes_on_one_and_two_processes(tmp_path):
         command = [sys.executable, "-m", "data.clevr_policy", "--out", str(tmp_path / name), "--depth", "3", "--variant", "M",
                    "--conditions", "full", "--policies", "2", "--queries", "6", "--size", "96x64", "--scenes", "400", "--processes", processes,
                    "--cpt", "applied,document,section,response"]  # fmt: skip
-        subprocess.run(command, check=True, cwd=REPOSITORY, env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True)
+        subprocess.run(
+            command, check=True, cwd=REPOSITORY, env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True
+        )
     assert digest(tmp_path / "a") == digest(tmp_path / "b") and len(digest(tmp_path / "a")) > 15
 
 
@@ -226,8 +234,16 @@ def test_gold_chains_refer_perfectly_and_changed_ones_do_not(world):
 
 def test_section_names_are_read_whole():
     policy = {"nodes": [{"id": "Condition 1"}, {"id": "Condition 1.2"}]}
-    assert mentions("Condition 1.2. Condition 1, Condition 1.2.1", policy) == ["Condition 1.2", "Condition 1", "Condition 1.2.1"]
-    assert mentions("N14 small cube then N3 else A2 , N140", {"nodes": [{"id": "N14"}, {"id": "N3"}]}) == ["N14", "N3", "N140"]
+    assert mentions("Condition 1.2. Condition 1, Condition 1.2.1", policy) == [
+        "Condition 1.2",
+        "Condition 1",
+        "Condition 1.2.1",
+    ]
+    assert mentions("N14 small cube then N3 else A2 , N140", {"nodes": [{"id": "N14"}, {"id": "N3"}]}) == [
+        "N14",
+        "N3",
+        "N140",
+    ]
 
 
 def test_branching_error_is_nothing_for_gold_and_counts_what_is_missing(world):
@@ -252,7 +268,9 @@ def test_override_keeps_names_and_scenes_and_tells_old_from_new(world, tmp_path)
     new = load_policies(tmp_path / "o")
     changed = load_items(tmp_path / "o", "test.jsonl", new)
     assert list(new) == list(old) and count == len(changed) == len(items) and differ > count / 2
-    assert {(i["policy"], i["scene"], i["old_answer"]) for i in changed} == {(i["policy"], i["scene"], i["answer"]) for i in items}
+    assert {(i["policy"], i["scene"], i["old_answer"]) for i in changed} == {
+        (i["policy"], i["scene"], i["answer"]) for i in items
+    }
     for name, policy in new.items():
         assert policy["text"].startswith("This is the updated policy") and policy["text"] != old[name]["text"]
     scenes = {scene["image_filename"]: scene for scene in read_clevr(folder)["test"]}
@@ -273,7 +291,9 @@ def test_simulated_cases_end_where_the_scene_leads(world):
     scenes = read_clevr(folder)["train"][:8]
     for policy in policies.values():
         agent = Agent(policy["text"])
-        cases = [i for i in section_items(policy, Prose(), np.random.default_rng(0), scenes) if "\\boxed" in i["answer"]]
+        cases = [
+            i for i in section_items(policy, Prose(), np.random.default_rng(0), scenes) if "\\boxed" in i["answer"]
+        ]
         assert len(cases) == 8
         for scene, case in zip(scenes, cases):
             assert case["answer"].endswith("\\boxed{%s}" % agent.answer(scene)[0])

@@ -44,8 +44,16 @@ def test_near_misses_and_hedges_earn_nothing(answer):
 def test_format_wants_thoughts_then_one_box_and_nothing_else():
     good = "<think>a</think>\\boxed{x}"
     assert format("", good, ITEM) == 1.0 and format("", f" {good}\n", ITEM) == 1.0
-    for bad in ("\\boxed{x}", "a" + good, good + "b", "<think></think>\\boxed{x}", "<think>a</think>b\\boxed{x}",
-                "<think>a<think>b</think>\\boxed{x}", "<think>a</think></think>\\boxed{x}", "<think>a</think>\\boxed{x}}"):
+    for bad in (
+        "\\boxed{x}",
+        "a" + good,
+        good + "b",
+        "<think></think>\\boxed{x}",
+        "<think>a</think>b\\boxed{x}",
+        "<think>a<think>b</think>\\boxed{x}",
+        "<think>a</think></think>\\boxed{x}",
+        "<think>a</think>\\boxed{x}}",
+    ):
         assert format("", bad, ITEM) == 0.0, bad
 
 
@@ -64,7 +72,14 @@ def test_exact_chains_are_the_gold_words_and_the_right_answer():
 
 def test_a_million_characters_are_read_in_a_moment():
     start = time.process_time()
-    for text in ("{" * 10**6, "\\boxed{" * 140_000, "<think>" * 140_000, "\\boxed{" + "{}" * 500_000, "a" * 10**6, "</think>" * 125_000):
+    for text in (
+        "{" * 10**6,
+        "\\boxed{" * 140_000,
+        "<think>" * 140_000,
+        "\\boxed{" + "{}" * 500_000,
+        "a" * 10**6,
+        "</think>" * 125_000,
+    ):
         for reward in (accuracy, format):
             assert reward("", text, ITEM) == 0.0
     assert time.process_time() - start < 10
