@@ -112,7 +112,7 @@ class Run:
         self.fsdp = config.full and self.world > 1 and (config.fsdp == "on" or config.fsdp == "auto" and cuda)
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
-        self._lock = None
+        self._lock, self._new = None, False
         self.step, self.skipped, self.extra, self._spare = 0, 0, {}, []
         self.workers = config.workers if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
@@ -153,8 +153,10 @@ class Run:
     # -- the folder
 
     def _unlock(self):
-        """Let go of the folder; one in which nothing came about disappears."""
+        """Let go of the folder; where no step came about, bad input leaves nothing behind."""
         if self.is_main and self._lock and not self._lock.closed:
+            if self._new and not (self.out / "checkpoints").exists():
+                (self.out / "config.json").unlink(missing_ok=True)
             (self.out / ".lock").unlink(missing_ok=True)
             self._lock.close()
             with contextlib.suppress(OSError):
@@ -192,6 +194,7 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             for path in self.out.glob("*.jsonl"):
                 path.unlink()
+        self._new = not (self.out / "config.json").exists()  # until its first step is done
         base = os.path.abspath(self.base) if os.path.exists(self.base) else self.base
         write_json(self.out / "config.json", {"stage": self.stage, "base": base, **dataclasses.asdict(self.config)})
 
@@ -437,6 +440,7 @@ class Run:
             if peak:
                 work = 6 if self.config.full else 4  # frozen weights need no gradient: a third of the work less
                 speed["mfu"] = round(work * self.parameters * tokens / seconds / peak / self.world, 4)
+        self._new = False
         metrics = {"step": step, **metrics, "skipped": self.skipped}
         self.append("metrics", {**metrics, "speed": speed})
         line = "  ".join(f"{name} {x:.4g}" for name, x in list(metrics.items())[1:-1] if isinstance(x, (int, float)))
@@ -495,6 +499,7 @@ class Run:
 
     def finish(self, model, results=None):
         """Write the final weights (<out>/model in the hub's layout, or <out>/adapter) and results.json -> results."""
+        self._new = False
         with self.phase("finish"):
             self.checkpoints.publish_if_done(wait=True)
             if self.fsdp:

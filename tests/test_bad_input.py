@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from helpers import tiny_checkpoint
+from safetensors.torch import load_file, save_file
 from small import ROOT, arguments, quiet, small_data
 
 import evaluate
@@ -45,14 +46,11 @@ def policies(f, change):
     path.write_text(json.dumps(value))
 
 
-def header(path, change):
-    """Edit the JSON header of a safetensors file, its bytes as they are."""
-    raw = path.read_bytes()
-    size = struct.unpack("<Q", raw[:8])[0]
-    value = json.loads(raw[8 : 8 + size])
+def tensors(path, change):
+    """Add, drop or change tensors of a safetensors file that is sound otherwise."""
+    value = load_file(path)
     change(value)
-    text = json.dumps(value).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    save_file(value, path)
 
 
 def another_run(f):
@@ -64,7 +62,6 @@ def weights(f):
     return f / "model" / "model.safetensors"
 
 
-first = "lm_head.weight"
 nothing = lambda f: None
 # what is wrong: (command, how the input is made so, flags, what the line says)
 TABLE = {
@@ -123,12 +120,12 @@ TABLE = {
     "no weights": ("sft", lambda f: weights(f).unlink(), [], "model.safetensors"),
     "weights cut short": ("cpt", lambda f: os.truncate(weights(f), 5000), [], "model.safetensors: found"),
     "weights of no bytes": ("cpt", lambda f: weights(f).write_bytes(b""), [], "model.safetensors"),
-    "missing tensor": ("rl", lambda f: header(weights(f), lambda h: h.pop("model.norm.weight")), [], "missing model.norm.weight|model.norm.weight"),
-    "unexpected tensor": ("cpt", lambda f: header(weights(f), lambda h: h.update(extra=h["model.norm.weight"])), [], "extra"),
+    "missing tensor": ("rl", lambda f: tensors(weights(f), lambda t: t.pop("model.norm.weight")), [], "missing model.norm.weight"),
+    "unexpected tensor": ("cpt", lambda f: tensors(weights(f), lambda t: t.update(extra=t["model.norm.weight"].clone())), [], "unexpected extra"),
     "mis-shaped tensors": ("sft", lambda f: edit(f / "model" / "config.json", intermediate_size=96), [], "up_proj"),
     "no tokenizer": ("sft", lambda f: (f / "model" / "tokenizer.json").unlink(), [], "tokenizer.json"),
     "tokenizer without vision tokens": ("evaluate", lambda f: replace(f / "model" / "tokenizer.json", "<|image_pad|>", "<|imago_pad|>"), [], "image_pad"),
-    "no preprocessor": ("evaluate", lambda f: (f / "model" / "preprocessor_config.json").unlink(), [], "preprocessor_config.json"),
+    "no preprocessor": ("evaluate", lambda f: (f / "model" / "preprocessor_config.json").unlink(), [], "processor_config.json"),
     # data
     "line that is not JSON": ("sft", lambda f: replace(f / "data" / "sft.jsonl", "{", "["), [], "sft.jsonl:1: not JSON"),
     "line without a key": ("cpt", lambda f: replace(f / "data" / "cpt.jsonl", '"question"', '"query"'), [], "cpt.jsonl:1: key 'question' is missing"),
@@ -194,7 +191,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(sound, tmp_path, name):
     before = tree(f)
     with pytest.raises(InputError, match=line) as error:
         quiet(MAIN[command], words(command, f, [flag.replace("F/", f"{f}/") for flag in flags]))
-    assert len(str(error.value)) < 600
+    assert len(str(error.value)) < 1000
     assert tree(f) == before
 
 
