@@ -1081,8 +1081,8 @@ def describe(path):
     print(f"{path}: Qwen2.5-VL, {total:,} parameters, {2 * total / 1e9:.2f} GB in bf16")
     print(f"  vision: {tower.depth} blocks, width {tower.hidden_size}, {tower.num_heads} heads, in windows of")
     print(f"          {tower.window_size} pixels but for blocks {', '.join(map(str, tower.fullatt_block_indexes))}")
-    print(f"  text:   {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} heads")
-    print(f"          on {config.num_key_value_heads} kv heads, {config.vocab_size:,} tokens")
+    print(f"  text:   {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.vocab_size:,} tokens,")
+    print(f"          {config.num_attention_heads} heads on {config.num_key_value_heads} kv heads")
     for name, size in (
         ("vision tower", count(model.visual.patch_embed, model.visual.blocks)),
         ("merger", count(model.visual.merger)),

@@ -16,10 +16,12 @@ SPECIAL = (
 ).split()
 # Merges of a few words that our data say often; everything else is spelt in bytes.
 MERGES = "t h,i n,e r,a n,o x,Ġ a,y e,ye s,n o,th e,an s,i s".split(",")
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+SPLIT += r"\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
@@ -49,6 +51,7 @@ def tiny_tokenizer():
 def tiny_config(tied=True, width=64, layers=3, vision_width=32, vision_depth=3, **changes):
     """config.json of a tiny model in the flat layout of the hub, every official key in it."""
     half = width // 4 // 2  # of the head dim, with 4 heads
+    time, row = half // 4, half - half // 4 - 3 * half // 8  # in the official proportions, 16 : 24 : 24
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -93,7 +96,7 @@ def tiny_config(tied=True, width=64, layers=3, vision_width=32, vision_depth=3, 
             "tokens_per_second": 2,
             "temporal_patch_size": 2,
         },
-        "rope_scaling": {"type": "mrope", "mrope_section": [half // 4, half - half // 4 - half // 2 + half // 8, half // 2 - half // 8]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [time, row, half - time - row]},
         "vocab_size": 288,  # six rows more than there are tokens, as the official ones have
         **changes,
     }  # fmt: skip
@@ -143,7 +146,7 @@ def write_companions(folder):
             "processor_class": "Qwen2_5_VLProcessor",
         },
         "chat_template.json": {"chat_template": TEMPLATE},
-        "generation_config.json": {"bos_token_id": 268, "pad_token_id": 268, "eos_token_id": [270, 268], "do_sample": False},
+        "generation_config.json": {"pad_token_id": 268, "eos_token_id": [270, 268], "do_sample": False},
         "tokenizer_config.json": {
             "tokenizer_class": "Qwen2Tokenizer",
             "eos_token": "<|im_end|>",

@@ -43,7 +43,7 @@ def same(a, b):
 def test_in_library_names_load_as_hub_names_do(folder, copy):
     tensors = load_file(copy / "model.safetensors")
     renamed = {library_name(name): tensor for name, tensor in tensors.items()}
-    assert "model.language_model.layers.0.mlp.up_proj.weight" in renamed and "model.visual.merger.ln_q.weight" in renamed
+    assert {"model.language_model.layers.0.mlp.up_proj.weight", "model.visual.merger.ln_q.weight"} <= renamed.keys()
     save_file(renamed, copy / "model.safetensors")
     assert same(load_pretrained(copy), load_pretrained(folder))
 
@@ -132,9 +132,10 @@ def test_merged_lora_is_saved_as_plain_weights_and_unmerged_is_refused(folder, t
     torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
     merge_lora(model)
     save_pretrained(model, tmp_path / "out")
-    saved = load_pretrained(tmp_path / "out")
-    assert torch.equal(saved.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
-    assert not torch.equal(saved.model.layers[0].mlp.up_proj.weight, load_pretrained(folder).model.layers[0].mlp.up_proj.weight)
+    weight = {name: load_pretrained(path).model.layers[0].mlp.up_proj.weight for name, path in
+              (("saved", tmp_path / "out"), ("before", folder))}  # fmt: skip
+    assert torch.equal(weight["saved"], model.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(weight["saved"], weight["before"])
 
 
 def test_a_failed_save_leaves_what_was_there(folder, copy, monkeypatch):
@@ -150,13 +151,15 @@ def test_a_failed_save_leaves_what_was_there(folder, copy, monkeypatch):
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the high-water mark is read from Linux's /proc")
 def test_peak_memory_is_the_model_and_its_largest_tensor(tmp_path):
     """Measured in a fresh process on a checkpoint large beside torch itself; stored in bf16 and loaded in fp32."""
     folder = tiny_checkpoint(tmp_path, width=512, layers=12, vocab_size=30_000, dtype=torch.bfloat16)
     program = """
-import resource, sys, torch
-from model import load_pretrained, Qwen25VL, Config, read_json
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+import re, sys, torch
+from model import load_pretrained
+def peak():  # getrusage would tell that of the parent process where it was higher
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 load_pretrained(sys.argv[2])
 before = peak()
 model = load_pretrained(sys.argv[1])
@@ -234,7 +237,9 @@ BAD = {
     "missing tensor": (tensors(lambda held: held.pop(NORM)), f"1 tensors .*: missing {NORM}$"),
     "missing head": (tensors(lambda held: held.pop(HEAD)), f"missing {HEAD}"),
     "unexpected tensor": (tensors(lambda held: held.update(extra=torch.zeros(1))), "unexpected extra"),
-    "mis-shaped tensor": (tensors(lambda held: held.update({NORM: torch.zeros(3)})), rf"{NORM} of shape \[3\], expected \[64\]"),
+    "mis-shaped tensor": (
+        tensors(lambda held: held.update({NORM: torch.zeros(3)})), rf"{NORM} of shape \[3\], expected \[64\]",
+    ),
     "several at once": (
         tensors(lambda held: (held.pop(NORM), held.pop(HEAD), held.update(extra=torch.zeros(1)))),
         f"3 tensors .*: missing {HEAD}; missing {NORM}; unexpected extra",
@@ -247,26 +252,26 @@ BAD = {
     "damaged header": (file(lambda held: held[:20] + b"\0" * 30 + held[50:]), "model.safetensors: found .* whole"),
     "not safetensors": (file(lambda held: b"PK\x03\x04" + b"pickle" * 99), "model.safetensors: found .* whole"),
     "index without a map": (index(None), "index.json: found no weight_map"),
-    "index a list": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "found list, expected a JSON"),
+    "index a list": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "found list, expected"),
     "index with a missing file": (index({NORM: "model-7.safetensors"}), "model-7.safetensors: found .*No such file"),
     "config not JSON": (file(lambda held: held[:-30], "config.json"), "config.json: found .* expected JSON"),
     "config a list": (file(lambda held: b"[]", "config.json"), "config.json: found list, expected a JSON object"),
-    "config without a size": (config(lambda raw: raw.pop("hidden_size")), "hidden_size = None, expected a positive integer"),
+    "config without a size": (config(lambda raw: raw.pop("hidden_size")), "hidden_size = None, expected a positive"),
     "config without vision": (config(lambda raw: raw.pop("vision_config")), "vision_config = None, expected an object"),
-    "config without an eps": (config(lambda raw: raw.pop("rms_norm_eps")), "rms_norm_eps = None, expected a positive number"),
+    "config without an eps": (config(lambda raw: raw.pop("rms_norm_eps")), "rms_norm_eps = None, expected a"),
     "config without sections": (config(lambda raw: raw.pop("rope_scaling")), "mrope_section = None"),
     "config with text as a size": (config(lambda raw: raw.update(vocab_size="big")), "vocab_size = 'big'"),
     "config with a negative size": (config(lambda raw: raw["vision_config"].update(depth=-1)), "depth = -1"),
     "config with true as a size": (config(lambda raw: raw.update(num_hidden_layers=True)), "num_hidden_layers = True"),
     "config with odd heads": (config(lambda raw: raw.update(num_attention_heads=5)), "hidden_size that does not fit"),
-    "config with odd kv heads": (config(lambda raw: raw.update(num_key_value_heads=3)), "num_key_value_heads that does not"),
+    "config with odd kv heads": (config(lambda raw: raw.update(num_key_value_heads=3)), "num_key_value_heads that"),
     "config with odd sections": (
         config(lambda raw: raw["rope_scaling"].update(mrope_section=[1, 1, 1])), "mrope_section that does not fit",
     ),
-    "config with another width": (config(lambda raw: raw["vision_config"].update(out_hidden_size=9)), "out_hidden_size that"),
-    "config with a rope of text": (config(lambda raw: raw.update(rope_scaling="mrope")), "rope_scaling = 'mrope', expected an object"),
+    "config with another width": (config(lambda raw: raw["vision_config"].update(out_hidden_size=9)), "out_hidden"),
+    "config with a rope of text": (config(lambda raw: raw.update(rope_scaling="mrope")), "rope_scaling = 'mrope'"),
     "config with another rope": (config(lambda raw: raw["rope_scaling"].update(type="yarn")), "rope type = 'yarn'"),
-    "config with a sliding window": (config(lambda raw: raw.update(use_sliding_window=True)), "use_sliding_window = True"),
+    "config with a sliding window": (config(lambda raw: raw.update(use_sliding_window=True)), "use_sliding_window"),
     "config with another activation": (config(lambda raw: raw.update(hidden_act="gelu")), "hidden_act = 'gelu'"),
 }  # fmt: skip
 

@@ -62,7 +62,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
-@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"], r"model\.layers\.[02]\.mlp\.up_proj", VISION], ids=str)
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"], r"model\.layers\.[02]\..*up_proj", VISION], ids=str)
 def test_peft_reads_our_adapters(folder, model, inputs, tmp_path, targets, rslora):
     add_lora(model, 4, 6, targets, rslora=rslora)
     stir(lora_parameters(model))
@@ -105,8 +105,8 @@ def test_hub_names_in_an_adapter_are_read_too(folder, model, inputs, tmp_path):
 def test_the_files_are_what_peft_documents(model, tmp_path):
     save_adapter(add_lora(model, 4, 8, dropout=0.1), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "bias": "none"}
-    assert expected.items() <= config.items()
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": 4, "lora_alpha": 8}
+    assert {**expected, "lora_dropout": 0.1}.items() <= config.items()
     assert config["target_modules"] == r".*language_model.*\.(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)"
     held = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.model.model.language_model.layers.2.self_attn.k_proj"
@@ -213,7 +213,7 @@ def test_adapters_of_a_bf16_model_are_fp32_and_learn_small_steps(folder, inputs)
 # -- what does not fit is said ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [(0, 8), (4, 0), (4, 8, ["lm_hat"]), (4, 8, r".*\.z_proj"), (4, 8, None, 1.0)], ids=str)
+@pytest.mark.parametrize("given", [(0, 8), (4, 0), (4, 8, ["lm"]), (4, 8, r".*\.z_proj"), (4, 8, None, 1.0)], ids=str)
 def test_settings_that_make_no_adapter_are_refused(model, given):
     with pytest.raises(InputError, match="LoRA: found"):
         add_lora(model, *given)
@@ -260,8 +260,8 @@ BAD = {
     "half a pair": (tensors(lambda held: held.pop(A)), "missing model.layers.0.mlp.up_proj.lora_A"),
     "another shape": (tensors(lambda held: held.update({A: torch.zeros(4, 9)})), r"shape \[4, 9\], expected \[4, 64\]"),
     "another rank": (config(r=3), r"shape \[4, 64\], expected \[3, 64\]"),
-    "another layer": (tensors(lambda held: held.update({A.replace("up", "zip"): held.pop(A)})), "unexpected .*zip_proj"),
-    "a full weight": (tensors(lambda held: held.update({"base_model.model.lm_head.weight": torch.zeros(2)})), "unexpected"),
+    "another layer": (tensors(lambda held: held.update({A.replace("up", "zip"): held.pop(A)})), "unexpected .*zip"),
+    "a full weight": (tensors(lambda held: held.update({A.replace("lora_A.", ""): torch.zeros(2)})), "unexpected"),
     "another method": (config(peft_type="IA3"), "peft_type = 'IA3', expected 'LORA'"),
     "dora": (config(use_dora=True), "use_dora = True"),
     "trained biases": (config(bias="all"), "bias = 'all', expected 'none'"),

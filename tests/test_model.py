@@ -86,7 +86,8 @@ def test_logits_and_positions_are_those_of_transformers(pair, case, side):
 def test_other_sizes_are_those_of_transformers(tmp_path, changes):
     folder = tiny_checkpoint(tmp_path, seed=3, **changes)
     inputs = batch(Processor.from_pretrained(folder), CHATS["mixed batch"])
-    error = load_pretrained(folder).logits(load_pretrained(folder)(**inputs)) - oracle(folder)(**oracle_inputs(inputs)).logits
+    model = load_pretrained(folder)
+    error = model.logits(model(**inputs)) - oracle(folder)(**oracle_inputs(inputs)).logits
     assert error[inputs["attention_mask"].bool()].abs().max() <= 3e-5
 
 
@@ -359,8 +360,8 @@ def test_all_three_layouts_of_config_json_say_the_same(layout):
     top = {"vision_config": flat["vision_config"], "image_token_id": flat["image_token_id"]}
     text = {key: value for key, value in flat.items() if key not in top}
     if layout == "nested":
-        section = text.pop("rope_scaling")["mrope_section"]
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": section}
+        rope = {"rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("rope_scaling")["mrope_section"]}
+        text["rope_parameters"] = {"rope_type": "default", **rope}
         top["vision_config"] = {**top["vision_config"], "in_channels": 3}
         del top["vision_config"]["in_chans"]
     found, expected = Config.from_json({**top, "text_config": text}), Config.from_json(flat)

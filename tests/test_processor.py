@@ -183,7 +183,8 @@ def test_decode_drops_special_tokens_and_keeps_what_rewards_read(processor):
 
 def test_paths_and_pictures_give_the_same(processor, tmp_path):
     picture(56, 84).save(tmp_path / "a.png")
-    by_path, by_picture = processor.encode(question("?", tmp_path / "a.png")), processor.encode(question("?", picture(56, 84)))
+    by_path = processor.encode(question("?", tmp_path / "a.png"))
+    by_picture = processor.encode(question("?", picture(56, 84)))
     assert torch.equal(by_path.pixel_values, by_picture.pixel_values)
     assert torch.equal(by_path.input_ids, by_picture.input_ids)
 
@@ -234,7 +235,7 @@ def drop_token(content):
 BAD = {
     "tokenizer.json no special token": ("tokenizer.json", drop_token, r"found no <\|image_pad\|>"),
     "tokenizer.json no model": ("tokenizer.json", lambda c: c.pop("model"), "tokenizer.json: found .* a tokenizer"),
-    "config.json other token id": ("config.json", lambda c: c.update(image_token_id=7), r"= 280, expected 7 as in config"),
+    "config.json other token id": ("config.json", lambda c: c.update(image_token_id=7), "= 280, expected 7 as in"),
     "preprocessor no limit": ("preprocessor_config.json", lambda c: c.pop("max_pixels"), "max_pixels = None"),
     "preprocessor bad limit": ("preprocessor_config.json", lambda c: c.update(min_pixels=-1), "min_pixels = -1"),
     "preprocessor no patch": ("preprocessor_config.json", lambda c: c.pop("patch_size"), "patch_size = None"),
