@@ -503,9 +503,9 @@ def main(argv=None):
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
     args = parser.parse_args(argv)
-    if args.pictures <= HELD or min(args.vision_steps, args.text_steps, args.processes) < 1 or args.batch < 1024 * args.processes:
+    if args.pictures < HELD + 500 or min(args.vision_steps, args.text_steps, args.processes) < 1 or args.batch < 1024 * args.processes:
         raise InputError(f"found {args.pictures} pictures, {args.batch} tokens an update on {args.processes} processes, "
-                         f"expected more than {HELD} pictures, positive steps, 1024 tokens a process at least")  # fmt: skip
+                         f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens a process at least")  # fmt: skip
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     world = pictures(out / "pictures", args.pictures, args.seed, args.processes)
