@@ -448,7 +448,7 @@ def train_text(rank, world, out, steps, batch, seed):
             log(out, {"stage": "text", "step": step + 1, "tokens": (step + 1) * batch, "loss": round(loss.item(), 4), **scores})
             save(out / "text.pt", model, step + 1, optimizers)
     if rank == 0:
-        log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 48)})
+        log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 12)})
         save(out / "text.pt", model, steps, optimizers)
     dist.barrier()
     os._exit(0)  # the drawing process ends with us
