@@ -251,10 +251,15 @@ def right_share(run, model, rollout, items, rewards, policies=None):
 
 def words_kl(h, W, h_teacher, W_teacher, count, temperature):
     """KL(pi || teacher) of each token over the `count` likeliest words of pi, (n,): OPCD beyond the sampled word."""
-    log_p = (h @ W.T).float().div(temperature).log_softmax(-1)  # (n,V)
-    log_q = (h_teacher @ W_teacher.T).float().div(temperature).log_softmax(-1)
-    top = log_p.topk(min(count, len(W))).indices  # (n,count)
-    log_p, log_q = log_p.gather(1, top), log_q.gather(1, top)
+    with torch.no_grad():
+        words = torch.cat([(rows @ W.T).topk(min(count, len(W))).indices for rows in h.split(256)])  # (n,count)
+
+    def log_probs(h, W):  # one word's log-probability gives the normaliser of all
+        logits = torch.einsum("nd,nkd->nk", h, W[words]).float() / temperature
+        likeliest, _ = linear_logprob(h, W, words[:, 0], temperature=temperature)
+        return logits - logits[:, :1] + likeliest[:, None]
+
+    log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
