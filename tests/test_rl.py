@@ -291,13 +291,14 @@ def test_replay_joins_each_step(reader):
     """GRPO has no gradient here, so what moves the model is the supervised loss on the replayed items."""
     item = {"id": "r", "policy": "P", "images": [], "question": "go", "answer": "RKTB", "kind": "response", "path": []}
     write_lines(reader / "data" / "sft.jsonl", [item])
-    rows = run(reader, "replay", replay=str(reader / "data"), **{**READ, "steps": 2})
+    rows = run(reader, "replay", replay=str(reader / "data"), **{**READ, "steps": 2, "max_response": 8})
     assert all(row["dead_groups"] == 1 and row["grad_norm"] > 0 for row in rows)
 
 
 def test_dynamic_sampling_ends_the_run_when_nothing_is_left_to_learn(reader, capsys):
-    rows = run(reader, "dynamic", algorithm="dapo", **{**READ, "dynamic_tries": 2})
-    assert rows == [] and "ends at step 0" in capsys.readouterr().out and (reader / "dynamic" / "model").is_dir()
+    with pytest.raises(FileNotFoundError):  # no step, no metrics
+        run(reader, "dynamic", algorithm="dapo", **{**READ, "dynamic_tries": 2})
+    assert "ends at step 0" in capsys.readouterr().out and (reader / "dynamic" / "model").is_dir()
     rows = run(reader, "dynamic2", algorithm="dapo", policy_rollouts=4, **{**READ, "dynamic_tries": 3, "steps": 2})
     assert len(rows) == 2 and all(row["dead_groups"] == 0 for row in rows)
 
@@ -316,7 +317,8 @@ def test_metrics_and_samples_tell_what_happened(folder):
     for name in ("loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy kl clipped_low "
                  "clipped_high length length_max truncated rollout_train_difference failed").split():  # fmt: skip
         assert isinstance(row[name], (int, float)), name
-    assert {"sample", "judge", "learn", "sample_tokens_per_second", "learn_tokens_per_second", "memory_gb"} <= set(row["speed"])
+    speed = json.loads((folder / "told" / "metrics.jsonl").read_text().splitlines()[0])["speed"]
+    assert {"sample", "judge", "learn", "sample_tokens_per_second", "learn_tokens_per_second", "memory_gb"} <= set(speed)
     assert abs(row["loss"]) < 0.1 and row["rollout_train_difference"] < 0.1  # banned words hold .02 of a random model's mass
     (group,) = [json.loads(line) for line in (folder / "told" / "samples.jsonl").read_text().splitlines()]
     assert len(group["responses"]) == 10 and [r["aware"] for r in group["responses"]] == [False] * 8 + [True] * 2

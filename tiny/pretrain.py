@@ -404,7 +404,7 @@ def train_text(rank, world, out, steps, batch, seed):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=world)
     model = Qwen25VL(Config.from_json(CONFIG))
-    first = torch.load(out / ("text.pt" if (out / "text.pt").exists() else "words.pt"))
+    first = torch.load(out / ("text.pt" if (out / "text.pt").exists() else "words.pt"), weights_only=True)
     model.load_state_dict(first["model"])
     model.visual.requires_grad_(False)
     model.visual.merger.requires_grad_(True)
@@ -514,7 +514,7 @@ def main(argv=None):
     model = Qwen25VL(Config.from_json(CONFIG))
     initialise(model)
     if (out / "vision.pt").exists():
-        model.load_state_dict(torch.load(out / "vision.pt")["model"])
+        model.load_state_dict(torch.load(out / "vision.pt", weights_only=True)["model"])
     else:
         train_vision(model, world, out, args.vision_steps)
         save(out / "vision.pt", model)
@@ -527,7 +527,7 @@ def main(argv=None):
         save(out / "words.pt", model)
     (out / "rendezvous").unlink(missing_ok=True)
     mp.spawn(train_text, (args.processes, out, args.text_steps, args.batch, args.seed), args.processes)
-    model.load_state_dict(torch.load(out / "text.pt")["model"])
+    model.load_state_dict(torch.load(out / "text.pt", weights_only=True)["model"])
     publish(model, out / "base")
     draw_curve(out)
     print(out / "base")
