@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -97,30 +96,19 @@ def test_a_checkpoint_is_continued_on_another_number_of_ranks(two, to):
     assert (a - b).norm() / a.norm() < 1e-6
 
 
-def test_two_nodes_survive_the_loss_of_one(folder, tmp_path):
-    """Two torchrun agents meet over loopback; one is killed with its worker, comes back, and the run ends as one process's."""
-    flags = dict(steps=10, save_every=1, resume=True)
-    assert quiet(train_sft.main, arguments(folder / "model", folder / "data", tmp_path / "alone", steps=10))[0] == 0
+def test_two_nodes_learn_what_one_process_learns(folder, tmp_path):
+    """Two torchrun agents meet over loopback, as two machines do; the run ends as one process's."""
+    assert quiet(train_sft.main, arguments(folder / "model", folder / "data", tmp_path / "alone", steps=4))[0] == 0
     port, out = free_port(), tmp_path / "nodes"
-    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d", "--max-restarts", "3",
+    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d",
              "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.2", "train_sft.py",
-             *arguments(folder / "model", folder / "data", out, **flags)]  # fmt: skip
+             *arguments(folder / "model", folder / "data", out, steps=4)]  # fmt: skip
     agent = lambda: subprocess.Popen([sys.executable, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     nodes = [agent()]
     time.sleep(2)  # the first one hosts the rendezvous
     nodes.append(agent())
-    while not list(out.glob("checkpoints/step-????????")):
-        assert all(node.poll() is None for node in nodes)
-        time.sleep(0.02)
-    lost = nodes.pop()
-    with open(f"/proc/{lost.pid}/task/{lost.pid}/children") as file:
-        workers = [int(pid) for pid in file.read().split()]
-    for pid in [lost.pid, *workers]:
-        os.kill(pid, signal.SIGKILL)
-    nodes.append(agent())
     errors = [node.communicate(timeout=300)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
-    assert any("resumed after step" in text for text in errors)
     for a, b in zip(metrics(tmp_path / "alone"), metrics(out), strict=True):
         assert b == pytest.approx(a, rel=1e-6)
