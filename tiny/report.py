@@ -103,7 +103,7 @@ def table(rows):
     body = "".join(
         f"<tr><td>{TITLES[row['name']]}</td><td>{row['accuracy']:.3f}</td><td>{row['interval'][0]:.3f} – {row['interval'][1]:.3f}</td>"
         f"<td>{share(row, 'seen')}</td><td>{share(row, 'unseen')}</td><td>{row['exact_chain']:.2f}</td><td>{row['n']}</td>"
-        f"<td>{f"{PAPER[row['name']] / 100:.3f}" if row['name'] in PAPER else '–'}</td></tr>"
+        f"<td>{format(PAPER[row['name']] / 100, '.3f') if row['name'] in PAPER else '–'}</td></tr>"
         for row in rows
     )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
