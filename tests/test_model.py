@@ -354,6 +354,13 @@ def test_pictures_and_image_tokens_that_do_not_match_are_refused(ours):
         model(ids, None, pixels[1:], grids)
 
 
+def test_every_norm_has_the_eps_of_transformers(pair):
+    """A wrong eps moves the logits of a random model less than rounding does, so it is compared as a number."""
+    model, reference, _ = pair
+    eps = sorted(module.eps for module in model.modules() if hasattr(module, "eps"))
+    assert eps == sorted(m.variance_epsilon for m in reference.modules() if hasattr(m, "variance_epsilon")) and eps
+
+
 @pytest.mark.parametrize("layout", ["hybrid", "nested"])
 def test_all_three_layouts_of_config_json_say_the_same(layout):
     flat = tiny_config(tied=True)
