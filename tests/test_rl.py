@@ -215,6 +215,12 @@ def test_every_loss_climbs(folder, algorithm):
     assert all(row["grad_norm"] > 0 for row in rows[:3]) and rows[0]["length_max"] == 3 and rows[0]["failed"] == 0
 
 
+def test_grpo_climbs_from_chance_to_above_nine_tenths(folder):
+    rows = run(folder, "climb", algorithm="grpo", steps=45)
+    first, last = (sum(row["reward"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert first < 0.2 and last > 0.9
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """A model that reads: behind a policy of four letters it says them, without one it says letters at random.
