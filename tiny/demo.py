@@ -162,7 +162,7 @@ def main(argv=None):
         "seed": args.seed, "depth": args.depth, "policy": policy["name"], "text": policy["text"], "seconds": round(time.time() - began),
         "left_out": json.loads((data / "left_out.json").read_text())[policy["name"]] if (data / "left_out.json").exists() else [],
         "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4; `trimpi_paper`: CPT items with the policy in front",
-        "rows": [{**{k: v for k, v in found[row].items() if k not in ("by_policy",)}, "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
+        "rows": [{**{k: v for k, v in found[row].items() if k not in ("by_policy", "model")}, "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_report(out, results)
