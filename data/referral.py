@@ -20,6 +20,17 @@ def mentions(text, policy):
     return re.findall(rf"(?<!\w)(?:{start})[0-9]+(?:\.[0-9]+)*(?![0-9])", text) if prefixes else []
 
 
+def visits(text, policy):
+    """The sections that a text works through, in order, each once: a sentence, or what follows a decision, begins with its
+    name. In free wording, where no sentence does, every section named counts.
+    """
+    found = []
+    for part in re.split(r"[.:;]\s|\n|(?<=\byes)\s|(?<=\bno)\s", text):
+        named = mentions(part, policy)
+        found += named[:1] if named and part.lstrip().startswith(named[0]) else []
+    return list(dict.fromkeys(found or mentions(text, policy)))
+
+
 def _plain(text):
     return " ".join(text.split()).lower()
 
@@ -34,14 +45,7 @@ def referral(response, item, policy):
     """
     text = thoughts(response) or response.partition("\\boxed")[0]
     quotes = {node["id"]: _plain(node.get("quote", node["question"])) for node in policy["nodes"]}
-    opening = [m.group(2) for m in re.finditer(r"(^|[.:;\n])\s*(\S.*?)(?=[.:;]\s|\n|$)", text)]
-    visited = []
-    for part in opening:  # a sentence that begins with a section's name works through that section
-        named = mentions(part, policy)
-        if named and part.startswith(named[0]) and named[0] not in visited:
-            visited.append(named[0])
-    if not visited:  # free wording: every section named counts
-        visited = list(dict.fromkeys(mentions(text, policy)))
+    visited = visits(text, policy)
     plain = _plain(text)
     right = set()
     for section in visited:
@@ -94,20 +98,19 @@ def judge_line(response, item, policy):
 # -- PA3's rewards (arXiv 2603.14602): --reward accuracy=0.9,format=0.1,data.referral:recall=0.5,data.referral:invented=0.5 -
 
 
-def _named(response, item):
-    """(sections that the thoughts name, sections of the policy); train_rl.py gives each item the latter as "sections"."""
-    return set(mentions(thoughts(response), {"nodes": [{"id": section} for section in item["sections"]]})), set(
-        item["sections"]
-    )
+def _recalled(response, item):
+    """(sections that the thoughts work through, all that they name, the policy's); train_rl.py adds the latter to each item."""
+    text, policy = thoughts(response), {"nodes": [{"id": section} for section in item["sections"]]}
+    return set(visits(text, policy)), set(mentions(text, policy)), set(item["sections"])
 
 
 def recall(prompt, response, item):
-    """Jaccard index of the sections that the thoughts recall and those on the item's path: 1.0 where they are the same."""
-    (named, real), due = _named(response, item), {step["node"] for step in item["path"]}
-    return len(named & real & due) / max(1, len((named & real) | due))
+    """Jaccard index of the sections that the thoughts work through and those on the item's path: 1.0 where they are the same."""
+    (visited, _, real), due = _recalled(response, item), {step["node"] for step in item["path"]}
+    return len(visited & real & due) / max(1, len((visited & real) | due))
 
 
 def invented(prompt, response, item):
     """Minus the share of sections named in the thoughts that the policy does not have."""
-    named, real = _named(response, item)
+    _, named, real = _recalled(response, item)
     return -len(named - real) / max(1, len(named))

@@ -10,6 +10,7 @@ import torch
 
 from data import InputError, rewards
 from data.dataset import load_items, load_policies, messages, target
+from data.referral import recall, referral, visits
 from model import Config, Processor, Qwen25VL, rotate
 from tiny import demo, report
 from tiny import data as tiny_data
@@ -56,6 +57,16 @@ def test_every_word_of_a_data_set_is_one_token_and_comes_back(folder, processor)
         ids = processor.tokenizer.encode(target(item), add_special_tokens=False).ids
         assert ID["<unk>"] not in ids and rewards.accuracy(None, processor.decode(ids), item) == 1
         assert rewards.exact_chain(processor.decode(ids), item, policies[item["policy"]]) == 1
+
+
+def test_referral_reads_a_terse_chain_section_by_section(folder):
+    """No full stop parts its sentences: a section is worked through where a decision went before, and not where it is named."""
+    policies = load_policies(folder)
+    for item in load_items(folder, "test.jsonl", policies):
+        policy, due = policies[item["policy"]], [step["node"] for step in item["path"]]
+        assert visits(item["cot"], policy) == due
+        assert referral(target(item), item, policy)["score"] == 1
+        assert recall("", target(item), {**item, "sections": [node["id"] for node in policy["nodes"]]}) == 1
 
 
 def test_sections_left_out_are_whole_branches_that_no_sft_item_meets(folder):
@@ -108,13 +119,13 @@ def test_a_packed_query_sees_its_own_policy_and_itself_only(table):
     ids, group, query, place, target, weight, shown = batch
     with torch.no_grad():
         together = predict(model, batch, full, None)[0]
-        logits, start = [], 0
-        for g, q in dict.fromkeys((g, q) for g, q in zip(group[0], query[0]) if q > 0):
+        alone = []
+        for n, (g, q) in enumerate(dict.fromkeys((g, q) for g, q in zip(group[0], query[0]) if q > 0)):
             own = (group[0] == g) & ((query[0] == 0) | (query[0] == q))
-            alone = [x[:, own] for x in (ids, group, query)] + [place[:, :, own], target[:, own], weight[:, own], shown[start : start + 1]]
-            logits.append(predict(model, alone, full, None)[0])
-            start += 1
-    assert torch.allclose(together, torch.cat(logits), atol=1e-4)
+            picture = model.visual.merger(torch.from_numpy(full[shown[n]]))
+            hidden = model(torch.from_numpy(ids[:, own]), position_ids=torch.from_numpy(place[:, :, own]), image_embeds=picture)
+            alone.append(model.logits(hidden[0, weight[0, own] > 0]))
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
 
 def test_leaves_of_a_grown_tree_hold_the_scenes_that_its_conditions_say(table):

@@ -151,7 +151,7 @@ def cut_out(image, index, spot, rng):
 
 
 def train_vision(model, world, out, steps, batch=128):
-    """Dense labels: every patch names the object it shows; every fifth batch are crops."""
+    """Dense labels: every patch names the object it shows; every third batch are crops."""
     image, index, table, spot = world
     rng, visual = np.random.default_rng(0), model.visual
     head = nn.Linear(WIDTH, sum(LABELS.values()))
@@ -163,7 +163,7 @@ def train_vision(model, world, out, steps, batch=128):
         s = np.sort(rng.choice(len(image) - HELD, batch, replace=False))
         x, shown, things = np.asarray(image[s]), np.asarray(index[s]), np.asarray(table[s])
         whole_scale = True
-        if step % 5 == 4:
+        if step % 3 == 2:
             which = (rng.random(batch) * (things[:, :, 0] >= 0).sum(1)).astype(int)
             whole_scale = rng.random() < 0.4
             cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)
@@ -371,17 +371,36 @@ def draw(out, seed, mixture, count, length, queue):
         queue.put(rows(source, mixture, count, length))
 
 
+class Packed:
+    """Attention for packed rows, by model.Cache's protocol: group by group, where a query sees the prefix and itself.
+
+    One mask over whole rows would give the same; most of its scores are between groups that do not see each other.
+    """
+
+    length = 0  # nothing is held from before
+
+    def __init__(self, group, query):
+        number = group + torch.arange(len(group))[:, None] * (group.max() + 1)  # (B, T), another one for each group of each row
+        self.sizes = number.flatten().unique_consecutive(return_counts=True)[1].tolist()
+        self.sees = [((q == 0) | (q == q[:, None])).tril() for q in query.flatten().split(self.sizes)]  # (n, n) each
+
+    def attend(self, layer, q, k, v, mask):
+        B, H, T, K = q.shape
+        groups = [x.transpose(1, 2).flatten(0, 1).split(self.sizes) for x in (q, k, v)]  # (n, H, K) each
+        heads = lambda x: x.transpose(0, 1)[None]  # (1, H, n, K)
+        outs = [F.scaled_dot_product_attention(*map(heads, parts), attn_mask=sees)[0].transpose(0, 1)
+                for *parts, sees in zip(*groups, self.sees)]  # fmt: skip
+        return torch.cat(outs).view(B, T, H, K).transpose(1, 2)
+
+
 def predict(model, batch, full, crop):
     """Scores (n, V) of the n learned tokens of packed rows, their targets, weights, and where they stand (B, T)."""
-    ids, group, query, place, target, weight, shown = batch
-    group, query = torch.from_numpy(group), torch.from_numpy(query)
-    sees = (group[:, :, None] == group[:, None]) & ((query[:, None] == 0) | (query[:, None] == query[:, :, None]))  # (B, T, T)
+    ids, group, query, place, target, weight, shown = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
     seen = [full[s] if s >= 0 else crop[~s] for s in shown]
     embeds = model.visual.merger(torch.from_numpy(np.concatenate(seen)).float()) if seen else None
-    hidden = model(torch.from_numpy(ids), sees.tril(), position_ids=torch.from_numpy(place), image_embeds=embeds)  # (B, T, D)
-    weight = torch.from_numpy(weight)
+    hidden = model(ids, position_ids=place, image_embeds=embeds, cache=Packed(group, query))  # (B, T, D)
     on = weight > 0
-    return model.logits(hidden[on]), torch.from_numpy(target)[on], weight[on], on
+    return model.logits(hidden[on]), target[on], weight[on], on
 
 
 @torch.no_grad()
@@ -443,7 +462,7 @@ def train_text(rank, world, out, steps, batch, seed):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if rank == 0 and step % 100 == 99:
+        if rank == 0 and step % 200 == 199:
             scores = exact(model, held, full, crop, TESTS, 6)
             log(out, {"stage": "text", "step": step + 1, "tokens": (step + 1) * batch, "loss": round(loss.item(), 4), **scores})
             save(out / "text.pt", model, step + 1, optimizers)
@@ -497,8 +516,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="working folder; stages that it holds are not done again (default runs/tiny)")
     parser.add_argument("--pictures", type=int, default=48000, help="scenes to draw, 2000 of them held out (default 48000)")
-    parser.add_argument("--vision-steps", type=int, default=1800, help="batches of 128 pictures (default 1800)")
-    parser.add_argument("--text-steps", type=int, default=2600, help="updates of the text stage (default 2600)")
+    parser.add_argument("--vision-steps", type=int, default=3000, help="batches of 128 pictures (default 3000)")
+    parser.add_argument("--text-steps", type=int, default=3600, help="updates of the text stage (default 3600)")
     parser.add_argument("--batch", type=int, default=8192, help="tokens an update, over all processes (default 8192)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
