@@ -21,8 +21,7 @@ import torch
 from data import InputError, command
 from data.dataset import KINDS, load_items, load_policies, messages, target
 from train_sft import Examples, check_length, response_ids
-from training import (Ahead, CommonConfig, Run, collate, mixture, option, parse, redefault, replayed_items, rng, share,
-                      token_logprobs)
+from training import CommonConfig, Run, likelihood, option, parse, reader, redefault, replayed_items, rng
 
 # -- 1. config (the rest of it: training.CommonConfig) ----------------------------------------------------------------
 
@@ -67,6 +66,7 @@ class Sequences:
         return sum(map(len, parts))
 
     def read(self, step, i):
+        """Item i with the mask of this step."""
         item = self.items[i]
         text = target(item)
         prompt = self.processor.encode(messages(item, self.policy(item)), add_generation_prompt=bool(text))
@@ -92,33 +92,18 @@ def train(config):
         model, processor = run.load()
         own = Sequences(config.data, config.split, processor, config)
         replay = config.replay and Examples(config.replay, config.replay_split, processor, config, True)
-
-        def keys(step):
-            chosen = mixture(step, len(own), len(replay), config)
-            sizes = [(replay if replayed else own).size(i) for replayed, i in chosen]
-            return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
-
-        rows = Ahead(keys, lambda step, replayed, i: replay[i] if replayed else own.read(step, i), run.workers)
+        read = reader(run, own, replay, processor.pad_id)
         optimizer = run.optimizer(model)
         steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
 
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight)
-                         for part, weight in run.micro_batches(rows(step))]
-            counts = [(weight * len(batch.index), weight * int(batch.attention_mask.sum())) for batch, weight in parts]
-            tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])         # sum_t m_t, over all ranks
-            loss = 0.0
+                parts = read(step)
             with run.phase("learn"):
-                for batch, weight in parts:
-                    with run.autocast():
-                        logp, _ = token_logprobs(model, batch.to(run.device))            # (N,)
-                    part = -weight * logp.sum() / tokens
-                    part.backward()
-                    loss += part.detach()
+                loss, tokens, seen = likelihood(run, model, parts)          # L and sum_t m_t, over all ranks
                 run.reduce_gradients(model)
                 grad_norm = run.update(model, optimizer, step, steps)
-            run.report(step, {"loss": run.sum(loss), "grad_norm": grad_norm, "tokens": int(tokens)}, read)
+            run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)
             run.checkpoint(step + 1, model, optimizer)
         run.finish(model)
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from data import InputError, command
 from data.dataset import load_items, load_policies, messages, target
-from training import (Ahead, CommonConfig, Run, collate, mixture, option, parse, redefault, replayed_items, share,
-                      token_logprobs)
+from training import CommonConfig, Run, likelihood, option, parse, reader, redefault, replayed_items
 
 # -- 1. config (the rest of it: training.CommonConfig) ----------------------------------------------------------------
 
@@ -51,7 +50,8 @@ class Examples:
         policy = self.policies[self.items[i]["policy"]]["text"] if self.policy_in_prompt else ""
         return len(policy) + len(self.items[i]["question"]) + len(self.items[i].get("cot", ""))
 
-    def __getitem__(self, i):
+    def read(self, step, i):
+        """Item i, the same in every step."""
         item = self.items[i]
         policy = self.policies[item["policy"]] if self.policy_in_prompt else None
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
@@ -81,33 +81,18 @@ def train(config):
         model, processor = run.load()
         own = Examples(config.data, config.split, processor, config, config.policy_in_prompt)
         replay = config.replay and Examples(config.replay, config.replay_split, processor, config, True)
-
-        def keys(step):
-            chosen = mixture(step, len(own), len(replay), config)
-            sizes = [(replay if replayed else own).size(i) for replayed, i in chosen]
-            return share(chosen, sizes, run.rank, run.world)
-
-        rows = Ahead(keys, lambda replayed, i: replay[i] if replayed else own[i], run.workers)
+        read = reader(run, own, replay, processor.pad_id)
         optimizer = run.optimizer(model)
         steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
 
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                parts = [(collate(*zip(*part), pad_id=processor.pad_id), weight)
-                         for part, weight in run.micro_batches(rows(step))]
-            counts = [(weight * len(batch.index), weight * int(batch.attention_mask.sum())) for batch, weight in parts]
-            tokens, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])             # |O|, over all ranks
-            loss = 0.0
+                parts = read(step)
             with run.phase("learn"):
-                for batch, weight in parts:
-                    with run.autocast():
-                        logp, _ = token_logprobs(model, batch.to(run.device))            # (N,)
-                    part = -weight * logp.sum() / tokens
-                    part.backward()
-                    loss += part.detach()
+                loss, tokens, seen = likelihood(run, model, parts)          # L and |O|, over all ranks
                 run.reduce_gradients(model)
                 grad_norm = run.update(model, optimizer, step, steps)
-            run.report(step, {"loss": run.sum(loss), "grad_norm": grad_norm, "tokens": int(tokens)}, read)
+            run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)
             run.checkpoint(step + 1, model, optimizer)
         run.finish(model)
 

@@ -1,6 +1,6 @@
 """What the three training scripts share: where they start, their ranks, folder, optimiser, checkpoints and metrics.
 
-A reader of the method needs none of it. A script reads
+A reader of the method needs little of it: `likelihood`, the loss of stages 1 and 2. A script reads
 
     with Run(config, stage="sft") as run:
         model, processor = run.load()
@@ -14,7 +14,7 @@ A reader of the method needs none of it. A script reads
         run.finish(model)
 
 Flags are in config.py, batches in batching.py, files of a checkpoint in checkpoint.py; their names can be imported from
-here, too. `python training.py plan` tells what a run needs in memory (plan.py).
+here, too. FSDP is in sharding.py. `python training.py plan` tells what a run needs in memory (plan.py).
 """
 
 import atexit
@@ -43,6 +43,7 @@ from batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, m
 from checkpoint import Checkpoints, cut_logs, trainable, write_json
 from config import CommonConfig, option, parse, redefault  # noqa: F401
 from data import InputError, command
+from sharding import shard, unsharded, whole
 
 # -- 1. where a run starts --------------------------------------------------------------------------------------------
 
@@ -302,31 +303,8 @@ class Run:
             for layer in model.model.layers:
                 layer.compile(dynamic=True)
         if self.fsdp:
-            self._shard(model)
+            shard(model, self.device, self.dtype, self.rank, self.world)
         return model.train(not frozen), qwen.Processor.from_pretrained(self.base)
-
-    def _shard(self, model):
-        """FSDP2 from outside. A layer is a unit; the rest is one, tower included, as not every batch has pictures."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        half = self.dtype if self.dtype != torch.float32 else None
-        precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for unit in [*model.model.layers, model]:
-            fully_shard(unit, mesh=mesh, mp_policy=precision)
-            unit.set_gradient_divide_factor(1.0)  # sums, not means: the loss has its global denominator already
-            unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-        if next(model.parameters()).is_meta:
-            model.to_empty(device=self.device)
-            files = [qwen.TensorFile(path) for path in sorted(Path(model.source).glob("*.safetensors"))]
-            stored = {qwen.hub_name(name): (file, name) for file in files for name in file.entries}
-            for name, p in model.named_parameters():
-                file, name = stored[name]
-                rows = file.read(name, "cpu", p.dtype).chunk(self.world)
-                local = p.detach().to_local()
-                if self.rank < len(rows):
-                    local.copy_(rows[self.rank])
 
     def autocast(self):
         """Matrix products in the compute dtype over float32 weights (FSDP casts by itself)."""
@@ -336,26 +314,19 @@ class Run:
     @contextlib.contextmanager
     def gathered(self, model):
         """For sampling: whole weights in the compute dtype, gathered or cast once, no gradients; yields the model."""
-        units = [m for m in model.modules() if is_fsdp(m)]
-        masters = {}
-        if not units and self.dtype != torch.float32:  # an adapter stays float32, as its layers expect
+        masters, training = {}, model.training
+        if not is_fsdp(model) and self.dtype != torch.float32:  # an adapter stays float32, as its layers expect
             masters = {p: p.data for name, p in model.named_parameters() if ".lora_" not in name}
-        for p in masters:
-            p.data = p.data.to(self.dtype)
-        for unit in units:
-            unit.unshard()
-            unit.set_reshard_after_forward(False)
-        training = model.training
-        try:
-            with torch.no_grad():
-                yield model.eval()
-        finally:
-            model.train(training)
-            for p, data in masters.items():
-                p.data = data
-            for unit in units:
-                unit.set_reshard_after_forward(unit is not model)
-                unit.reshard()
+        with unsharded(model):
+            try:
+                for p in masters:
+                    p.data = p.data.to(self.dtype)
+                with torch.no_grad():
+                    yield model.eval()
+            finally:
+                model.train(training)
+                for p, data in masters.items():
+                    p.data = data
 
     def optimizer(self, model):
         """AdamW on what is trainable; weight decay on matrices only."""
@@ -503,24 +474,49 @@ class Run:
         with self.phase("finish"):
             self.checkpoints.publish_if_done(wait=True)
             if self.fsdp:
-                model = self._whole(model)
+                model = whole(model, self.dtype, self.is_main)
             name, save = ("model", qwen.save_pretrained) if self.config.full else ("adapter", qwen.save_adapter)
             self.on_main(lambda: save(model, self.out / name))
             if results is not None and self.is_main:
                 write_json(self.out / "results.json", results)
         return results
 
-    def _whole(self, model):
-        """The sharded model with all its weights, on rank 0's CPU; one tensor at a time is gathered."""
-        with torch.device("meta"):
-            whole = qwen.Qwen25VL(model.config)
-        whole.source = model.source
-        for name, p in model.named_parameters():
-            p = p.full_tensor()
-            if self.is_main:
-                owner, _, leaf = name.rpartition(".")
-                setattr(whole.get_submodule(owner), leaf, torch.nn.Parameter(p.detach().to("cpu", self.dtype)))
-        return whole
+
+# -- 3. a step of stages 1 and 2 ---------------------------------------------------------------------------------------
+
+
+def reader(run, own, replay, pad_id):
+    """read(step) -> [(Batch, weight)]: this rank's micro-batches of an update, of own items and of those to replay.
+
+    own, replay: have len(), size(i) and read(step, i) -> (prompt, target, learn) as collate takes them.
+    """
+
+    def keys(step):
+        chosen = mixture(step, len(own), len(replay), run.config)
+        sizes = [(replay if replayed else own).size(i) for replayed, i in chosen]
+        return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
+
+    rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).read(step, i), run.workers)
+    return lambda step: [(collate(*zip(*part), pad_id=pad_id), weight) for part, weight in run.micro_batches(rows(step))]
+
+
+def likelihood(run, model, parts, weight=1.0):
+    """Add the gradient of weight * L to the model's, L = -1/n sum_t log p(x_t | x_<t) over the n learned tokens of all
+    ranks' micro-batches -> (L, n, tokens read), each over all ranks.
+    """
+    counts = [(here * len(batch.index), here * int(batch.attention_mask.sum())) for batch, here in parts]
+    learned, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])
+    loss = 0.0
+    for batch, here in parts:
+        with run.autocast():
+            logp, _ = token_logprobs(model, batch.to(run.device))  # (N,)
+        part = -here * logp.sum() / learned
+        (weight * part).backward()
+        loss += part.detach()
+    return run.sum(loss), int(learned), read
+
+
+# -- 4. what it tells ----------------------------------------------------------------------------------------------------
 
 
 def tracker(config, run):

@@ -1,171 +1,213 @@
 """`make fault`: kill training at random moments and compare what it ends with to an undisturbed run, bit by bit.
 
-    python tests/fault.py [--kills 20] [--seed 0] [--out DIR]
+    python tests/fault.py [--kills 40] [--seed 0] [--table FILE.md]
 
-Each of the three stages runs on the tiny model through its command line, alone and as two ranks (replicated and FSDP2),
-and is killed (SIGKILL: one process, or one of two) after a random part of its time or in the middle of a save, continued
-with --resume, and killed again. Then a full disk in a save, a checkpoint cut short, and SIGTERM. The last line is a
-summary; exit code 0 only if every run ended with the weights and metrics of the undisturbed one.
+Each of the three stages runs on a tiny random model, alone and as two ranks (replicated and FSDP2). SIGKILL meets it, or
+one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and killed
+again, through several runs where the kills need more than one. Then a disk that fills in a save, a checkpoint cut short,
+and SIGTERM. A command starts as a copy of this process, which has imported torch already: the kills then meet the training
+and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed one's bits.
 """
 
 import argparse
+import contextlib
+import json
 import os
+import platform
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a copy of a process has none of its threads
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import tiny_checkpoint  # noqa: E402
-from small import arguments, free_port, metrics, small_data  # noqa: E402
+import resource  # noqa: E402
 
+import torch  # noqa: E402
+import torch.distributed.fsdp  # noqa: E402, F401  imported once, here
+from helpers import tiny_checkpoint  # noqa: E402
+from small import arguments, small_data, start_ranks  # noqa: E402
+
+import train_cpt  # noqa: E402
+import train_rl  # noqa: E402
+import train_sft  # noqa: E402
+from checkpoint import code_version  # noqa: E402
+
+MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
+PORO = {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 8, "reward": "small:length", "samples_every": 2}
 RUNS = {  # name: (stage, ranks, flags)
     "cpt": ("cpt", 1, {"kinds": "applied,document"}),
-    "sft": ("sft", 1, {"lora_dropout": 0.1}),
-    "rl": ("rl", 1, {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 12, "micro_batch": 8}),
-    "cpt, two ranks": ("cpt", 2, {"fsdp": "on"}),
-    "rl, two ranks": ("rl", 2, {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 12, "micro_batch": 8}),
-}  # fmt: skip
+    "sft": ("sft", 1, {"lora_dropout": 0.1, "async_save": True}),
+    "rl": ("rl", 1, PORO),
+    "cpt, two ranks, sharded": ("cpt", 2, {"fsdp": "on"}),
+    "sft, two ranks": ("sft", 2, {"lora_dropout": 0.1}),
+    "rl, two ranks": ("rl", 2, PORO),
+}
 ALL = {"steps": 8, "save_every": 1, "keep": 2, "resume": True}
 
 
 class Job:
-    """A training command as the user starts it, in one process or in one a rank."""
+    """A training command in one process, or in one a rank; `limit`: bytes after which a file finds the disk full."""
 
     def __init__(self, folder, name, out, limit=None):
         stage, ranks, flags = RUNS[name]
         words = arguments(folder / "model", folder / "data", out, **{**ALL, **flags})
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if ranks > 1:
-            env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, f"train_{stage}.py", *words]
-        if limit:  # a file of this many blocks is the largest that the "disk" takes
-            command = ["bash", "-c", f"trap '' XFSZ; ulimit -f {limit}; exec \"$@\"", "limited", *command]
-        self.children = [
-            subprocess.Popen(command, cwd=ROOT, env={**env, **({"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {})},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            for r in range(ranks)
-        ]  # fmt: skip
 
-    def wait(self, seconds=900):
-        """-> the exit codes; what a rank left alone for ever (its partner was killed) is killed, as torchrun would."""
+        def work():
+            if limit:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails, as on a full disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            MAIN[stage](words)
+
+        self.log = Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])
+        self.ranks = start_ranks(ranks, work, self.log)
+
+    def lives(self):
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def wait(self, seconds=300):
+        """-> the exit codes; where a rank dies the others are killed half a second later, as torchrun would."""
         end = time.time() + seconds
-        while any(child.poll() is None for child in self.children) and time.time() < end:
-            if any(child.poll() not in (None, 0) for child in self.children):
-                time.sleep(0.3)
-                for child in self.children:
-                    child.kill()
-            time.sleep(0.02)
-        for child in self.children:
-            child.kill()
-        self.errors = "".join(child.communicate()[1] for child in self.children)
-        return [child.returncode for child in self.children]
+        while any(rank.is_alive() for rank in self.ranks) and time.time() < end:
+            if any(rank.exitcode for rank in self.ranks):
+                end = min(end, time.time() + 0.5)
+            time.sleep(0.005)
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+        return [rank.exitcode for rank in self.ranks]
 
-    def kill(self, number=signal.SIGKILL, rank=0):
-        self.children[rank].send_signal(number)
+    def send(self, number, rank):
+        os.kill(self.ranks[rank].pid, number)
 
-
-def final(out):
-    return [path.read_bytes() for path in sorted([*out.glob("model/*.safetensors"), *out.glob("adapter/*.safetensors")])]
+    def said(self):
+        return self.log.read_text()
 
 
-def same(a, b):
-    return final(a) != [] and final(a) == final(b) and metrics(a) == metrics(b)
+def result(out):
+    """All that a run leaves: final weights, logs without what differs from run to run, and names of half-written files."""
+    weights = [path.read_bytes() for path in sorted(out.glob("*/*.safetensors"))]
+    rows = {path.name: [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in path.read_text().splitlines()]
+            for path in sorted(out.glob("*.jsonl"))}  # fmt: skip
+    torn = [path.name for path in out.rglob("*") if path.suffix == ".tmp" or path.name.startswith((".model", ".adapter"))]
+    return weights, rows, torn
+
+
+def same(out, whole):
+    """Did the run in `out` end, and with the bits of the undisturbed one?"""
+    return bool(result(out)[0]) and result(out) == result(whole)
+
+
+def saving(out, step, start):
+    """Is a checkpoint of `step` or a later one being written, begun since `start`?"""
+    with contextlib.suppress(FileNotFoundError):  # it has its name just now
+        return any(int(path.stem[5:]) >= step and path.stat().st_mtime > start for path in out.glob("checkpoints/*.tmp"))
 
 
 def kill_at_random(folder, name, seconds, kills, rng):
-    """Kill live runs `kills` times, half at a random moment, half in the middle of a save; a run that got to its end is
-    compared, and the next one begun -> did every one end with the undisturbed run's bits?"""
-    whole, hits, number, good = folder / "whole" / name, 0, 0, True
-    while hits < kills:
+    """Kill live runs `kills` times, half at a random moment, half in the middle of a save; a run that gets to its end is
+    compared, and the next one begun -> (did each end with the undisturbed run's bits?, runs, kills in a save).
+    """
+    whole, hits, saves, number, good = folder / "whole" / name, 0, 0, 0, True
+    while True:
         out = folder / "killed" / f"{name} {number}"
+        reached = max([0, *(int(path.name[5:]) for path in out.glob("checkpoints/step-????????"))])
+        in_save, moment, step = rng.random() < 0.5, rng.random() * seconds, rng.randint(reached + 1, max(reached + 1, ALL["steps"]))
         job, start = Job(folder, name, out), time.time()
-        in_save, moment = rng.random() < 0.5, rng.uniform(0.3, 1.0) * seconds
-        before = set(out.glob("checkpoints/step-????????"))
-        while all(child.poll() is None for child in job.children):
-            saving = in_save and list(out.glob("checkpoints/*.tmp")) and (len(before) or rng.random() < 0.2)
-            if saving or (not in_save and time.time() - start > moment):
+        while hits < kills and job.lives():
+            if saving(out, step, start) if in_save else time.time() - start > moment:
                 break
-            time.sleep(0.001)
-        if all(child.poll() is None for child in job.children):
-            hits += 1
-            job.kill(rank=rng.randrange(len(job.children)))
-            job.wait(20)
+            time.sleep(0.0005)
+        if hits < kills and job.lives():
+            hits, saves = hits + 1, saves + in_save
+            job.send(signal.SIGKILL, rng.randrange(len(job.ranks)))
+            job.wait()
         else:
-            good, number = good and job.wait() == [0] * len(job.children) and same(out, whole), number + 1
-    out = folder / "killed" / f"{name} {number}"
-    return Job(folder, name, out).wait() == [0] * RUNS[name][1] and same(out, whole) and good
+            codes = job.wait()
+            good, number = good and codes == [0] * len(codes) and same(out, whole), number + 1
+            if hits == kills:
+                return good, number, saves
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs in all, over the runs (default 20)")
+    parser.add_argument("--kills", type=int, default=40, help="SIGKILLs in all, over the runs (default 40)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--out", help="folder to work in (default: a temporary one)")
+    parser.add_argument("--table", help="write the verdicts as a table to this .md file, too")
     args = parser.parse_args()
-    folder = Path(args.out or tempfile.mkdtemp(prefix="fault-"))
-    rng, began, good, failed = random.Random(args.seed), time.time(), 0, []
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+        rows, seconds = trials(Path(folder), args.kills, random.Random(args.seed))
+    held, kills = sum(row[-1] for row in rows), sum(row[1] for row in rows)
+    failed = "; ".join(row[0] for row in rows if not row[-1])
+    last = f"fault: {held} of {len(rows)} rows held, {kills} SIGKILLs of live runs, {seconds:.0f} s" + (f"; failed: {failed}" if failed else "")
+    if args.table:
+        head = f"`python tests/fault.py --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, {os.cpu_count()} CPU cores " \
+               f"({platform.machine()}), commit {code_version()[:7]}. A row holds where weights and logs are the undisturbed run's, bit by bit.\n"
+        lines = [head, "| what | SIGKILLs | in a save | runs compared | holds |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {what} | {kills or ''} | {saves or ''} | {runs} | {'yes' if holds else '**no**'} |" for what, kills, saves, runs, holds in rows]
+        Path(args.table).write_text("\n".join([*lines, "", last, ""]))
+    print(last)
+    sys.exit(bool(failed))
+
+
+def trials(folder, kills, rng):
+    """-> ([(what, SIGKILLs, of them in a save, runs compared, holds)], seconds)."""
+    rows, seconds, began = [], {}, time.time()
+    (folder / "killed").mkdir()
     tiny_checkpoint(folder / "model")
     small_data(folder / "data")
 
-    def verdict(what, holds):
-        nonlocal good
-        good += bool(holds)
-        failed.extend([] if holds else [what])
-        print(f"{time.time() - began:6.0f} s  {'ok    ' if holds else 'FAILED'}  {what}", flush=True)
+    def verdict(what, holds, kills=0, saves=0, runs=1):
+        rows.append((what, kills, saves, runs, bool(holds)))
+        detail = f" ({kills} SIGKILLs, {saves} in a save, {runs} runs)" if kills else ""
+        print(f"{time.time() - began:6.1f} s  {'ok    ' if holds else 'FAILED'}  {what}{detail}", flush=True)
 
-    seconds = {}
     for name in RUNS:
-        start = time.time()
-        job = Job(folder, name, folder / "whole" / name)
-        codes = job.wait()
-        seconds[name] = time.time() - start
+        start, job = time.time(), Job(folder, name, folder / "whole" / name)
+        codes, seconds[name] = job.wait(), time.time() - start
         if any(codes):
-            sys.exit(f"{name}: the undisturbed run ended with {codes}: {job.errors}")
+            sys.exit(f"{name}: the undisturbed run ended with {codes}: {job.said()}")
 
     for i, name in enumerate(RUNS):
-        kills = args.kills // len(RUNS) + (i < args.kills % len(RUNS))
-        verdict(f"{name}: {kills} SIGKILLs of a live run, then the same weights and metrics, bit by bit",
-                kill_at_random(folder, name, seconds[name], kills, rng))
+        n = kills // len(RUNS) + (i < kills % len(RUNS))
+        holds, runs, saves = kill_at_random(folder, name, seconds[name], n, rng)
+        verdict(f"{name}: SIGKILL", holds, n, saves, runs)
 
-    for name in ("sft", "cpt, two ranks"):
+    for name in ("sft", "rl", "cpt, two ranks, sharded"):
         out = folder / "sigterm" / name
         job = Job(folder, name, out)
         while not list(out.glob("checkpoints/step-????????")):
-            time.sleep(0.01)
-        for rank in range(RUNS[name][1]):
-            job.kill(signal.SIGTERM, rank)
-        codes = job.wait()
-        stopped = codes == [0] * len(codes) and not final(out)
+            time.sleep(0.002)
+        for rank in range(len(job.ranks)):
+            job.send(signal.SIGTERM, rank)
+        stopped = set(job.wait()) == {0} and not result(out)[0] and "stopped by a signal" in job.said()
         Job(folder, name, out).wait()
-        verdict(f"{name}: SIGTERM saves, exit code 0, and the run goes on to the same bits", stopped and same(out, folder / "whole" / name))
+        verdict(f"{name}: SIGTERM saves and ends with exit code 0", stopped and same(out, folder / "whole" / name))
 
-    out = folder / "disk" / "cpt"
-    job = Job(folder, "cpt", out, limit=100)
-    codes = job.wait()
-    said = codes == [2] and job.errors.count("\n") == 1 and not list(out.glob("checkpoints/*"))
-    Job(folder, "cpt", out).wait()
-    verdict("cpt: a disk that fills in a save: one line, exit code 2, nothing half-written, then the same bits",
-            said and same(out, folder / "whole" / "cpt"))
+    for name in ("cpt", "cpt, two ranks, sharded"):
+        out = folder / "disk" / name
+        job = Job(folder, name, out, limit=100_000)
+        said = set(job.wait()) == {2} and job.said().count("error: ") == len(job.ranks) and not list(out.glob("checkpoints/*"))
+        Job(folder, name, out).wait()
+        verdict(f"{name}: the disk fills in a save: one line, exit code 2, nothing half-written", said and same(out, folder / "whole" / name))
 
-    out = folder / "damaged" / "cpt"
-    Job(folder, "cpt", out).wait()
-    shard = next(iter(out.glob("checkpoints/step-00000008/shard-*")))
-    os.truncate(shard, shard.stat().st_size // 2)
-    job = Job(folder, "cpt", out)
-    codes = job.wait()
-    verdict("cpt: the newest checkpoint cut short: skipped with a line, the same bits from the one before",
-            codes == [0] and "skipped, it is damaged" in job.errors and same(out, folder / "whole" / "cpt"))
-
-    total = good + len(failed)
-    print(f"fault: {good} of {total} runs held, {args.kills} SIGKILLs of live runs, {time.time() - began:.0f} s"
-          + (f"; failed: {'; '.join(failed)}" if failed else ""))
-    sys.exit(bool(failed))
+    for name in ("cpt", "cpt, two ranks, sharded"):
+        out = folder / "damaged" / name
+        Job(folder, name, out).wait()
+        for path in out.glob("*/*.safetensors"):
+            path.unlink()
+        shard = max(out.glob("checkpoints/step-00000008/shard-*"))
+        os.truncate(shard, shard.stat().st_size // 2)
+        job = Job(folder, name, out)
+        codes = job.wait()
+        verdict(f"{name}: a checkpoint cut short is skipped with a line, the one before continued",
+                set(codes) == {0} and "step-00000008: skipped, it is damaged" in job.said() and same(out, folder / "whole" / name))
+    return rows, time.time() - began
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from helpers import picture
+
+from data import command
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTANT = {  # every test's runs are small and quiet
@@ -88,18 +89,22 @@ def free_port():
         return s.getsockname()[1]
 
 
-def on_ranks(world, script, *words, timeout=120):
-    """Run a Python file as torchrun would, in `world` processes -> [(exit code, output)]; it costs one start, not two."""
-    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-           "PYTHONPATH": str(ROOT)}
-    children = [
-        subprocess.Popen([sys.executable, script, *map(str, words)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for r in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [child.communicate(timeout=timeout)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return list(zip([child.returncode for child in children], outputs))
+def start(work, log, **environment):
+    """work() in a copy of this process, which has imported what takes seconds, as a command: its lines go to the file `log`."""
+
+    def child():
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        command(work)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def start_ranks(world, work, log):
+    """work() in `world` such processes, which find one another as torchrun's do."""
+    port = free_port()
+    return [start(work, log, WORLD_SIZE=world, RANK=r, LOCAL_RANK=r, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(world)]

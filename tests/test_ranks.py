@@ -5,21 +5,23 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_checkpoint
 from safetensors.torch import load_file
-from small import ROOT, arguments, free_port, metrics, on_ranks, quiet, small_data
+from small import ROOT, arguments, free_port, metrics, quiet, small_data, start_ranks
 
 import train_cpt
 import train_rl
 import train_sft
 
+WORLDS = (2, 4)
 SCRIPTS = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
 PORO = {"steps": 2, "group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 8, "reward": "small:length", "beta": 0.01}
 SHARDED = {"steps": 3, "kinds": "applied,document,section", "fsdp": "on", "save_every": 1}
-RUNS = {  # name: (stage, flags); two ranks do all of it in one process each, one rank the same in this one
+RUNS = {  # name: (stage, flags); one rank does all of it in this process
     "cpt-replicated": ("cpt", {"steps": 3, "kinds": "applied,document,section"}),
     "cpt-sharded": ("cpt", SHARDED),
     "cpt-epoch": ("cpt", {"epochs": 0.5, "batch-size": 4, "fsdp": "on"}),
@@ -39,7 +41,7 @@ def run_all(folder, world):
 
 
 def move(folder, world, to):
-    """A run of `world` ranks as it was after its first step, to be continued by `to` ranks."""
+    """A run of `world` ranks as it was after its first step, and the arguments that continue it on `to` ranks."""
     out = folder / f"moved-{to}"
     shutil.copytree(folder / f"cpt-sharded-{world}", out)
     shutil.rmtree(out / "model")
@@ -48,10 +50,29 @@ def move(folder, world, to):
     return arguments(folder / "model", folder / "data", out, resume=True, **SHARDED)
 
 
+def on_ranks(folder, world):
+    """All of RUNS, and what one rank began, on `world` ranks: one process imports torch and starts them as its copies."""
+    words = [sys.executable, __file__, folder, world, *move(folder, 1, to=world)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([str(word) for word in words], env=env, cwd=ROOT, check=True, timeout=300)
+
+
+def main(folder, world, *words):
+    import torch.distributed.fsdp  # noqa: F401
+
+    def work():
+        run_all(folder, int(world))
+        train_cpt.main(words)
+
+    ranks = start_ranks(int(world), work, f"{folder}/{world}.log")
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        sys.exit(Path(f"{folder}/{world}.log").read_text())
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_all(sys.argv[1], int(os.environ["WORLD_SIZE"]))
-    train_cpt.main(sys.argv[2:])
+    main(*sys.argv[1:])
     sys.exit(0)
 
 
@@ -61,13 +82,8 @@ def folder(tmp_path_factory):
     tiny_checkpoint(folder / "model")
     small_data(folder / "data", items=8)
     run_all(folder, 1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    for code, output in on_ranks(2, __file__, folder, *move(folder, 1, to=2)):
-        assert code == 0, output
+    for world in WORLDS:
+        on_ranks(folder, world)
     return folder
 
 
@@ -76,23 +92,25 @@ def weights(folder):
     return torch.cat([t.flatten() for _, t in sorted(load_file(path).items())])
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_learn_what_one_learns(two, name):
-    one, other = metrics(two / f"{name}-1"), metrics(two / f"{name}-2")
+def test_any_number_of_ranks_learns_what_one_learns(folder, name, world):
+    """Losses, gradient norms, rewards and final weights; four ranks hold one item of each batch."""
+    one, other = metrics(folder / f"{name}-1"), metrics(folder / f"{name}-{world}")
     assert len(one) == len(other) > 0
     for a, b in zip(one, other):
         assert b == pytest.approx(a, rel=1e-6, abs=1e-6)
-    a, b = weights(two / f"{name}-1"), weights(two / f"{name}-2")
+    a, b = weights(folder / f"{name}-1"), weights(folder / f"{name}-{world}")
     assert (a - b).norm() / a.norm() < 1e-6
 
 
-@pytest.mark.parametrize("to", [1, 2])
-def test_a_checkpoint_is_continued_on_another_number_of_ranks(two, to):
+@pytest.mark.parametrize("to", [1, *WORLDS])
+def test_a_checkpoint_is_continued_on_another_number_of_ranks(folder, to):
     if to == 1:
-        assert quiet(train_cpt.main, move(two, 2, to=1))[0] == 0
-    for a, b in zip(metrics(two / "cpt-sharded-1"), metrics(two / f"moved-{to}"), strict=True):
+        assert quiet(train_cpt.main, move(folder, 2, to=1))[0] == 0
+    for a, b in zip(metrics(folder / "cpt-sharded-1"), metrics(folder / f"moved-{to}"), strict=True):
         assert b == pytest.approx(a, rel=1e-6)
-    a, b = weights(two / "cpt-sharded-1"), weights(two / f"moved-{to}")
+    a, b = weights(folder / "cpt-sharded-1"), weights(folder / f"moved-{to}")
     assert (a - b).norm() / a.norm() < 1e-6
 
 

@@ -1,0 +1,69 @@
+"""FSDP2 from outside: the model file knows nothing of it, and whoever trains an adapter or on one GPU needs none of it.
+
+A rank holds its rows of each weight, gradient and AdamW moment, in equal chunks of the first axis (the last may be
+shorter); a layer's weights are gathered while it runs. Gradients are summed, not averaged: a loss has its global
+denominator already.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+import model as qwen
+from batching import is_fsdp
+
+
+def shard(model, device, dtype, rank, world):
+    """Split `model` over the ranks, in place; matrix products in `dtype`. One on the meta device is read from its files."""
+    from torch.distributed.device_mesh import init_device_mesh  # here: the imports take two seconds
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (world,))
+    half = dtype if dtype != torch.float32 else None
+    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in [*model.model.layers, model]:  # the rest is one unit, tower included: not every batch has pictures
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    if next(model.parameters()).is_meta:
+        _read_rows(model.to_empty(device=device), rank, world)
+
+
+def _read_rows(model, rank, world):
+    """Fill a rank's rows from the checkpoint: no rank ever holds all of it."""
+    files = [qwen.TensorFile(path) for path in sorted(Path(model.source).glob("*.safetensors"))]
+    stored = {qwen.hub_name(name): (file, name) for file in files for name in file.entries}
+    for name, p in model.named_parameters():
+        file, name = stored[name]
+        rows = file.read(name, "cpu", p.dtype).chunk(world)
+        if rank < len(rows):
+            p.detach().to_local().copy_(rows[rank])
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Every unit's whole weights in the compute dtype, gathered once, until the end of the block; nothing without units."""
+    units = [m for m in model.modules() if is_fsdp(m)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model)
+            unit.reshard()
+
+
+def whole(model, dtype, is_main):
+    """The model with all its weights in `dtype` on rank 0's CPU (elsewhere on meta), gathered a tensor at a time."""
+    with torch.device("meta"):
+        copy = qwen.Qwen25VL(model.config)
+    copy.source = model.source
+    for name, p in model.named_parameters():
+        p = p.full_tensor()
+        if is_main:
+            owner, _, leaf = name.rpartition(".")
+            setattr(copy.get_submodule(owner), leaf, torch.nn.Parameter(p.detach().to("cpu", dtype)))
+    return copy
