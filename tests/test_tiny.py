@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import InputError, rewards
 from data.dataset import load_items, load_policies, messages, target
@@ -195,22 +198,43 @@ def test_muon_moves_every_direction_alike():
 
 def fake_results():
     row = {"accuracy": 0.5, "n": 4, "interval": [0.2, 0.8], "exact_chain": 0.25, "seen": {"accuracy": 0.5}, "unseen": {"accuracy": None}}
-    return {"seed": 0, "depth": 3, "policy": "P1", "text": "policy P1 <x>", "left_out": ["N1"], "trimpi": "x", "seconds": 1,
+    return {"seed": 0, "depth": 3, "policy": "P1", "text": "policy P1 <x>", "left_out": ["N1"], "trimpi": "x", "seconds": 1, **report.provenance(),
             "rows": [{"name": name, **row} for name in demo.ROWS]}  # fmt: skip
 
 
-def test_the_report_asks_no_network_and_escapes_what_models_say(tmp_path):
+@pytest.fixture
+def page(tmp_path):
+    """A report about one picture, on which every stage said something nasty."""
     (tmp_path / "eval").mkdir()
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "p.png").write_bytes(b"png")
+    Image.new("RGB", (112, 112), "gray").save(tmp_path / "data" / "p.png")
     item = {"id": "a", "answer": "A1", "cot": "N1", "images": ["p.png"]}
     (tmp_path / "data" / "test.jsonl").write_text(json.dumps(item) + "\n")
     for name in demo.ROWS:
         (tmp_path / "eval" / f"{name}.jsonl").write_text(json.dumps({"id": "a", "correct": 0, "seen": False, "response": "<script>"}) + "\n")
     report.write_report(tmp_path, fake_results())
-    page = (tmp_path / "report.html").read_text()
-    assert not re.search(r"https?://|<script|@import|url\(", page) and "&lt;script&gt;" in page
-    assert all(title in page for title in report.TITLES.values())
+    return tmp_path / "report.html"
+
+
+def test_the_report_asks_no_network_and_escapes_what_models_say(page):
+    text = page.read_text()
+    assert not re.search(r"https?://|<script|@import|url\(", text) and "&lt;script&gt;" in text
+    assert all(title in text for title in report.TITLES.values())
+
+
+@pytest.mark.parametrize("width", (1280, 400))
+def test_a_browser_opens_the_report_without_a_word_and_nothing_sticks_out(page, width):
+    """No error in its console, and no part wider than the window (what is scrolled inside its own box aside)."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no Chromium on this machine")
+    measure = "Math.max(...[...document.querySelectorAll('body *:not(.wide *)')].map(e => e.getBoundingClientRect().right))"
+    probe = page.with_name("probe.html")  # the page itself has no script
+    probe.write_text(page.read_text().replace("<html", f'<html style="width: {width}px"').replace("</body>", f"<script>document.title = 'wide ' + {measure}</script></body>"))
+    shown = lambda file: subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND",
+                                         f"--window-size={width},900", file.as_uri()], capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert "CONSOLE" not in shown(page).stderr
+    assert width / 2 < float(re.search(r"<title>wide ([\d.]+)", shown(probe).stdout)[1]) <= width
 
 
 def test_the_demo_refuses_a_folder_that_holds_another_run(tmp_path):

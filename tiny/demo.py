@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError, command
-from tiny.report import write_report
+from tiny.report import provenance, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "tiny" / "base"
@@ -30,7 +30,7 @@ COMMON = ["--full", "--no-train-vision", "--warmup", "5", "--max-prompt", "2000"
 LEARN = ["--batch-size", "16", "--micro-batch", "16", "--beta2", "0.98"]
 CPT = [*LEARN, "--steps", "60", "--lr", "5e-4"]
 SFT = [*LEARN, "--steps", "40", "--lr", "3e-4"]
-RL = ["--algorithm", "dapo", "--dynamic-tries", "0", "--batch-size", "8", "--micro-batch", "64", "--steps", "60", "--lr", "2e-4",
+RL = ["--algorithm", "dapo", "--dynamic-tries", "0", "--batch-size", "8", "--micro-batch", "64", "--steps", "80", "--lr", "2e-4",
       "--beta2", "0.98", "--check", "0"]  # fmt: skip
 GRPO, PORO = ["--group-size", "8", "--policy-rollouts", "0"], ["--group-size", "4", "--policy-rollouts", "4"]  # equal cost
 
@@ -159,9 +159,9 @@ def main(argv=None):
     found = {row["name"]: row for row in json.loads((out / "eval" / "results.json").read_text())["rows"]}
     policy = json.loads((data / "policies.json").read_text())[0]
     results = {
-        "seed": args.seed, "depth": args.depth, "policy": policy["name"], "text": policy["text"], "seconds": round(time.time() - began),
+        "seed": args.seed, "depth": args.depth, "policy": policy["name"], "text": policy["text"], "seconds": round(time.time() - began), **provenance(),
         "left_out": json.loads((data / "left_out.json").read_text())[policy["name"]] if (data / "left_out.json").exists() else [],
-        "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4; `trimpi_paper`: CPT items with the policy in front",
+        "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4; trimpi_paper: CPT items with the policy in front",
         "rows": [{**{k: v for k, v in found[row].items() if k not in ("by_policy", "model")}, "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

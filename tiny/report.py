@@ -1,12 +1,17 @@
 """The demo's report: one HTML file that asks no network for anything, and the same bars as a PNG.
 
     write_report(out, results)      out: the demo's folder; results: what it writes to results.json
+    provenance()                    what results were made with
 """
 
 import base64
 import html
 import json
+import os
+import subprocess
 from pathlib import Path
+
+import torch
 
 PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474): another model, another size of policy
     "in_context": 13.15, "sft": 17.80, "cpt_sft": 22.75, "sft_grpo": 47.05, "cpt_sft_grpo": 55.90, "trimpi": 65.85,
@@ -19,7 +24,8 @@ TITLES = {
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 62rem; color: #1c2430; background: #fff }
 h1 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-svg { width: 100%; height: auto; display: block } svg text { font: 13px system-ui, sans-serif; fill: #1c2430 }
+svg { width: 100%; height: auto; display: block } .bars { max-width: 40rem } svg text { font: 13px system-ui, sans-serif; fill: #1c2430 }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap }
 td:first-child, th:first-child { text-align: left }
@@ -31,49 +37,57 @@ code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
 BLUE, PALE, GREY, RED = "#2a5bd7", "#9db7f2", "#c3cad4", "#c4462f"
 
 
+def provenance():
+    """{"hardware", "torch", "commit"} of results made here and now; "-dirty": with changes that are not committed."""
+    try:
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    except OSError:
+        names = []
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"hardware": f"{os.cpu_count()} cores, {names[0] if names else 'unknown'}", "torch": torch.__version__,
+            "commit": git.stdout.strip() or "unknown"}  # fmt: skip
+
+
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
 
 
 def bars(rows):
     """Accuracy with its interval as SVG: all paths, and beneath them the paths with sections that SFT never showed."""
-    left, right, step = 232, 668, 46
+    left, right, step = 18, 432, 54
     x = lambda share: left + share * (right - left)
-    out = [f'<svg viewBox="0 0 720 {step * len(rows) + 34}" role="img" aria-label="accuracy of every row">']
+    out = [f'<svg class="bars" viewBox="0 0 480 {step * len(rows) + 28}" role="img" aria-label="accuracy of every row">']
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        out.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="4" y2="{step * len(rows) + 8}" stroke="#e6eaf0"/>'
-                   f'<text x="{x(tick)}" y="{step * len(rows) + 26}" text-anchor="middle">{tick:.2f}</text>')  # fmt: skip
+        out.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="4" y2="{step * len(rows) + 4}" stroke="#e6eaf0"/>'
+                   f'<text x="{x(tick)}" y="{step * len(rows) + 20}" text-anchor="middle">{tick:.2f}</text>')  # fmt: skip
     for k, row in enumerate(rows):
-        y, (low, high) = k * step + 8, row["interval"]
-        out.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{TITLES[row["name"]]}</text>')
-        out.append(f'<rect x="{left}" y="{y}" width="{x(row["accuracy"]) - left}" height="20" fill="{BLUE}"/>')
-        out.append(f'<line x1="{x(low)}" x2="{x(high)}" y1="{y + 10}" y2="{y + 10}" stroke="#1c2430" stroke-width="1.5"/>')
+        y, (low, high) = k * step + 18, row["interval"]
+        out.append(f'<text x="{left}" y="{y - 4}">{TITLES[row["name"]]}</text>')
+        out.append(f'<rect x="{left}" y="{y}" width="{x(row["accuracy"]) - left}" height="18" fill="{BLUE}"/>')
+        out.append(f'<line x1="{x(low)}" x2="{x(high)}" y1="{y + 9}" y2="{y + 9}" stroke="#1c2430" stroke-width="1.5"/>')
         unseen = row.get("unseen") or {}
         if unseen.get("accuracy") is not None:
-            out.append(f'<rect x="{left}" y="{y + 22}" width="{x(unseen["accuracy"]) - left}" height="9" fill="{PALE}"/>')
+            out.append(f'<rect x="{left}" y="{y + 19}" width="{x(unseen["accuracy"]) - left}" height="8" fill="{PALE}"/>')
         if row["name"] in PAPER:
-            out.append(f'<circle cx="{x(PAPER[row["name"]] / 100)}" cy="{y + 10}" r="5" fill="#fff" stroke="{RED}" stroke-width="2.5"/>')
-        out.append(f'<text x="{right + 6}" y="{y + 15}">{row["accuracy"]:.2f}</text>')
+            out.append(f'<circle cx="{x(PAPER[row["name"]] / 100)}" cy="{y + 9}" r="4.5" fill="#fff" stroke="{RED}" stroke-width="2.5"/>')
+        out.append(f'<text x="{right + 8}" y="{y + 14}">{row["accuracy"]:.2f}</text>')
     return "\n".join([*out, "</svg>"])
 
 
-def curves(runs):
-    """Share of right responses over RL steps, {title: metrics rows}, standard and policy-aware halves, as SVG."""
-    left, top, width, height, gap = 34, 22, 300, 120, 52
-    out = [f'<svg viewBox="0 0 720 {(len(runs) + 1) // 2 * (height + gap) + 8}" role="img" aria-label="reward over training">']
-    for k, (title, rows) in enumerate(runs.items()):
-        x0, y0 = left + k % 2 * (width + 54), top + k // 2 * (height + gap)
-        out.append(f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" fill="none" stroke="#dde3ea"/>'
-                   f'<text x="{x0}" y="{y0 - 6}">{title}</text><text x="{x0 - 4}" y="{y0 + 10}" text-anchor="end">1</text>'
-                   f'<text x="{x0 - 4}" y="{y0 + height}" text-anchor="end">0</text>'
-                   f'<text x="{x0 + width}" y="{y0 + height + 16}" text-anchor="end">step {len(rows)}</text>')  # fmt: skip
-        for key, color in (("accuracy", BLUE), ("accuracy_aware", RED)):
-            values = [row.get(key, 0) for row in rows]
-            if any(values):
-                values = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
-                points = " ".join(f"{x0 + width * i / max(1, len(values) - 1):.1f},{y0 + height * (1 - v):.1f}" for i, v in enumerate(values))
-                out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-    return "\n".join([*out, "</svg>"])
+def curve(title, rows):
+    """Share of right responses over the steps of one RL run, standard and policy-aware halves, as SVG."""
+    width, height = 270, 120
+    out = [f'<svg viewBox="0 0 300 162" role="img" aria-label="{title}: right responses over training">'
+           f'<text x="18" y="14">{title}</text><rect x="18" y="20" width="{width}" height="{height}" fill="none" stroke="#dde3ea"/>'
+           f'<text x="12" y="30" text-anchor="end">1</text><text x="12" y="{20 + height}" text-anchor="end">0</text>'
+           f'<text x="{18 + width}" y="{36 + height}" text-anchor="end">step {len(rows)}</text>']  # fmt: skip
+    for key, color in (("accuracy", BLUE), ("accuracy_aware", RED)):
+        values = [row.get(key, 0) for row in rows]
+        if any(values):
+            values = [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+            points = " ".join(f"{18 + width * i / max(1, len(values) - 1):.1f},{20 + height * (1 - v):.1f}" for i, v in enumerate(values))
+            out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+    return "".join([*out, "</svg>"])
 
 
 def cases(out, results, count=4):
@@ -92,7 +106,8 @@ def cases(out, results, count=4):
         for name, responses in said.items():
             response = responses[key]
             mark = "right" if response["correct"] else "wrong"
-            lines.append(f'<p><small>{TITLES[name]}: <span class="{mark}">{mark}</span></small><br><code>{html.escape(response["response"])}</code></p>')
+            text = response["response"] if len(response["response"]) < 400 else response["response"][:380] + " …"
+            lines.append(f'<p><small>{TITLES[name]}: <span class="{mark}">{mark}</span></small><br><code>{html.escape(text)}</code></p>')
         parts.append(f'<section class="case"><img alt="test picture" src="data:image/png;base64,{picture}">{"".join(lines)}</div></section>')
     return "\n".join(parts)
 
@@ -118,13 +133,14 @@ def write_report(out, results):
 <link rel="icon" href="data:,"><title>TriMPI on a tiny base</title><style>{STYLE}</style></head><body>
 <h1>TriMPI on a tiny base: one policy, without it in the prompt</h1>
 <p>Seed {results['seed']}: policy {results['policy']} of {results['depth']} layers, {rows[0]['n']} unseen pictures, greedy answers,
-{results['seconds']} seconds in all. No SFT item meets the sections {', '.join(results['left_out']) or '(none)'}.</p>
+{results['seconds']} seconds on {html.escape(results['hardware'])}, torch {results['torch']}, commit {results['commit']}. No SFT item meets the sections {', '.join(results['left_out']) or '(none)'}.</p>
 <p><code>{html.escape(results['text'])}</code></p>
 <h2>Accuracy</h2>{bars(rows)}
 <p><small>Bar: all paths, with a 95 % interval. Pale bar: paths with a section that no SFT item met. Circle: the paper's figure, for
 Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task. GRPO has 8 responses a query, PolicyRollout 4 + 4.</small></p>
 {table(rows)}<p><small>trimpi: {html.escape(results['trimpi'])}.</small></p>
-<h2>Share of right responses while RL runs</h2>{curves(rl)}
+<h2>Share of right responses while RL runs</h2>
+<div class="curves">{''.join(curve(*run) for run in rl.items())}</div>
 <p><small>Blue: responses to the query alone. Red: responses with the policy in the prompt (PolicyRollout's other half). Mean of five steps.</small></p>
 <h2>Pictures, the paths they call for, and what each stage said</h2>{cases(out, results)}
 </body></html>"""

@@ -71,6 +71,7 @@ def pictures(folder, count, seed, workers=os.cpu_count()):
         for name, (shape, dtype) in shapes.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape)).flush()
         jobs = [(folder, seed, start, min(start + 500, count)) for start in range(0, count, 500)]
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of each worker: on small matrices more only wait for each other
         with get_context("spawn").Pool(workers) as pool:
             for _ in pool.imap_unordered(_fill, jobs):
                 pass

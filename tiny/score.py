@@ -1,0 +1,117 @@
+"""How well does the base follow policies that it never read? Greedy answers, the policy in the prompt, unseen pictures.
+
+    python -m tiny.score --out runs/score           20 policies of 48 pictures for every depth and variant: minutes
+
+Besides, at N = 3: the policy missing; every query's picture exchanged for one that calls for another answer (right answers then
+would have to come from elsewhere); scenes from another distance, in other light; pictures of a folder in the official CLEVR
+layout (--clevr-root), scaled down. Writes <out>/scores.json and scores.md.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import InputError, command
+from data.clevr_policy import make_dataset, read_clevr, sample_scenes, write_json
+from data.dataset import load_items, load_policies
+from evaluate import evaluate, load, wilson
+from tiny.demo import BASE
+from tiny.report import provenance
+from tiny.world import LOOK, OBJECTS, SIDE, Terse
+
+AIMS = {"N = 2": 0.98, "N = 3": 0.97, "N = 4": 0.96, "N = 6": 0.85, "M, N = 2": 0.96, "M, N = 3": 0.96, "M, N = 4": 0.90}
+FOLDER = 10  # policies drawn at once: their names differ
+
+
+def scenes_of(seed, count, look=LOOK, lamps=0.0):
+    """Scenes to draw policies on and to ask about; lamps: units by which each lamp is moved besides, at most."""
+    scenes = sample_scenes(seed, {"train": 1500, "test": count}, size=(SIDE, SIDE), objects=(1, OBJECTS), **look)
+    rng = np.random.default_rng(seed)
+    for scene in scenes["test"]:
+        scene["lamps"] = (np.array(scene["lamps"]) + rng.uniform(-lamps, lamps, (3, 3))).tolist()
+    return scenes
+
+
+def swapped(items):
+    """Every item with the picture of another one of its policy that calls for another answer."""
+    out = []
+    for k, item in enumerate(items):
+        others = [x for x in items[k:] + items[:k] if x["policy"] == item["policy"] and x["answer"] != item["answer"]]
+        out.append({**item, "images": others[0]["images"]})
+    return out
+
+
+class Scores:
+    def __init__(self, model, policies, queries, seed):
+        self.model, self.processor = load(model)
+        self.policies, self.queries, self.seed, self.rows = policies, queries, seed, []
+
+    def ask(self, name, scenes, depth, variant="T", change=None, queries=None, **how):
+        """One row: new policies over these scenes, in folders that are deleted again; change: of the items."""
+        right, n, worst = 0, 0, 1.0
+        for first in range(0, self.policies, FOLDER):
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "data"
+                make_dataset(data, scenes, depth=depth, variant=variant, policies=min(FOLDER, self.policies - first), queries=1, sft=1,
+                             test=queries or self.queries, seed=self.seed + 100 * depth + first, style=Terse(), size=(SIDE, SIDE))  # fmt: skip
+                policies = load_policies(data)
+                items = load_items(data, "test.jsonl", policies)
+                row, _ = evaluate(self.model, self.processor, change(items) if change else items, policies, max_response=200,
+                                  **{"policy_in_context": True, **how})  # fmt: skip
+            right, n = right + round(row["accuracy"] * row["n"]), n + row["n"]
+            worst = min([worst, *[one["accuracy"] for one in row["by_policy"].values()]])
+        self.rows.append({"name": name, "accuracy": right / n, "interval": wilson(right, n), "n": n, "policies": self.policies,
+                          "worst_policy": worst, "aim": AIMS.get(name)})  # fmt: skip
+
+
+def markdown(rows, about):
+    lines = ["# Scores of the tiny base", "", about, "", "| | exact answers | 95 % interval | worst policy | policies | n | aim |", "| --- " * 7 + "|"]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(f"| {row['name']} | {row['accuracy']:.3f} | {low:.3f} – {high:.3f} | {row['worst_policy']:.2f} | {row['policies']} | {row['n']} "
+                     f"| {row['aim'] or '–'} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tiny.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    parser.add_argument("--out", default="runs/score", metavar="DIR", help="folder of scores.json and scores.md (default runs/score)")
+    parser.add_argument("--policies", type=int, default=20, help="new policies a row (default 20)")
+    parser.add_argument("--queries", type=int, default=48, help="pictures a policy (default 48)")
+    parser.add_argument("--seed", type=int, default=77, help="of scenes and policies (default 77)")
+    parser.add_argument("--clevr-root", metavar="FOLDER", help="also on pictures of this folder in the official CLEVR layout")
+    args = parser.parse_args(argv)
+    if min(args.policies, args.queries) < 1:
+        raise InputError(f"found {args.policies} policies, {args.queries} queries, expected one of each at least")
+    out, scores = Path(args.out), Scores(args.model, args.policies, args.queries, args.seed)
+    count = max(1000, 2 * FOLDER * args.queries)
+    usual, seed = scenes_of(args.seed, count), args.seed + 1
+    rows = [(name, usual, int(name[-1]), name[0].replace("N", "T"), {}) for name in AIMS]
+    rows += [("N = 3, without the policy", usual, 3, "T", {"policy_in_context": False}),
+             ("N = 3, a wrong picture", usual, 3, "T", {"change": swapped}),
+             ("N = 3, from farther away (focal length 1.3 for 1.6)", scenes_of(seed, count, {**LOOK, "zoom": 1.3}), 3, "T", {}),
+             ("N = 3, from nearer (1.8)", scenes_of(seed + 1, count, {"area": 1.6, "zoom": 1.8}), 3, "T", {}),
+             ("N = 3, lamps moved by up to 3 units more", scenes_of(seed + 2, count, lamps=3.0), 3, "T", {})]  # fmt: skip
+    if args.clevr_root:
+        blender = read_clevr(args.clevr_root)
+        rows.append(("N = 3, Blender's pictures of 3 to 10 objects", blender, 3, "T", {"queries": min(args.queries, len(blender["test"]))}))
+    for name, scenes, depth, variant, how in tqdm(rows, desc="score", unit="row", disable=None):
+        scores.ask(name, scenes, depth, variant, **how)
+        print(f"{name}: {scores.rows[-1]['accuracy']:.3f}", flush=True)
+    made = provenance()
+    about = (f"Written by `python -m tiny.score --policies {args.policies} --queries {args.queries} --seed {args.seed}`; "
+             f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}.")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "scores.json", {"about": about, "rows": scores.rows})
+    (out / "scores.md").write_text(markdown(scores.rows, about))
+    print(markdown(scores.rows, about))
+    return json.loads((out / "scores.json").read_text())
+
+
+if __name__ == "__main__":
+    command(main)
