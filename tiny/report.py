@@ -48,6 +48,18 @@ def provenance():
             "commit": git.stdout.strip() or "unknown"}  # fmt: skip
 
 
+def plotting():
+    """matplotlib's pyplot for files, or None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
 
@@ -145,12 +157,7 @@ Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task.
 <h2>Pictures, the paths they call for, and what each stage said</h2>{cases(out, results)}
 </body></html>"""
     (out / "report.html").write_text(page, encoding="utf-8")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
+    if not (pyplot := plotting()):
         return
     figure, axis = pyplot.subplots(figsize=(9, 0.55 * len(rows) + 1))
     place = range(len(rows))
@@ -168,4 +175,24 @@ Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task.
     axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(out / "report.png", dpi=150)
+    pyplot.close(figure)
+
+
+def draw_study(worlds, path):
+    """A panel for each world of tiny.study: mean accuracy of every row and the interval of that mean, as a PNG."""
+    if not (pyplot := plotting()):
+        return
+    heights = [0.3 * len(rows) + 0.6 for rows in worlds.values()]
+    figure, axes = pyplot.subplots(len(worlds), figsize=(8, sum(heights) + 0.5), height_ratios=heights, squeeze=False, sharex=True)
+    for axis, (world, rows) in zip(axes[:, 0], worlds.items()):
+        names = [f"{TITLES.get(row['name'], row['name'])} ({row['runs']})" for row in rows]
+        errors = [row["half_interval"] or 0 for row in rows]
+        axis.barh(names, [row["accuracy"] for row in rows], 0.65, xerr=errors, color=BLUE, ecolor="#1c2430")
+        axis.set_title(world, loc="left", fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlim(0, 1.02)
+    axes[-1, 0].set_xlabel("accuracy without the policy in the prompt: mean (number of runs), 95 % interval of the mean", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -4,7 +4,7 @@
 
 Every experiment runs for each policy and seed; the most telling ones come first, one policy after the other, so that a
 study cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not done again.
-Writes results/study.json and results/study.md: means over policies and seeds with a 95 % interval of the mean (Student's t).
+Writes results/study.json, study.md and study.png: means over policies and seeds with a 95 % interval of the mean (Student's t).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 
 from data import InputError, command
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT, call
-from tiny.report import PAPER
+from tiny.report import PAPER, draw_study, provenance
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees of freedom
 
@@ -183,12 +183,14 @@ def summary(rows):
 
 
 def write(rows, folder):
-    """results/study.json and study.md."""
+    """results/study.json, study.md and study.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    worlds, share = summary(rows), lambda x: "–" if x is None else f"{x:.3f}"
-    (folder / "study.json").write_text(json.dumps({"worlds": worlds, "rows": rows}, indent=1) + "\n")
+    worlds, share, made = summary(rows), lambda x: "–" if x is None else f"{x:.3f}", provenance()
+    (folder / "study.json").write_text(json.dumps({**made, "worlds": worlds, "rows": rows}, indent=1) + "\n")
+    draw_study(worlds, folder / "study.png")
     lines = ["# The study on the tiny base", "", "Mean accuracy without the policy in the prompt over policies and seeds, with the 95 % interval of that mean; "
-             "`with P`: accuracy with the policy put back. The paper's figures: Qwen2.5-VL-7B, T, N = 6.", ""]  # fmt: skip
+             "`with P`: accuracy with the policy put back. The paper's figures: Qwen2.5-VL-7B, T, N = 6. "
+             f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}.", ""]  # fmt: skip
     for world, found in worlds.items():
         lines += [f"## {world}", "", "| | accuracy | ± | seen | unseen | exact chains | with P | runs | n | paper |", "| --- " * 10 + "|"]
         for r in found:
