@@ -99,7 +99,7 @@ def main(argv=None):
              ("N = 3, lamps moved by up to 3 units more", scenes_of(seed + 2, count, lamps=3.0), 3, "T", {})]  # fmt: skip
     if args.clevr_root:
         blender = read_clevr(args.clevr_root)
-        rows.append(("N = 3, Blender's pictures of 3 to 10 objects", blender, 3, "T", {"queries": min(args.queries, len(blender["test"]))}))
+        rows.append(("N = 3, Blender's pictures", blender, 3, "T", {"queries": min(args.queries, len(blender["test"]))}))
     for name, scenes, depth, variant, how in tqdm(rows, desc="score", unit="row", disable=None):
         scores.ask(name, scenes, depth, variant, **how)
         print(f"{name}: {scores.rows[-1]['accuracy']:.3f}", flush=True)
