@@ -15,8 +15,9 @@ Axes: B rows, T tokens, M merged tokens (4 x 4 a picture, 2 x 2 a crop).
 
 import numpy as np
 
+from data.clevr import CODE_BITS, COLORS, MATERIALS, SHAPES, SIZES
+from data.clevr_policy import grow
 from tiny.world import ACTIONS, ID, KINDS, NODES, POLICIES
-from data.clevr import COLORS, MATERIALS, SHAPES, SIZES
 
 COLUMN = {"shape": 0, "color": 1, "size": 2, "material": 3}  # of the pictures' attribute table
 VALUES = [(kind, word) for kind, words in zip(KINDS, (SIZES, COLORS, MATERIALS, SHAPES)) for word in words]  # in spoken order
@@ -37,37 +38,50 @@ PAD = ID["<|endoftext|>"]
 # -- 1. trees ----------------------------------------------------------------------------------------------------------
 
 
+BITS = [1 << CODE_BITS.index(value) for value in VALUES]  # of a SceneTable's code
+
+
 def matches(table):
     """Which objects have which value: bool (values, S, objects) from an attribute table (S, objects, 4)."""
     return table[:, :, TABLE_COLUMN].transpose(2, 0, 1) == INDEX[:, None, None]
 
 
-def grow(rng, depth, match, least=0.1):
-    """A decision tree over the scenes of `match`: [(values spoken, yes, no)], children as node numbers or ~leaf, and the
-    leaves' [(path [(node, answer)], scenes that end there)]. Behind a true edge the filter goes on, behind a false one it starts anew.
+class Codes:
+    """What data.clevr_policy.grow needs of a SceneTable: the values of every object as bits, (S, objects) uint16."""
+
+    def __init__(self, match):
+        self.code = sum(seen.astype(np.uint16) * np.uint16(bit) for seen, bit in zip(match, BITS))
+
+    def __len__(self):
+        return len(self.code)
+
+    def take(self, scenes):
+        part = object.__new__(Codes)
+        part.code = self.code[scenes]
+        return part
+
+
+def planted(rng, depth, codes):
+    """A ClevrPolicy tree over these scenes: [(values spoken, yes, no)], children as node numbers or ~leaf, and the leaves'
+    [(path [(node, answer)], scenes that end there)].
     """
-    nodes, leaves = [], []
-    everything = np.arange(match.shape[1])
+    grown, count = grow(rng, depth, codes)
+    nodes, leaves = [None] * len(grown), [None] * count
 
-    def visit(spoken, found, alive, path):
-        if len(path) < depth and len(spoken) < 4:
-            taken = {KIND[v] for v in spoken}
-            share = (match[:, alive] & found).any(2).mean(1)
-            good = [v for v in np.flatnonzero((share >= least) & (share <= 1 - least)) if KIND[v] not in taken]
-            if good and len(alive) >= 4:
-                v = good[rng.integers(len(good))]
-                number, hit = len(nodes), (match[v, alive] & found)
-                nodes.append(None)
-                yes = hit.any(1)
-                words = sorted([*spoken, v], key=KIND.__getitem__)
-                a = visit(words, hit[yes], alive[yes], [*path, (number, True)])
-                b = visit([], np.ones((int((~yes).sum()), match.shape[2]), bool), alive[~yes], [*path, (number, False)])
-                nodes[number] = (words, a, b)
-                return number
-        leaves.append((path, alive))
-        return ~(len(leaves) - 1)
+    def visit(child, alive, path):
+        kind, k = child
+        if kind == "leaf":
+            leaves[k] = path, alive
+            return ~k
+        held = {**grown[k]["held"], **dict([grown[k]["asked"]])}
+        spoken = sorted(VALUES.index(value) for value in held.items())
+        asked = np.uint16(sum(BITS[v] for v in spoken))
+        hit = ((codes.code[alive] & asked) == asked).any(1)
+        yes, no = grown[k]["branches"]["yes"], grown[k]["branches"]["no"]
+        nodes[k] = spoken, visit(yes, alive[hit], [*path, (k, True)]), visit(no, alive[~hit], [*path, (k, False)])
+        return k
 
-    visit([], np.ones((len(everything), match.shape[2]), bool), everything, [])
+    visit(("node", 0), np.arange(len(codes), dtype=np.int32), [])
     return nodes, leaves
 
 
@@ -181,18 +195,19 @@ class Stream:
         self.rng = np.random.default_rng(seed)
         self.table, self.crops, self.first = table, crops, first
         self.match = matches(table)
+        self.codes = Codes(self.match)
         self.count = (table[:, :, 0] >= 0).sum(1)
         self.trees = {}
 
     def crop(self, rng, value):
         return ~int(rng.choice(self.crops[value]))
 
-    def tree(self, depth, fresh=0.3, keep=2000):
+    def tree(self, depth, fresh=0.15, keep=2000):
         """A grown tree, often one of those grown before, under new names: growing is the slow part."""
         pool = self.trees.setdefault(depth, [])
         if len(pool) < 50 or self.rng.random() < fresh:
-            scenes = self.rng.choice(len(self.table), min(len(self.table), 60 * 2 ** max(depth, 3)), replace=False)
-            nodes, leaves = grow(self.rng, depth, self.match[:, scenes])
+            scenes = self.rng.choice(len(self.table), min(len(self.table), max(1200, 60 * 2**depth)), replace=False).astype(np.int32)
+            nodes, leaves = planted(self.rng, depth, self.codes.take(scenes))
             made = nodes, [(path, scenes[alive]) for path, alive in leaves]
             if len(pool) < keep:
                 pool.append(made)
