@@ -30,7 +30,8 @@ from PIL import Image
 from torch import nn
 
 from data import InputError, command
-from data.clevr import ATTRIBUTES, COLORS, MATERIALS, SHAPES, SIZES
+from data.clevr import ATTRIBUTES, COLORS, MATERIALS, RADIUS, SHAPES, SIZES
+from data.clevr_policy import CROP as MARGIN
 from model import Config, Qwen25VL, arrange, save_pretrained
 from tiny.stream import Stream, crops_by_value, rows
 from tiny.world import ACTIONS, CROP, ID, NODES, POLICIES, SIDE, TOKENS, pictures, write_tokenizer
@@ -134,14 +135,16 @@ def trunk(visual, x):
     return x.view(B, N, -1)
 
 
-def fitted(image, index, thing, rng):
-    """A crop that one object fills, enlarged to 56 pixels, and its object index."""
+def fitted(image, index, thing, rng, wider=1.0):
+    """A square about one object, which fills it if `wider` is 1, enlarged to 56 pixels: picture, object index, all inside?"""
     ys, xs = np.nonzero(index == thing)
-    reach = max(6, max(np.ptp(ys), np.ptp(xs)) / 2 * rng.uniform(1.05, 1.45) + 1)
+    reach = max(6, max(np.ptp(ys), np.ptp(xs)) / 2 * rng.uniform(1.05, 1.45) + 1) * wider
     y, x = (ys.min() + ys.max()) / 2, (xs.min() + xs.max()) / 2
-    box = max(0, int(x - reach)), max(0, int(y - reach)), min(SIDE, int(x + reach) + 1), min(SIDE, int(y + reach) + 1)
+    box = int(x - reach), int(y - reach), int(x + reach) + 1, int(y + reach) + 1
+    inside = min(box) >= 0 and max(box) <= SIDE
+    box = [min(max(edge, 0), SIDE) for edge in box]
     cut = lambda a, how: np.asarray(Image.fromarray(a).crop(box).resize((CROP, CROP), how))
-    return cut(image, Image.BICUBIC), cut(index.astype(np.uint8), Image.NEAREST).astype(np.int8)
+    return cut(image, Image.BICUBIC), cut(index.astype(np.uint8), Image.NEAREST).astype(np.int8), inside
 
 
 def cut_out(image, index, spot, rng):
@@ -166,7 +169,7 @@ def train_vision(model, world, out, steps, batch=128):
         if step % 3 == 2:
             which = (rng.random(batch) * (things[:, :, 0] >= 0).sum(1)).astype(int)
             whole_scale = rng.random() < 0.4
-            cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)
+            cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)[:2]
                     for b, k in enumerate(which)]  # fmt: skip
             x, shown = (np.stack(part) for part in zip(*cuts))
         label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, N)
@@ -187,21 +190,30 @@ def train_vision(model, world, out, steps, batch=128):
 
 @torch.inference_mode()
 def write_features(model, world, out, batch=128):
-    """What the frozen tower makes of every picture (S, 64, D) and of two crops of each (2 S, 16, D), in half precision."""
-    image, index, table, spot = world
+    """What the frozen tower makes of every picture (S, 64, D) and of two crops of each (2 S, 16, D), in half precision: one
+    that an object fills, and one as wide as a large cube in its place, where small looks small (data.clevr_policy.croppable).
+    """
+    image, index, table, _ = world
     S, rng = len(image), np.random.default_rng(1)
     opened = lambda name, shape, dtype: np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, shape)
     full, crop = opened("full", (S, 64, WIDTH), np.float16), opened("crop", (2 * S, 16, WIDTH), np.float16)
     clean = opened("clean", (2 * S,), np.int8)
+    reach = {(size, shape): RADIUS[size] * MARGIN[shape] for size in SIZES for shape in SHAPES}
+    kinds = list(ATTRIBUTES)
+
+    def wider(thing):
+        return reach["large", "cube"] / reach[SIZES[thing[kinds.index("size")]], SHAPES[thing[kinds.index("shape")]]]
+
     for start in range(0, S, batch):
         s = np.arange(start, min(start + batch, S))
-        x, shown, thing = np.asarray(image[s]), np.asarray(index[s]), s % (np.asarray(table[s])[:, :, 0] >= 0).sum(1)
+        x, shown, things = np.asarray(image[s]), np.asarray(index[s]), np.asarray(table[s])
+        thing = s % (things[:, :, 0] >= 0).sum(1)
         full[s] = trunk(model.visual, patches(x)).half()
-        for first, cuts in ((0, [fitted(x[b], shown[b], k, rng) for b, k in enumerate(thing)]),
-                            (S, [cut_out(x[b], shown[b], spot[s[b], k], rng) for b, k in enumerate(thing)])):  # fmt: skip
-            crop[first + s] = trunk(model.visual, patches(np.stack([c for c, _ in cuts]))).half()
-            for b, (_, seen) in enumerate(cuts):  # is the object alone there?
-                clean[first + s[b]] = ((seen >= 0) & (seen != thing[b])).sum() < 12 and (seen == thing[b]).sum() > 60
+        for first in (0, S):
+            cuts = [fitted(x[b], shown[b], k, rng, wider(things[b, k]) if first else 1) for b, k in enumerate(thing)]
+            crop[first + s] = trunk(model.visual, patches(np.stack([c for c, *_ in cuts]))).half()
+            for b, (_, seen, inside) in enumerate(cuts):  # is the object whole and alone there?
+                clean[first + s[b]] = inside and ((seen >= 0) & (seen != thing[b])).sum() < 12
 
 
 # -- 3. a lookup to start from -----------------------------------------------------------------------------------------
@@ -343,12 +355,12 @@ LOOK = [(0.04, "pairs", {}), (0.02, "copy", {}), (0.14, "recite", {"most": 12}),
 APPLY = [(0.02, "pairs", {}), (0.01, "copy", {}), (0.08, "recite", {"most": 16}), (0.05, "walk", {"depth": 3}), (0.05, "walk", {"depth": 4}),
          (0.1, "check", {"decisions": 10, "most": 1}), (0.25, "check", {"decisions": 10}), (0.06, "describe", {}),
          *[(share, "apply", {"depth": depth}) for depth, share in ((1, 0.08), (2, 0.1), (3, 0.1), (4, 0.1))]]  # fmt: skip
-WHOLE = [(0.04, "recite", {"most": 20}), (0.03, "recite", {"most": 58, "each": 8}), (0.05, "recite", {"most": 12, "crops": True, "each": 6}),
-         (0.02, "walk", {"depth": 4, "each": 6}), (0.05, "walk", {"depth": 6, "each": 8}), (0.06, "check", {"decisions": 10, "most": 1}),
-         (0.18, "check", {"decisions": 10}), (0.03, "describe", {}), (0.04, "name_crop", {}), (0.03, "apply", {"depth": 1}),
-         (0.05, "apply", {"depth": 2}), (0.07, "apply", {"depth": 3, "each": 5}), (0.11, "apply", {"depth": 4, "each": 6}),
-         (0.12, "apply", {"depth": 6, "each": 8}), (0.03, "apply", {"depth": 2, "crops": True, "each": 5}),
-         (0.04, "apply", {"depth": 3, "crops": True, "each": 6}), (0.05, "apply", {"depth": 4, "crops": True, "each": 7})]  # fmt: skip
+WHOLE = [(0.03, "recite", {"most": 20}), (0.03, "recite", {"most": 58, "each": 8}), (0.07, "recite", {"most": 12, "crops": True, "each": 6}),
+         (0.02, "walk", {"depth": 4, "each": 6}), (0.04, "walk", {"depth": 6, "each": 8}), (0.05, "check", {"decisions": 10, "most": 1}),
+         (0.17, "check", {"decisions": 10}), (0.02, "describe", {}), (0.05, "name_crop", {}), (0.02, "apply", {"depth": 1}),
+         (0.05, "apply", {"depth": 2}), (0.06, "apply", {"depth": 3, "each": 5}), (0.09, "apply", {"depth": 4, "each": 6}),
+         (0.1, "apply", {"depth": 6, "each": 8}), (0.05, "apply", {"depth": 2, "crops": True, "each": 5}),
+         (0.07, "apply", {"depth": 3, "crops": True, "each": 6}), (0.08, "apply", {"depth": 4, "crops": True, "each": 7})]  # fmt: skip
 # (share of the steps, mixture, tokens of a row, Muon's rate, AdamW's); the last phase decays over its second half.
 # Slow at first: large steps would tear the prepared heads down before the rest of the model has learnt to use them.
 PHASES = [(0.08, LOOK, 512, 0.004, 2e-3), (0.16, APPLY, 512, 0.008, 1.5e-3), (0.76, WHOLE, 1024, 0.007, 1.5e-3)]
