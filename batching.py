@@ -123,8 +123,8 @@ def collate(prompts, targets, learn=None, *, pad_id):
 def pack(model, prompts, responses, pad_id):
     """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
 
-    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last token,
-    which predicts its first, so that every place predicts one token; positions restart behind the prompt.
+    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last
+    token, which predicts its first, so that every place predicts one token; positions restart behind the prompt.
     """
     shared = [prompt.input_ids[:-1] for prompt in prompts]
     length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
@@ -154,7 +154,16 @@ def packing_pays(model, prompts, responses, most=1 << 14):
     per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
     packed = [len(prompt.input_ids) + sum(map(len, group)) for prompt, group in zip(prompts, responses)]
     alone = [len(prompt.input_ids) + len(tokens) for prompt, group in zip(prompts, responses) for tokens in group]
-    return max(packed) <= most and sum(t * (per_token + 2 * t) for t in packed) < sum(t * (per_token + t) for t in alone)
+    cost = lambda lengths, dense: sum(t * (per_token + dense * t) for t in lengths)
+    return max(packed) <= most and cost(packed, dense=2) < cost(alone, dense=1)
+
+
+def lay_out(model, prompts, responses, shared_prefix, pad_id):
+    """All responses as one Batch: packed behind their prompts (shared_prefix "on", "auto" if it pays) or one a row."""
+    if shared_prefix == "on" or shared_prefix == "auto" and packing_pays(model, prompts, responses):
+        return pack(model, prompts, responses, pad_id)
+    rows = [(prompt, tokens) for prompt, group in zip(prompts, responses) for tokens in group]
+    return collate(*zip(*rows), pad_id=pad_id)
 
 
 # -- 3. what the model makes of them ----------------------------------------------------------------------------------
@@ -187,3 +196,20 @@ def response_logprobs(model, batch, *, temperature=1.0, entropy=False):
     where = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (B,R)
     spread = lambda x: None if x is None else x.new_zeros(where.shape).masked_scatter(where, x)
     return tuple(spread(x) for x in token_logprobs(model, batch, temperature=temperature, entropy=entropy))
+
+
+def words_kl(h, W, h_teacher, W_teacher, count, temperature):
+    """KL(pi || teacher) of each token over the `count` likeliest words of pi, (N,): OPCD beyond the sampled word.
+
+    h, h_teacher: hidden states (N,D); W, W_teacher: output weights (V,D).
+    """
+    with torch.no_grad():
+        words = torch.cat([(rows @ W.T).topk(min(count, len(W))).indices for rows in h.split(256)])  # (N,C)
+
+    def log_probs(h, W):  # one word's log-probability gives the normaliser of all
+        logits = torch.einsum("nd,ncd->nc", h, W[words]).float() / temperature
+        likeliest, _ = linear_logprob(h, W, words[:, 0], temperature=temperature)
+        return logits - logits[:, :1] + likeliest[:, None]
+
+    log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -331,6 +331,7 @@ class Group:
     policy_prompt: qwen.Encoded | None  # (P, x); with noise, x with its pictures noised
     responses: list
     aware: list  # bool a response: written with the policy in the prompt
+    rewards: torch.Tensor | None = None  # (G + K, rewards) float64, once judged
 
 
 class PolicyRollout:

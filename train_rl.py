@@ -127,15 +127,15 @@ class Config(CommonConfig):
 
     algorithm: str = option("grpo", "what is optimised", choices=tuple(LOSSES))
     group_size: int = option(5, "G, responses a query, sampled without the policy", least=0)
-    policy_rollouts: int = option(5, "K, responses a query besides, sampled with the policy in the prompt; 0: none; the "
-                                  "paper: K = G", least=0)  # fmt: skip
+    policy_rollouts: int = option(5, "K, responses a query besides, sampled with the policy in the prompt; 0: none; "
+                                  "the paper: K = G", least=0)  # fmt: skip
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", above=0)
     min_response: int = option(0, "words before a response may end", least=0)
     budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
     reward: str = option("accuracy=0.9,format=0.1", "names of data.rewards or module:function, with weights; the first "
                          "tells right from wrong")  # fmt: skip
     reward_seconds: float = option(5.0, "after which a reward function is given up", above=0)
-    max_failed: float = option(0.5, "share of rewards that may raise, hang or be NaN; more stop the run", least=0, most=1)
+    max_failed: float = option(0.5, "share of rewards that may raise, hang or be NaN", least=0, most=1)
     overlong: int = option(0, "tokens before --max-response over which the reward falls to -1; 0: no penalty", least=0)
 
     clip_low: float = option(-1.0, "the ratio is clipped below 1 - this; -1: the algorithm's own")
@@ -146,7 +146,7 @@ class Config(CommonConfig):
     mini_batch: int = option(0, "queries an update, over all ranks; 0: all of the step", least=0)
     importance_cap: float = option(0.0, "cap of a token's weight pi_trainer / pi_sampler; 0: no weight", least=0)
     dynamic_tries: int = option(-1, "DAPO's dynamic sampling: batches drawn at most for --batch-size groups with right "
-                                "and wrong responses, else the run ends; 0: off; -1: 20 for dapo", least=-1)  # fmt: skip
+                                "and wrong ones, else the run ends; 0: off; -1: 20 for dapo", least=-1)  # fmt: skip
     shared_prefix: str = option("auto", "responses share their query's forward pass", choices=("auto", "on", "off"))
 
     separate_halves: bool = option(False, "group statistics of the standard and the policy-aware responses apart")
@@ -214,7 +214,7 @@ class Learner:
     """The updates of a step: inner epochs of mini-batches, whose gradients are sums over micro-batches and ranks.
 
     start: gives a context with the start model, which is pi_ref behind x, and behind (P, x) OPCD's teacher.
-    replay: examples of other policies (train_sft.Examples), or None.
+    replay: groups.Replay or None.
     """
 
     def __init__(self, config, run, model, start, optimizer, replay, pad_id):
@@ -233,20 +233,20 @@ class Learner:
         live = kept & ((A != 0) | bool(self.beta or self.opcd or run.fsdp))  # the others have no gradient
         updates = -(-config.batch_size // (config.mini_batch or config.batch_size))
         old = self.logprobs(data, live) if config.inner_epochs * updates > 1 else None  # None: that of the only update
-        all_tokens = run.sum(int(data.lengths[kept].sum()))
+        whole = run.sum(int(data.lengths[kept].sum()))
         tally, norms = Tally(), []
         for update in [*range(updates)] * config.inner_epochs:
             mine = kept & (data.places[data.ids] % updates == update)
             sequences, tokens = run.sum([int(mine.sum()), int(data.lengths[mine].sum())])
-            counts = {"sequences": sequences, "tokens of the update": tokens, "tokens of the step": all_tokens / updates}
+            counts = {"sequences": sequences, "tokens of the step": whole / updates, "tokens of the update": tokens}
             weights = token_weights(self.loss.over, data.mask, counts, config.max_response)  # (N,R)
             if config.algorithm == "bapo" and old is not None:
                 now, theirs = self.logprobs(data, mine & live), (mine & live)[:, None].to(old)
                 self.clip = bapo_clip(run, now, old, A[:, None].to(now), data.mask * theirs)
             for rows, weight in run.micro_batches((mine & live).nonzero()[:, 0].tolist()):
                 self.backward(data, rows, A, old, weight * weights, tally)
-            for supervised in self.replay(self.model, step) if self.replay else ():
-                (config.replay_weight * supervised).backward()
+            if self.replay:
+                self.replay(self.model, step)
             run.reduce_gradients(self.model)
             norms.append(run.update(self.model, self.optimizer, step, steps))
         return sum(norms) / len(norms), tally
@@ -263,8 +263,8 @@ class Learner:
         loss, kl = self.objective(logp, before, sampled, A, mask, aware, reference)
         if teacher and config.opcd_words:
             with self.run.autocast():
-                kl_of_words = words_kl(hidden, self.model.head_weight, *teacher[1:], config.opcd_words, config.temperature)
-            loss = loss + self.opcd * data.spread(rows, kl_of_words)
+                words = words_kl(hidden, self.model.head_weight, *teacher[1:], config.opcd_words, config.temperature)
+            loss = loss + self.opcd * data.spread(rows, words)
         loss = (weights * loss).sum()
         loss.backward()
         tally.add(loss, mask * (weights > 0), aware, A, self.clip, log_ratio=logp - before, kl=kl,
@@ -324,7 +324,7 @@ def prepare(config, run):
     loss, rewards = LOSSES[config.algorithm], load(config.reward)
     model, processor = run.load()
     policies = load_policies(config.data)
-    sections = {name: [node["id"] for node in policy["nodes"]] for name, policy in policies.items()}  # PA3's rewards ask
+    sections = {name: [node["id"] for node in policy["nodes"]] for name, policy in policies.items()}  # for PA3
     items = load_items(config.data, config.split, policies)
     items = [{**item, "sections": sections[item["policy"]]} for item in items]
     held_out = load_items(config.data, config.validation, policies) if config.validate_every else []

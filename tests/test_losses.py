@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from batching import words_kl
 from data.referral import invented, recall
-from train_rl import KLS, LOSSES, advantages, bapo_clip, overlong_penalty, shaped, token_weights, words_kl
+from train_rl import KLS, LOSSES, advantages, bapo_clip, overlong_penalty, shaped, token_weights
 
 # Two responses, of three tokens and of two; ratios on both sides of every clip, with both signs of the advantage.
 RATIOS = [[1.5, 0.5, 1.1], [1.6, 0.4, 1.0]]

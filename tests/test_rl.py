@@ -1,6 +1,7 @@
 """Stage 3 as a whole: gradients that do not depend on how the work is split, tasks that are learned, runs that survive."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -19,7 +20,8 @@ from data import InputError
 from data.dataset import load_items, load_policies
 from model import Processor, load_pretrained, save_pretrained
 from rollout import Group, PolicyRollout, sample
-from train_rl import LOSSES, Learner, Responses
+from groups import Responses
+from train_rl import LOSSES, Learner
 from training import collate, parse, token_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +138,7 @@ def gradients(folder, drawn, algorithm, world=1, **flags):
 
     def work(bench):
         mine = list(range(4))[bench.rank :: world]
-        data = Responses([groups[g] for g in mine], [torch.ones(4, 1)] * len(mine), mine, bench.device)
+        data = Responses([dataclasses.replace(groups[g], rewards=torch.ones(4, 1)) for g in mine], mine, 1, bench.device)
         learner = Learner(settings, bench, copy.deepcopy(model).train(), lambda: nullcontext(start), None, None, processor.pad_id)
         if settings.inner_epochs * (settings.mini_batch or 4) == 4:  # one update would be on-policy: give it an older policy
             learner.logprobs = lambda data, which: data.sampled
@@ -235,15 +237,15 @@ def reader(tmp_path_factory):
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     item = lambda answer: {"id": "i", "policy": "P", "question": "go", "images": [], "answer": answer}
     rollout = PolicyRollout(processor, {}, 1, 0)
-    for step in range(250):
-        rows = torch.randint(16, (48, 4)).tolist()
+    for step in range(240):
+        rows = torch.randint(16, (24, 4)).tolist()
         prompts = [rollout.encode(item(""), {"text": spell(row) if b % 4 else "", "images": []}) for b, row in enumerate(rows)]
         plain = rollout.encode(item(""))
         prompts = [plain if b % 4 == 0 else p for b, p in enumerate(prompts)]
         answers = [processor.tokenizer.encode(spell(row).replace(" ", "")).ids[:4] for row in rows]
         logp, _ = token_logprobs(model, collate(prompts, answers, pad_id=processor.pad_id))
         (-logp.mean()).backward()
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 - 2 * step / 250)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 - 2 * step / 240)
         optimizer.step()
         optimizer.zero_grad()
     save_pretrained(model, folder / "model")
