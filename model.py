@@ -8,20 +8,16 @@
     6. Load and save    safetensors in the hub's names
     7. LoRA             adapters by hand, in PEFT's file format
     8. Processor        pictures -> patches, messages -> tokens
-    9. Commands         python model.py --describe PATH | --chat PATH [--image FILE] [--adapter FOLDER]
+
+    python model.py --describe PATH | --chat PATH [--image FILE] [--adapter FOLDER]
 
 Axes: B batch, T tokens, S keys, H heads, G kv heads, K head dim, D width, N patches, M merged tokens (4 patches each),
 V vocab. Architecture: Qwen2.5-VL Technical Report, arXiv 2502.13923. Parameters are named as on the hub.
 """
 
-import argparse
-import json
 import math
-import mmap
-import os
 import re
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -34,29 +30,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError, command
+from files import TensorFile, check_tensors, expect, find_folder, read, read_json, replacing, write_json
 
 # -- 1. config --------------------------------------------------------------------------------------------------------
-
-KINDS = {  # of values in JSON: what is asked for, and whether a value is that
-    int: ("a positive integer", lambda value: isinstance(value, int) and value > 0),
-    float: ("a positive number", lambda value: isinstance(value, (int, float)) and value > 0),
-    tuple: ("a list of integers", lambda value: isinstance(value, list) and all(isinstance(i, int) for i in value)),
-    dict: ("an object", lambda value: isinstance(value, dict)),
-}
-
-
-def read(section, key, kind, where, default=None):
-    """section[key] where it is of the `kind`, as KINDS tells; raises InputError that names the key and `where`."""
-    value = default if section.get(key) is None else section[key]
-    if isinstance(value, bool) or not KINDS[kind][1](value):
-        raise InputError(f"{where}: found {key} = {value!r}, expected {KINDS[kind][0]}")
-    return tuple(value) if kind is tuple else value
 
 
 @dataclass(frozen=True)
@@ -102,40 +83,33 @@ class Config:
 
         Raises InputError that names the key at fault, what it holds, and `where`.
         """
-
         text = {**raw, **read(raw, "text_config", dict, where, default={})}
-        vision = read(raw, "vision_config", dict, where)
         rope = read(text, "rope_parameters" if text.get("rope_parameters") else "rope_scaling", dict, where, default={})
-        for key, value, known in (
-            ("rope type", rope.get("rope_type", rope.get("type", "mrope")), ("mrope", "default")),
-            ("use_sliding_window", text.get("use_sliding_window"), (False, None)),
-            ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-            ("vision hidden_act", vision.get("hidden_act", "silu"), ("silu",)),
-        ):
-            if value not in known:
-                raise InputError(f"{where}: found {key} = {value!r}, expected {known[0]!r}")
+        vision = read(raw, "vision_config", dict, where)
+        vision = {"in_channels": vision.get("in_chans"), **vision}
 
         def sizes(cls, section):
             plain = [each for each in fields(cls) if each.type in (int, float, tuple)]
             return {f.name: read(section, f.name, f.type, where, getattr(cls, f.name, None)) for f in plain}
 
-        config = cls(
-            vision=VisionConfig(**sizes(VisionConfig, {"in_channels": vision.get("in_chans"), **vision})),
-            **sizes(cls, {**text, **rope}),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            raw=raw,
-        )
-        tower, heads = config.vision, config.num_attention_heads
-        for fits, key, rule in (
-            (config.hidden_size % (2 * heads) == 0, "hidden_size", f"a multiple of twice the {heads} heads"),
-            (heads % config.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of the {heads} heads"),
-            (2 * sum(config.mrope_section) == config.head_dim, "mrope_section", "a sum of half the head dim"),
-            (tower.hidden_size % (4 * tower.num_heads) == 0, "vision hidden_size", "a multiple of 4 x num_heads"),
-            (tower.out_hidden_size == config.hidden_size, "out_hidden_size", f"hidden_size = {config.hidden_size}"),
-            (tower.window_size >= tower.patch_size * tower.spatial_merge_size, "window_size", "one merged token"),
+        tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+        tower = VisionConfig(**sizes(VisionConfig, vision))
+        config = cls(vision=tower, **sizes(cls, {**text, **rope}), tie_word_embeddings=tied, raw=raw)
+        kind, sliding = rope.get("rope_type", rope.get("type", "mrope")), text.get("use_sliding_window")
+        expect(where, "rope type", kind, kind in ("mrope", "default"), "'mrope'")
+        expect(where, "use_sliding_window", sliding, not sliding, "false")
+        for part in (text, vision):
+            expect(where, "hidden_act", part.get("hidden_act"), part.get("hidden_act") in ("silu", None), "'silu'")
+        heads, side = config.num_attention_heads, tower.patch_size * tower.spatial_merge_size
+        for part, key, fits, expected in (
+            (config, "hidden_size", lambda n: n % (2 * heads) == 0, f"a multiple of twice the {heads} heads"),
+            (config, "num_key_value_heads", lambda n: heads % n == 0, f"a divisor of the {heads} heads"),
+            (config, "mrope_section", lambda s: 2 * sum(s) == config.head_dim, "a sum of half the head dim"),
+            (tower, "hidden_size", lambda n: n % (4 * tower.num_heads) == 0, "a multiple of 4 x num_heads"),
+            (tower, "out_hidden_size", lambda n: n == config.hidden_size, f"hidden_size = {config.hidden_size}"),
+            (tower, "window_size", lambda n: n >= side, f"a merged token, {side}, at least"),
         ):
-            if not fits:
-                raise InputError(f"{where}: found a {key} that does not fit, expected {rule}")
+            expect(where, key, getattr(part, key), fits(getattr(part, key)), expected)
         return config
 
 
@@ -530,7 +504,6 @@ class Cache:
 # -- 6. load and save -------------------------------------------------------------------------------------------------
 
 SHARD_BYTES, INDEX = 5 * 10**9, "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def hub_name(name):
@@ -541,76 +514,6 @@ def hub_name(name):
 def library_name(name):
     """The in-library name, which PEFT's files use, of a hub name."""
     return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", name))
-
-
-def read_json(path):
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: found no such file, expected JSON") from None
-    except ValueError as error:
-        raise InputError(f"{path}: found {error}, expected JSON") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def find_folder(path_or_hub_id):
-    """The folder of a checkpoint; a hub id goes through huggingface-hub and its cache, so HF_HUB_OFFLINE works."""
-    name = str(path_or_hub_id)
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise InputError(f"{name}: found no such folder, expected a checkpoint's folder or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download  # slow to import, and only needed here
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except Exception as error:  # the client's errors have no common base
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{name}: found no such folder and no such model on the hub ({reason})") from None
-
-
-class TensorFile:
-    """A memory-mapped safetensors file: 8 bytes of header length, a JSON header, the bytes of the tensors."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            with safe_open(path, framework="pt"):  # the library's own check of the header and of the file's length
-                pass
-            with open(path, "rb") as file:
-                self.start = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(self.start - 8))
-                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: found {error}, expected a whole safetensors file") from None
-        self.entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        for name, entry in self.entries.items():
-            if entry["dtype"] not in DTYPES:
-                raise InputError(f"{path}: found {name} in {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-
-    def read(self, name, device, dtype):
-        """One tensor, cast and placed. Its mapped pages are given back at once, so that they never add up."""
-        entry, (first, last) = self.entries[name], (self.start + byte for byte in self.entries[name]["data_offsets"])
-        stored = DTYPES[entry["dtype"]]
-        source = torch.frombuffer(self.bytes, dtype=stored, count=(last - first) // stored.itemsize, offset=first)
-        tensor = torch.empty(entry["shape"], dtype=dtype, device=device).copy_(source.view(entry["shape"]))
-        if hasattr(mmap, "MADV_DONTNEED"):
-            page = first // mmap.PAGESIZE * mmap.PAGESIZE
-            self.bytes.madvise(mmap.MADV_DONTNEED, page, last - page)
-        return tensor
-
-
-def check_tensors(where, expected, found):
-    """Raise InputError that names every missing, unexpected and mis-shaped tensor; both are {name: shape}."""
-    faults = [f"missing {name}" for name in expected if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        if tuple(found[name]) != tuple(expected[name]):
-            faults.append(f"{name} of shape {list(found[name])}, expected {list(expected[name])}")
-    if faults:
-        raise InputError(f"{where}: found {len(faults)} tensors that do not fit: {'; '.join(sorted(faults))}")
 
 
 def load_pretrained(path_or_hub_id, device="cpu", dtype=torch.float32):
@@ -625,12 +528,9 @@ def load_pretrained(path_or_hub_id, device="cpu", dtype=torch.float32):
         model = Qwen25VL(config)
     model.source = folder
 
-    index, names = folder / INDEX, {"model.safetensors"}
-    if index.is_file():
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: found no weight_map, expected {{tensor name: file}}") from None
+    names = {"model.safetensors"}
+    if (folder / INDEX).is_file():
+        names = set(map(str, read(read_json(folder / INDEX), "weight_map", dict, folder / INDEX).values()))
     files = [TensorFile(folder / name) for name in sorted(names)]
     where = {hub_name(name): (file, name) for file in files for name in file.entries}
     head = where.pop("lm_head.weight", None) if config.tie_word_embeddings else None  # some store a tied head as well
@@ -649,61 +549,29 @@ def save_pretrained(model, folder):
 
     The folder appears whole or stays as it was. Raises InputError while LoRA is not merged into the weights.
     """
-    if not all(layer.merged for layer in lora_layers(model).values()):
+    if any(layer.state != "merged" for layer in lora_layers(model).values()):
         raise InputError(f"{folder}: found LoRA beside the weights, expected merge_lora first, or save_adapter")
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if ".lora_" not in name}
-    shards, size = [{}], 0
-    for name, tensor in weights.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    shards, sizes = [{}], [0]
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if shards[-1] and sizes[-1] + p.nbytes > SHARD_BYTES:
+            shards, sizes = [*shards, {}], [*sizes, 0]
+        shards[-1][name] = p.detach().contiguous()
+        sizes[-1] += p.nbytes
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     with replacing(folder) as new:
         for name, shard in zip(names, shards):
-            write_tensors(new / name, shard)
+            save_file(shard, new / name, metadata={"format": "pt"})
         if len(shards) > 1:
             where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-            total = sum(tensor.nbytes for tensor in weights.values())
-            write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(new / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
         dtype = str(model.head_weight.dtype).removeprefix("torch.")
         write_json(new / "config.json", {**model.config.raw, "torch_dtype": dtype})
         for path in Path(model.source).iterdir() if model.source else ():  # tokenizer, processor and chat files
             if path.suffix in (".json", ".jinja", ".txt") and path.name not in ("config.json", INDEX):
                 shutil.copyfile(path, new / path.name)
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_tensors(path, tensors):
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, say
-        raise InputError(f"{path}: {error}") from None
-
-
-@contextmanager
-def replacing(folder):
-    """A folder beside `folder` to write into, whose files take their places at the end; on an error none does."""
-    folder = Path(folder)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if not folder.is_dir():
-            os.replace(new, folder)
-            return
-        stale = {path.name for path in folder.glob("*.safetensors*")} - {path.name for path in new.iterdir()}
-        for path in new.iterdir():
-            os.replace(path, folder / path.name)
-        for name in stale:  # shards of what stood here before
-            os.unlink(folder / name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 # -- 7. LoRA ----------------------------------------------------------------------------------------------------------
@@ -723,6 +591,7 @@ class LoRALinear(nn.Linear):
     """W x + scale B A x; W keeps its name in the model, A and B are fp32 whatever W is.
 
     The scale is alpha / rank (arXiv 2106.09685), or with rslora alpha / sqrt(rank) (arXiv 2312.03732).
+    The adapter is `beside` the weight, `merged` into it, or `off`.
     """
 
     def __init__(self, linear, rank, alpha, dropout, rslora):
@@ -734,40 +603,37 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.active, self.original = True, None
+        self.state = "beside"
 
     @property
     def scale(self):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    @property
-    def merged(self):
-        return self.original is not None
-
     def forward(self, x):  # (..., in) -> (..., out)
         y = F.linear(x, self.weight, self.bias)
-        if self.merged or not self.active:
+        if self.state != "beside":
             return y
         narrow = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
         return y + self.scale * F.linear(narrow, self.lora_B.to(x.dtype))
 
     @torch.no_grad()
-    def merge(self):
-        if not self.merged:
-            self.original = self.weight.data  # kept, as subtracting the product again would not give the same bits
+    def become(self, state):
+        if state == self.state:
+            return
+        if self.state == "merged":
+            self.weight.data = self.original
+        elif state == "merged":
+            self.original = self.weight.data  # kept: subtracting the product again would not give the same bits
             self.weight.data = (self.original.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
-
-    def unmerge(self):
-        if self.merged:
-            self.weight.data, self.original = self.original, None
+        self.state = state
 
 
-def linear_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def linear_layers(model, kind=nn.Linear):
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def lora_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return linear_layers(model, LoRALinear)
 
 
 def lora_parameters(model):
@@ -789,7 +655,7 @@ def add_lora(model, rank, alpha, targets=None, dropout=0.0, rslora=False):
             return re.fullmatch(targets, name) or re.fullmatch(targets, library_name(name))
         return name.startswith("model.layers.") and name.rpartition(".")[2] in (targets or TEXT_TARGETS)
 
-    if not all(layer.merged for layer in lora_layers(model).values()):
+    if any(layer.state != "merged" for layer in lora_layers(model).values()):
         raise InputError("LoRA: found an adapter in the model, expected it merged before another one")
     layers = {name: layer for name, layer in linear_layers(model).items() if chosen(name)}
     if not layers:
@@ -812,29 +678,26 @@ def set_trainable(model, vision, text=True):
 def merge_lora(model):
     """Add each adapter to its weight: the model runs at its old speed and can be saved whole."""
     for layer in lora_layers(model).values():
-        layer.merge()
+        layer.become("merged")
 
 
 def unmerge_lora(model):
     """Bring back the weights as they were, to the bit."""
     for layer in lora_layers(model).values():
-        layer.unmerge()
+        layer.become("beside")
 
 
 @contextmanager
 def adapter_off(model):
     """The model without its adapters (the reference policy); merged ones are taken off and put back."""
-    before = [(layer, layer.active, layer.merged) for layer in lora_layers(model).values()]
+    before = [(layer, layer.state) for layer in lora_layers(model).values()]
     try:
-        for layer, _, _ in before:
-            layer.unmerge()
-            layer.active = False
+        for layer, _ in before:
+            layer.become("off")
         yield model
     finally:
-        for layer, active, merged in before:
-            layer.active = active
-            if merged:
-                layer.merge()
+        for layer, state in before:
+            layer.become(state)
 
 
 def save_adapter(model, folder):
@@ -843,7 +706,7 @@ def save_adapter(model, folder):
     if not layers:
         raise InputError(f"{folder}: found no LoRA in the model, expected add_lora first")
     leaves = sorted({name.rpartition(".")[2] for name in layers})
-    regular = {n for n in linear_layers(model) if n.startswith("model.layers.") and n.rpartition(".")[2] in leaves}
+    everywhere = {n for n in linear_layers(model) if n.startswith("model.layers.") and n.rpartition(".")[2] in leaves}
     each = "|".join(re.escape(library_name(name)) for name in layers)
     layer = next(iter(layers.values()))
     config = {
@@ -856,13 +719,13 @@ def save_adapter(model, folder):
         "use_rslora": layer.rslora,
         "bias": "none",
         # a plain list of names would have PEFT wrap the vision tower's MLP as well
-        "target_modules": rf".*language_model.*\.({'|'.join(leaves)})" if regular == layers.keys() else each,
+        "target_modules": rf".*language_model.*\.({'|'.join(leaves)})" if everywhere == layers.keys() else each,
         "inference_mode": True,
     }
-    parameters = {name: p.detach().contiguous() for name, p in model.named_parameters() if ".lora_" in name}
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if ".lora_" in name}
+    tensors = {f"base_model.model.{library_name(name)}.weight": p for name, p in tensors.items()}
     with replacing(folder) as new:
-        names = {name: f"base_model.model.{library_name(name)}.weight" for name in parameters}
-        write_tensors(new / "adapter_model.safetensors", {names[name]: p for name, p in parameters.items()})
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(new / "adapter_config.json", config)
 
 
@@ -874,8 +737,7 @@ def load_adapter(model, folder):
     folder = find_folder(folder)
     path, config = folder / "adapter_config.json", read_json(folder / "adapter_config.json")
     for key, known in PLAIN.items():
-        if config.get(key) not in (None, *known):
-            raise InputError(f"{path}: found {key} = {config[key]!r}, expected {known[0]!r}")
+        expect(path, key, config.get(key), config.get(key) in (None, *known), repr(known[0]))
     file = TensorFile(folder / "adapter_model.safetensors")
     stored = {hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name)): name for name in file.entries}
     present, linear = lora_layers(model), linear_layers(model)
@@ -996,10 +858,9 @@ class Processor:
         ids = {token: self.tokenizer.token_to_id(token) for token in SPECIAL}
         if missing := [token for token, id in ids.items() if id is None]:
             raise InputError(f"{path}: found no {', '.join(missing)}, expected Qwen2.5-VL's special tokens")
-        told = read_json(folder / "config.json").get("image_token_id")
-        if told != ids["<|image_pad|>"]:
-            raise InputError(f"{path}: found <|image_pad|> = {ids['<|image_pad|>']}, expected {told} as in config.json")
         self.image_pad_id, self.video_pad_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
+        told = read_json(folder / "config.json").get("image_token_id")
+        expect(path, "<|image_pad|>", self.image_pad_id, self.image_pad_id == told, f"{told} as in config.json")
         self.vision_start_id, self.vision_end_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
         self.pad_id, self.stop_ids = ids["<|endoftext|>"], [ids["<|im_end|>"], ids["<|endoftext|>"]]
         self.banned_ids = [ids[token] for token in SPECIAL[3:]]  # never sampled: pictures come from the prompt only
@@ -1013,9 +874,9 @@ class Processor:
         for key in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
             setattr(self, key, read(options, key, int, path))
         for key in ("image_mean", "image_std"):
-            if not isinstance(options.get(key), list) or len(options[key]) != 3:
-                raise InputError(f"{path}: found {key} = {options.get(key)!r}, expected three numbers")
-            setattr(self, key, np.array(options[key], dtype=np.float32)[:, None])  # (3, 1)
+            value = options.get(key)
+            expect(path, key, value, isinstance(value, list) and len(value) == 3, "three numbers")
+            setattr(self, key, np.array(value, dtype=np.float32)[:, None])  # (3, 1)
         self.system = read_template(folder)
         return self
 
@@ -1064,80 +925,7 @@ class Processor:
         return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
 
-# -- 9. commands ------------------------------------------------------------------------------------------------------
+if __name__ == "__main__":  # those who only want to read or import the model can skip the commands
+    from chat import main
 
-
-def describe(path):
-    """Print the architecture of a checkpoint from its config alone: sizes, parameters by part, memory."""
-    folder = find_folder(path)
-    config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
-    with torch.device("meta"):
-        model = Qwen25VL(config)
-
-    def count(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-
-    tower, total = config.vision, count(model)
-    print(f"{path}: Qwen2.5-VL, {total:,} parameters, {2 * total / 1e9:.2f} GB in bf16")
-    print(f"  vision: {tower.depth} blocks, width {tower.hidden_size}, {tower.num_heads} heads, in windows of")
-    print(f"          {tower.window_size} pixels but for blocks {', '.join(map(str, tower.fullatt_block_indexes))}")
-    print(f"  text:   {config.num_hidden_layers} blocks, width {config.hidden_size}, {config.vocab_size:,} tokens,")
-    print(f"          {config.num_attention_heads} heads on {config.num_key_value_heads} kv heads")
-    for name, size in (
-        ("vision tower", count(model.visual.patch_embed, model.visual.blocks)),
-        ("merger", count(model.visual.merger)),
-        ("embedding", count(model.model.embed_tokens)),
-        ("text blocks", count(model.model.layers, model.model.norm)),
-        ("head", 0 if config.tie_word_embeddings else count(model.lm_head)),
-    ):
-        print(f"  {name:<14}{size:>16,}{size / total:>8.1%}" + ("" if size else "  tied to the embedding"))
-    adapter = sum(p.numel() for p in lora_parameters(add_lora(model, 64, 128)))
-    print(f"  LoRA training holds {(2 * total + 16 * adapter) / 1e9:.2f} GB and activations: the weights in bf16, and")
-    print(f"  {adapter:,} adapter values (rank 64) in fp32, each with its gradient and two Adam moments")
-
-
-@torch.inference_mode()
-def chat(path, image, adapter, max_tokens):
-    """Answer the lines of standard input greedily, each answer streamed as it comes."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model, processor = load_pretrained(path, device, dtype), Processor.from_pretrained(path)
-    if adapter:
-        merge_lora(load_adapter(model, adapter))
-    shown = [{"type": "image", "image": open_image(image)}] if image else []  # with the first question
-    messages = []
-    for line in filter(str.strip, sys.stdin):
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": line.strip()}]})
-        shown, answer, text, cache = [], [], "", Cache()
-        prompt = processor.encode(messages, add_generation_prompt=True)
-        pictures = [] if prompt.grid_thw is None else [prompt.pixel_values.to(device), prompt.grid_thw]
-        hidden = model(prompt.input_ids[None].to(device), None, *pictures, cache=cache)  # (1, T, D)
-        while len(answer) < max_tokens:
-            token = model.logits(hidden[:, -1:]).argmax(-1)  # (1, 1)
-            if token.item() in processor.stop_ids:
-                break
-            answer.append(token.item())
-            if not (longer := processor.decode(answer)).endswith("\ufffd"):  # else a character is still incomplete
-                print(longer[len(text) :], end="", flush=True)
-                text = longer
-            hidden = model(token, cache=cache)  # (1, 1, D)
-        print(flush=True)
-        messages.append({"role": "assistant", "content": processor.decode(answer)})
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Look at a Qwen2.5-VL checkpoint, or talk to it.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--describe", metavar="PATH", help="print sizes, parameters and memory (folder or hub id)")
-    what.add_argument("--chat", metavar="PATH", help="answer the lines of standard input (folder or hub id)")
-    parser.add_argument("--image", metavar="FILE", help="with --chat: shown with the first question (default: none)")
-    parser.add_argument("--adapter", metavar="FOLDER", help="with --chat: LoRA in PEFT's format (default: none)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="with --chat: longest answer (default: 512)")
-    args = parser.parse_args()
-    if args.describe:
-        describe(args.describe)
-    else:
-        chat(args.chat, args.image, args.adapter, args.max_tokens)
-
-
-if __name__ == "__main__":
     command(main)

@@ -1,4 +1,4 @@
-"""Does a test notice? Each line of MUTATIONS makes model.py wrong in one small way; at least one test must then fail.
+"""Does a test notice? Each line of MUTATIONS makes model.py or files.py wrong in one small way; a test must then fail.
 
     python tests/mutations.py [--only TEXT]
 
@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
 
-# Per test file, the one that is tried first: {what is wrong: (what stands in model.py, what stands there instead)}.
+# Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what stands there instead)}.
+SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("files", "model")}  # in the order of their imports
 MUTATIONS = {}
 MUTATIONS["model"] = {
     # config
@@ -82,8 +83,8 @@ MUTATIONS["processor"] = {
     "16 bits clipped to 8": (".clip(0, 65535) // 257", ".clip(0, 255)"),
     "EXIF rotation ignored": ("to_rgb(ImageOps.exif_transpose(image))", "to_rgb(image)"),
     "no newline after a turn": ("<|im_end|>\\n\"\n        return text", "<|im_end|>\"\n        return text"),
-    "pictures after the text": ('"".join(part["text"]', '"".join(part["text"] if part["type"] == "text" else "" for part in parts(message)) + '
-                                '"".join("" if part["type"] == "text"'),
+    "pictures after the text": ("else PICTURE for part in parts(message))",
+                                'else PICTURE for part in sorted(parts(message), key=lambda part: part["type"] == "image"))'),
     "special tokens decoded": ("skip_special_tokens=True", "skip_special_tokens=False"),
 }  # fmt: skip
 MUTATIONS["loading"] = {
@@ -95,10 +96,9 @@ MUTATIONS["lora"] = {
     "rslora scale as plain": ("(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
     "alpha of the file ignored": ("layer.alpha, layer.rslora = alpha, bool(", "layer.rslora = bool("),
     "merging forgets the scale": ("self.original.float() + self.scale * self.lora_B", "self.original.float() + self.lora_B"),
-    "unmerging subtracts": ("self.weight.data, self.original = self.original, None",
-                            "self.weight.data, self.original = (self.weight.data.float() - self.scale * self.lora_B.data @ self.lora_A.data)"
-                            ".to(self.weight.dtype), None"),
-    "adapter_off forgets merged adapters": ("            layer.unmerge()\n            layer.active = False", "            layer.active = False"),
+    "unmerging subtracts": ("self.weight.data = self.original\n",
+                            "self.weight.data = (self.weight.float() - self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)\n"),
+    "adapter_off forgets merged adapters": ('if self.state == "merged":\n', 'if self.state == "merged" and state != "off":\n'),
 }  # fmt: skip
 
 
@@ -116,27 +116,28 @@ class FirstFailure:
             self.name = f"collecting {report.nodeid.rpartition('/')[2]}"
 
 
-def first_failure(source, first):
-    """The first test that fails with this source of model.py, or None; in a fork, so that imports are paid once."""
+def first_failure(sources, first):
+    """The first test that fails with these sources, or None; in a fork, so that imports are paid once."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (300, 300))  # some mutations could run for ever
         with open(os.devnull, "w") as nowhere, tempfile.TemporaryDirectory() as folder:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-            path = Path(folder, "model.py")
-            path.write_text(source)
-            spec = importlib.util.spec_from_file_location("model", path)
-            sys.modules["model"] = importlib.util.module_from_spec(spec)
             watch = FirstFailure()
             try:
-                spec.loader.exec_module(sys.modules["model"])
+                for name, source in sources.items():
+                    path = Path(folder, f"{name}.py")
+                    path.write_text(source)
+                    spec = importlib.util.spec_from_file_location(name, path)
+                    sys.modules[name] = importlib.util.module_from_spec(spec)
+                    spec.loader.exec_module(sys.modules[name])
                 options = ["-x", "-k", SLOW, "-p", "no:cacheprovider", "--basetemp", str(Path(folder, "tests"))]
                 for name in sorted(MUTATIONS, key=lambda name: name != first):
                     if watch.name is None:
                         pytest.main([*options, str(ROOT / "tests" / f"test_{name}.py")], plugins=[watch])
             except Exception as error:
-                watch.name = f"importing model.py: {error}"
+                watch.name = f"importing {path.name}: {error}"
             os.write(writer, (watch.name or "").encode())
         os._exit(0)
     os.close(writer)
@@ -150,20 +151,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name contains this (default: all)")
     args = parser.parse_args()
-    source = (ROOT / "model.py").read_text()
     chosen = [(file, name, *edit) for file, edits in MUTATIONS.items() for name, edit in edits.items() if args.only in name]
-    for _, name, old, _ in chosen:
-        assert source.count(old) == 1, f"{name}: found {source.count(old)} places in model.py that say {old!r}, expected 1"
+    for _, name, old, new in chosen:
+        places = sum(source.count(old) for source in SOURCES.values())
+        assert places == 1, f"{name}: found {places} places in {', '.join(SOURCES)} that say {old!r}, expected 1"
+        for source in SOURCES.values():
+            compile(source.replace(old, new), name, "exec")  # a test has to notice it, not the parser
 
     rows, table = [], ROOT / "benchmarks" / "results" / "mutations.md"
     for file, name, old, new in chosen:
         start = time.time()
-        test = first_failure(source.replace(old, new), file)
+        test = first_failure({name: source.replace(old, new) for name, source in SOURCES.items()}, file)
         rows.append((name, test))
         print(f"{time.time() - start:5.0f} s  {'caught' if test else 'SURVIVED':<9} {name:<45} {test or ''}", flush=True)
         if not args.only:  # after every line: the whole takes long
             caught = sum(test is not None for _, test in rows)
-            head = f"# Mutations of model.py\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
+            head = f"# Mutations of model.py and files.py\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
             head += "| what is wrong | first test that fails |\n|---|---|\n"
             table.write_text(head + "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows))
     survived = [name for name, test in rows if test is None]
@@ -190,6 +193,6 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     warm_up()
-    for name in ("model", "helpers"):  # each fork imports its own
+    for name in (*SOURCES, "helpers"):  # each fork imports its own
         del sys.modules[name]
     main()

@@ -115,11 +115,13 @@ def test_the_files_are_what_peft_documents(model, tmp_path):
 
 
 def test_an_adapter_survives_saving_and_loading_over_the_old_one(folder, model, inputs, tmp_path):
-    """Into a model without LoRA, and into one that has other values in the same places (a resumed run)."""
+    """Into a model without LoRA, and into one that has other values, or another scale, in the same places."""
     stir(lora_parameters(add_lora(model, 4, 8, rslora=True)))
     save_adapter(model, tmp_path)
     expected = logits(model, inputs)
     assert torch.equal(logits(load_adapter(load_pretrained(folder), tmp_path), inputs), expected)
+    other_scale = add_lora(load_pretrained(folder), 4, 2)
+    assert torch.equal(logits(load_adapter(other_scale, tmp_path), inputs), expected)
     stir(lora_parameters(model), seed=1)
     merge_lora(model)
     assert torch.equal(logits(load_adapter(model, tmp_path), inputs), expected)

@@ -234,6 +234,29 @@ def test_no_mask_is_made_where_causality_says_it_all(ours):
     assert model.visible(mask, 1, mask.shape[1] - 1) is not None
 
 
+def test_every_token_sees_something_and_left_padding_only_itself(ours):
+    """A softmax over nothing is not a number, or whatever a kernel makes of it."""
+    model, processor = ours
+    read = batch(processor, CHATS["mixed batch"], "left")["attention_mask"].bool()  # (B, S)
+    T = read.shape[1]
+    seen = model.visible(read, T, 0)[:, 0]  # (B, T, S)
+    assert torch.equal(seen[~read], torch.eye(T, dtype=torch.bool).expand_as(seen)[~read])
+    assert model.visible(read, 3, T - 3).any(-1).all() and seen.any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rope_turns_by_exact_angles_whatever_the_activations_are(ours, dtype):
+    """Beyond 256 not every position has a bf16 of its own: there a prompt's words would change places."""
+    model, _ = ours
+    positions = torch.tensor([0, 1, 257, 4001, 30_001])
+    cos, sin = model.model.rope(positions.expand(3, 1, -1), dtype)  # (1, 1, 5, K/2)
+    half = cos.shape[-1]
+    angles = positions[:, None] / model.config.rope_theta ** (torch.arange(half).double() / half)
+    assert cos.dtype == sin.dtype == dtype
+    for found, exact in ((cos, angles.cos()), (sin, angles.sin())):
+        assert (found[0, 0] - exact).abs().max() <= torch.finfo(dtype).eps + 2e-3  # an fp32 angle of 30001 is off by 1e-3
+
+
 # -- cache ------------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +386,7 @@ def test_every_norm_has_the_eps_of_transformers(pair):
 
 @pytest.mark.parametrize("layout", ["hybrid", "nested"])
 def test_all_three_layouts_of_config_json_say_the_same(layout):
-    flat = tiny_config(tied=True)
+    flat = tiny_config(tied=True, rope_theta=5e5, rms_norm_eps=1e-3)  # not what they would be by default
     top = {"vision_config": flat["vision_config"], "image_token_id": flat["image_token_id"]}
     text = {key: value for key, value in flat.items() if key not in top}
     if layout == "nested":
