@@ -4,8 +4,9 @@
       prompt        held once, by all responses to it                   (B, G, S, K), the prompts of one prefill
         response    one slot each, given on when the response ends      (R, G, S, K)
 
-A decoding step multiplies the queries of all rows that share a segment with its keys in one batched product, and joins the
-parts by their log-sum-exp: no key or value is ever copied to where it is used. Both caches follow the protocol of model.Cache.
+A decoding step multiplies the queries of all rows that share a segment with its keys in one batched product, and joins
+the parts by their log-sum-exp: no key or value is ever copied to where it is used. Both caches follow the protocol of
+model.Cache.
 
 Axes: B prompts, R rows (responses being written), T tokens, S keys, H heads, G kv heads, K head dim.
 """
@@ -18,7 +19,7 @@ from einops import rearrange
 
 import model as qwen
 
-# -- 1. parts of attention ----------------------------------------------------------------------------------------------
+# -- 1. parts of attention ---------------------------------------------------------------------------------------------
 
 SCORES = 1 << 24  # scores held at a time where no fused kernel gives the log-sum-exp
 
@@ -26,7 +27,7 @@ SCORES = 1 << 24  # scores held at a time where no fused kernel gives the log-su
 def attend_part(q, k, v, bias=None, causal=False):
     """Attention over one part of the keys, and the logarithm of what its softmax divided by.
 
-    q (B,G,T,K), k and v (B,G,S,K), bias added to the scores, broadcast to (B,G,T,S). Returns (B,G,T,K) and fp32 (B,G,T,1).
+    q (B,G,T,K), k and v (B,G,S,K), bias added to the scores, as (B,G,T,S). Returns (B,G,T,K) and fp32 (B,G,T,1).
     """
     if q.device.type == "cpu":  # tiles stay in the processor's cache: 2 to 4 times the speed of the plain form
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
@@ -64,13 +65,13 @@ def padding_bias(lengths, S, like):
     return like.new_zeros(behind.shape).masked_fill_(behind, -torch.inf)[:, None, None]
 
 
-# -- 2. caches ----------------------------------------------------------------------------------------------------------
+# -- 2. caches ---------------------------------------------------------------------------------------------------------
 
 
 class Segment:
     """Cache of one forward pass over prompts: keeps their keys and values, and lets them see the prefix they share.
 
-    A finished segment is only read: `keys[layer]`, `values[layer]` (B,G,S,K), `bias` over padding, and `parent`, the prefix.
+    A finished one is only read: `keys[layer]`, `values[layer]` (B,G,S,K), `bias` over padding, `parent`, the prefix.
     """
 
     def __init__(self, parent=None):
@@ -85,7 +86,8 @@ class Segment:
             return qwen.attend(q, k, v)
         B, r = len(q), q.shape[1] // k.shape[1]
         own = attend_part(q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), causal=True)
-        prefix = attend_part(rearrange(q, "b (g r) t k -> 1 g (b r t) k", r=r), self.parent.keys[layer], self.parent.values[layer])
+        asked = rearrange(q, "b (g r) t k -> 1 g (b r t) k", r=r)
+        prefix = attend_part(asked, self.parent.keys[layer], self.parent.values[layer])
         prefix = [rearrange(x, "1 g (b r t) k -> b (g r) t k", b=B, r=r) for x in prefix]
         return join(*map(torch.stack, zip(own, prefix)))
 
@@ -101,7 +103,7 @@ class Slots:
     def __init__(self, model, rows, capacity):
         config, like = model.config, model.head_weight
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]  # zeros: what is masked must be finite
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]  # zeros: what is masked is finite
         self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.readers, self.length = [], 0
 
@@ -114,7 +116,7 @@ class Slots:
                 grids.setdefault((2, segment.parent), {}).setdefault(0, []).append(row)
         self.readers = []
         for (level, segment), readers in grids.items():
-            grid = np.full((len(segment.keys[0]), max(map(len, readers.values()))), -1)  # (B, N rows at most), -1: nobody
+            grid = np.full((len(segment.keys[0]), max(map(len, readers.values()))), -1)  # (B, rows at most), -1: none
             for index, rows in readers.items():
                 grid[index, : len(rows)] = rows
             rows, real = torch.from_numpy(grid.ravel()), torch.from_numpy(np.flatnonzero(grid.ravel() >= 0))
@@ -125,7 +127,7 @@ class Slots:
         self.levels = 1 + max((level for level, *_ in self.readers), default=0)
 
     def set(self, place):
-        """Before a step: the place (R,) in each slot where the new token goes; it sees what stands before, and itself."""
+        """Before a step: the place (R,) in each slot where the new token goes; it sees all before and itself."""
         R, G, C, _ = self.keys[0].shape
         self.span = int(place.max()) + 1
         even = self.span == int(place.min()) + 1
@@ -139,12 +141,14 @@ class Slots:
         values.view(-1, k.shape[-1]).index_copy_(0, self.into, v.view(-1, k.shape[-1]))
         (R, H, _, K), G = q.shape, k.shape[1]
         q = q.view(R, G, H // G, K)
-        outs, lses = q.new_zeros(self.levels, R, G, H // G, K), q.new_full((self.levels, R, G, H // G, 1), -torch.inf, dtype=torch.float)
+        outs = q.new_zeros(self.levels, R, G, H // G, K)  # of each level: own tokens, prompt, prefix
+        lses = q.new_full((self.levels, R, G, H // G, 1), -torch.inf, dtype=torch.float)
         outs[0], lses[0] = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
         for level, segment, rows, readers, real in self.readers:
             B = len(segment.keys[layer])
             asked = q[rows].view(B, -1, G, H // G, K).transpose(1, 2).reshape(B, G, -1, K)  # (B, G, N * H/G, K)
-            for into, part in zip((outs, lses), attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)):
+            parts = attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)
+            for into, part in zip((outs, lses), parts):
                 part = part.unflatten(2, (-1, H // G)).transpose(1, 2).flatten(0, 1)  # (B * N, G, H/G, K or 1)
                 into[level, readers] = part if real is None else part[real]
         return join(outs, lses).view(R, H, 1, K)

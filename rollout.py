@@ -1,13 +1,13 @@
 """Sampling groups of responses, with the policy in the prompt and without: PolicyRollout.
 
     1. The next word      temperature, top-k, top-p, inverse-CDF sampling with one uniform a (seed, position)
-    2. sample             each picture encoded once, each policy and prompt read once, continuous slots (the caches: cache.py)
+    2. sample             each picture encoded once, each policy and prompt read once, continuous slots (cache.py)
     3. PolicyRollout      G responses to x, K more to (P, x): one group
 
-A row is a place where a response is written. When the response ends, its row takes the next one that waits, within a budget
-of tokens. What is drawn depends on the prompt and on the response's seed alone, not on what else is being sampled.
+A row is a place where a response is written. When the response ends, its row takes the next one that waits, within a
+budget of tokens. What is drawn depends on the prompt and on the response's seed alone, not on what else is sampled.
 
-Axes: B batch, R rows, T tokens, D width, V vocab.
+Axes: B prompts of one prefill, R rows, T tokens, D width, V vocab.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from cache import Segment, Slots, padding_bias
 from data import InputError
 from data.dataset import messages
 
-# -- 1. the next word ---------------------------------------------------------------------------------------------------
+# -- 1. the next word --------------------------------------------------------------------------------------------------
 
 
 def uniforms(seed, count):
@@ -45,7 +45,7 @@ class Rules:
     def draw(self, logits, u, used):
         """One word a row and its log-probability under the distribution it was drawn from.
 
-        logits (R,V) fp32, overwritten; u (R,) float64 in [0, 1); used (R,) words written so far. Returns words (R,) int64 and
+        logits (R,V) fp32, overwritten; u (R,) float64 in [0, 1); used (R,) words written so far. Returns words (R,) and
         logp (R,) float64; at temperature 0 the best word, and its log-probability at temperature 1.
         """
         logits[:, self.banned_ids] = -torch.inf
@@ -57,8 +57,9 @@ class Rules:
         logits = truncate(logits, self.top_k, self.top_p)
         best = logits.argmax(-1) if self.temperature == 0 else None
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (R,V)
-        blocks = F.pad(weights, (0, -weights.shape[1] % 128)).unflatten(1, (-1, 128))
-        mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (R, V/128)
+        whole = weights if weights.shape[1] % 128 == 0 else F.pad(weights, (0, -weights.shape[1] % 128))
+        blocks = whole.unflatten(1, (-1, 128))  # (R, V/128, 128): only their sums are added up in float64
+        mass = blocks.sum(-1).double().cumsum(-1)  # (R, V/128)
         words = invert(mass, blocks, u.to(mass.device)[:, None]) if best is None else best
         return words, (weights.gather(1, words[:, None]).double().log() - mass[:, -1:].log())[:, 0]
 
@@ -76,11 +77,11 @@ def truncate(logits, top_k, top_p):
 
 
 def invert(mass, blocks, u):
-    """The word (R,) where the cumulative distribution passes u (R,1), in two steps: the block of 128 words, then the word.
+    """The word (R,) where the cumulative distribution passes u (R,1): first its block of 128 words, then the word.
 
     mass (R, V/128) float64: cumulative weight at each block's end; blocks (R, V/128, 128) fp32.
     """
-    below = lambda x, end: torch.minimum(x, end.nextafter(torch.zeros_like(end)))  # rounding must not pass the last word
+    below = lambda x, end: torch.minimum(x, end.nextafter(torch.zeros_like(end)))  # rounding must not pass the last
     u = below(u * mass[:, -1:], mass[:, -1:])
     block = torch.searchsorted(mass, u, right=True)  # (R,1)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, 128))[:, 0].double().cumsum(-1)  # (R,128)
@@ -88,7 +89,7 @@ def invert(mass, blocks, u):
     return (block * 128 + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
-# -- 2. sample ----------------------------------------------------------------------------------------------------------
+# -- 2. sample ---------------------------------------------------------------------------------------------------------
 
 PREFILL = 1 << 14  # tokens of one prefill pass, padding included
 BUDGET = 1 << 17  # tokens of prompts and responses held at a time
@@ -102,14 +103,14 @@ class Response:
 
 
 class Pictures:
-    """The pictures of all prompts, numbered by what they show, so that equal ones are one; each encoded when first needed."""
+    """The pictures of all prompts, numbered by content, so that equal ones are one; each encoded when first needed."""
 
     def __init__(self, model):
         self.model, self.merge = model, model.config.vision.spatial_merge_size**2
         self.patches, self.features = {}, {}  # by number
 
     def read(self, prompt):
-        """A prompt as (key (T,), [(place, number) of its pictures]): equal keys read alike, in this call and in later ones.
+        """A prompt as (key (T,), [(place, number) of its pictures]): equal keys read alike, now and in later calls.
 
         The key is the token ids with those of picture number i replaced by -1 - i.
         """
@@ -131,7 +132,8 @@ class Pictures:
         """Features (M, D) of these pictures one after the other; None without pictures."""
         if new := [i for i in dict.fromkeys(numbers) if i not in self.features]:
             device = self.model.head_weight.device
-            pixels, grids = torch.cat([self.patches[i][0] for i in new]), torch.stack([self.patches[i][1] for i in new])
+            pixels = torch.cat([self.patches[i][0] for i in new])  # (N, 1176)
+            grids = torch.stack([self.patches[i][1] for i in new])  # (n,3)
             features = self.model.visual(pixels.to(device), grids.to(device))
             self.features |= dict(zip(new, features.split((grids.prod(1) // self.merge).tolist())))
         return torch.cat([self.features[i] for i in numbers]) if numbers else None
@@ -140,15 +142,16 @@ class Pictures:
 def shared_prefixes(keys, known=()):
     """How many first tokens each prompt shares with others, grouped: [(length, prompts)], every prompt in one group.
 
-    Sorted prompts that begin alike are neighbours; two belong together if they share a quarter of their tokens at least, and
-    half of what either shares with its other neighbour: one policy each, though all policies may begin with the same words.
-    known: prefixes as bytes that are held already, and win.
+    Sorted prompts that begin alike are neighbours; two belong together if they share a quarter of their tokens at
+    least, and half of what either shares with its other neighbour: one policy each, though all may begin alike.
+    keys: int64 (T,) each; known: prefixes held already, as bytes (8 a token), which win.
     """
-    groups, rest = {}, []
+    held, rest = {}, []  # prompts by the prefix that they find there, and the others
     lengths = sorted({len(prefix) // 8 for prefix in known}, reverse=True)
     for i, key in enumerate(keys):
-        held = next((key[:n].tobytes() for n in lengths if n < len(key) and key[:n].tobytes() in known), None)
-        groups.setdefault(held, []).append(i) if held else rest.append(i)
+        prefixes = (key[:n].tobytes() for n in lengths if n < len(key))
+        found = next((prefix for prefix in prefixes if prefix in known), None)
+        held.setdefault(found, []).append(i) if found else rest.append(i)
     rest.sort(key=lambda i: keys[i].tobytes())
 
     def common(a, b):
@@ -156,7 +159,7 @@ def shared_prefixes(keys, known=()):
         differ = np.flatnonzero(a[:n] != b[:n])
         return int(differ[0]) if len(differ) else n
 
-    edges = [0, *(common(keys[i], keys[j]) for i, j in zip(rest, rest[1:])), 0]
+    edges = [0, *(common(keys[i], keys[j]) for i, j in zip(rest, rest[1:])), 0]  # what each shares with the one before
     clusters = []
     for n, i in enumerate(rest):
         edge = edges[n]
@@ -166,27 +169,30 @@ def shared_prefixes(keys, known=()):
             clusters[-1] = (min(length or edge, edge), [*members, i])
         else:
             clusters.append((0, [i]))
-    return [(len(prefix) // 8, members) for prefix, members in groups.items()] + clusters
+    return [(len(prefix) // 8, members) for prefix, members in held.items()] + clusters
 
 
 @torch.no_grad()
-def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_tokens=0, stop_ids=(), banned_ids=(),
-           seeds=None, budget=BUDGET, prefixes=None):  # fmt: skip
+def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_tokens=0, stop_ids=(),
+           banned_ids=(), seeds=None, budget=BUDGET, prefixes=None):  # fmt: skip
     """n responses to each prompt -> [[Response]], in the order of the prompts.
 
-    prompts: model.Encoded each; n: int, or one for each prompt. max_tokens: longest response, min_tokens: how many words come
-    before a stop token may. temperature 0: greedy. top_k 0 and top_p 1 leave the distribution whole. banned_ids are never
-    drawn. seeds: [[int]], one a response (default: from the numbers of prompt and response); a response depends on its seed and
-    its prompt, not on what else is sampled. budget: tokens of prompts and responses held at a time; what does not fit waits.
+    prompts: model.Encoded each; n: int, or one for each prompt.
+    max_tokens: longest response; min_tokens: how many words come before a stop token may.
+    temperature 0: greedy. top_k 0 and top_p 1 leave the distribution whole. banned_ids are never drawn.
+    seeds: [[int]], one a response (default: from the numbers of prompt and response).
+    budget: tokens of prompts and responses held at a time; what does not fit waits.
     prefixes: a dict that keeps the shared prefixes for later calls; empty it when the weights change.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
     seeds = seeds or [[(p << 32) + i for i in range(count)] for p, count in enumerate(counts)]
     if [len(s) for s in seeds] != counts or max_tokens < 1 or temperature < 0:
-        raise InputError(f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds, max_tokens {max_tokens}, "
-                         f"temperature {temperature}; expected a seed a response, a positive length, no negative temperature")
+        found = f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds"
+        raise InputError(f"{found}, max_tokens {max_tokens}, temperature {temperature}; expected a seed a response, a "
+                         "positive length, no negative temperature")  # fmt: skip
     decoder = Decoder(model, prompts, seeds, max_tokens, budget, {} if prefixes is None else prefixes)
-    rules = Rules(temperature, top_k, top_p, min_tokens, torch.tensor(stop_ids), torch.tensor(banned_ids, dtype=torch.long))
+    stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))
+    rules = Rules(temperature, top_k, top_p, min_tokens, stop_ids, banned_ids)
     while decoder.waiting or decoder.alive.any():
         decoder.admit()
         decoder.write(rules)
@@ -194,32 +200,37 @@ def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 class Decoder:
-    """Responses on their way: R rows, each writing one; a row whose response ends takes the next that waits."""
+    """Responses on their way: R rows, each writing one; a row whose response ends takes the next that waits.
+
+    A response is named (p, i): number i to prompt p. `waiting` holds those without a row yet, `ready` the prompts that
+    have been read. Prompts that share a prefix are read together and follow one another.
+    """
 
     def __init__(self, model, prompts, seeds, max_tokens, budget, prefixes):
-        self.model, self.prompts, self.seeds, self.max_tokens, self.prefixes = model, prompts, seeds, max_tokens, prefixes
+        self.model, self.prompts, self.seeds, self.max_tokens = model, prompts, seeds, max_tokens
         self.device, self.pictures = model.head_weight.device, Pictures(model)
         self.keys = [self.pictures.read(prompt) for prompt in prompts]
         self.responses, self.left = [[None] * len(s) for s in seeds], [len(s) for s in seeds]
-        self.prefix, self.ready, order = {}, {}, []
+        self.prefixes, self.prefix = prefixes, {}  # {bytes: Segment}; {p: tokens that the prompt shares}
+        self.ready, order = {}, []  # {p: (Segment, index there, last hidden state (D,), position of the first word)}
         for length, members in shared_prefixes([key for key, _ in self.keys], prefixes):
             self.prefix |= {p: length for p in members}
             order += sorted(members, key=lambda p: len(self.keys[p][0]))
         self.waiting = [(p, i) for p in order for i in range(len(seeds[p]))][::-1]  # the next is the last
 
-        share = max((math.ceil((len(self.keys[p][0]) - self.prefix[p]) / len(seeds[p])) for p, _ in self.waiting), default=0)
-        rows = max(1, min(len(self.waiting), budget // (max_tokens + share)))
-        self.slots = Slots(model, rows, max_tokens)
-        self.hidden = model.head_weight.new_zeros(rows, model.config.hidden_size)  # (R,D) what the next word is drawn from
-        self.alive, self.job = np.zeros(rows, dtype=bool), np.zeros((rows, 2), dtype=np.int64)  # which response, (prompt, number)
-        self.used, self.start = np.zeros((2, rows), dtype=np.int64)  # words written; position of the first
-        self.chance, self.logps = np.zeros((2, rows, max_tokens))
-        self.words = np.zeros((rows, max_tokens), dtype=np.int64)
+        own = [math.ceil((len(self.keys[p][0]) - self.prefix[p]) / len(seeds[p])) for p, _ in self.waiting]
+        R = max(1, min(len(self.waiting), budget // (max_tokens + max(own, default=0))))  # a row bears part of a prompt
+        self.slots = Slots(model, R, max_tokens)
+        self.hidden = model.head_weight.new_zeros(R, model.config.hidden_size)  # (R,D) what the next word is drawn from
+        self.alive, self.job = np.zeros(R, dtype=bool), np.zeros((R, 2), dtype=np.int64)  # is it writing; which (p, i)
+        self.used, self.start = np.zeros((2, R), dtype=np.int64)  # words written; position of the first
+        self.chance, self.logps = np.zeros((2, R, max_tokens))
+        self.words = np.zeros((R, max_tokens), dtype=np.int64)
 
     # -- prompts
 
     def admit(self):
-        """Give free rows to waiting responses, their prompts read first; a few at a time, so that prompts are read together."""
+        """Give free rows to waiting responses, once an eighth of the rows is free: so prompts are read in batches."""
         free = np.flatnonzero(~self.alive)
         if not self.waiting:
             return self.shrink() if len(free) >= len(self.alive) / 4 else None
@@ -234,7 +245,7 @@ class Decoder:
         self.connect()
 
     def read(self, new):
-        """Read prompts: those that share a prefix in one pass, as far as PREFILL allows, and the prefix before them."""
+        """Read prompts: those of one prefix in one pass, as far as PREFILL allows, after the prefix itself."""
         while new:
             length, key = self.prefix[new[0]], self.keys[new[0]][0]
             name = key[:length].tobytes()
@@ -242,8 +253,9 @@ class Decoder:
                 self.prefixes[name] = self.forward(new[:1], None, 0, length)[0]
             longest, members = 0, []
             for p in new:
-                longest = max(longest, len(self.keys[p][0]) - length)
-                if self.keys[p][0][:length].tobytes() != name or self.prefix[p] != length or longest * len(members) > PREFILL:
+                key = self.keys[p][0]
+                longest = max(longest, len(key) - length)
+                if key[: self.prefix[p]].tobytes() != name or longest * len(members) > PREFILL:
                     break
                 members.append(p)
             segment, hidden, position = self.forward(members, self.prefixes.get(name), length, None)
@@ -252,7 +264,7 @@ class Decoder:
             new = new[len(members):]
 
     def forward(self, members, parent, first, last):
-        """Tokens first..last of some prompts -> (Segment, last hidden states (B,D), positions (B,) of what comes next)."""
+        """Read tokens first..last of some prompts -> (Segment, last hidden states (B,D), next positions (B,))."""
         prompts, lengths = [self.prompts[p] for p in members], torch.tensor([len(self.keys[p][0]) for p in members])
         ids = torch.zeros(len(members), int(lengths.max()), dtype=torch.long)  # (B,T)
         for row, prompt in zip(ids, prompts):
@@ -261,12 +273,13 @@ class Decoder:
         real = torch.arange(ids.shape[1]) < lengths[:, None]
         position_ids, delta = self.model.positions(ids, real, torch.cat(grids) if grids else None)
         seen = slice(first, last)
-        pictures = [number for p in members for place, number in self.keys[p][1] if first <= place < (last or place + 1)]
+        pictures = [i for p in members for place, i in self.keys[p][1] if first <= place < (last or place + 1)]
         segment = Segment(parent)
-        x = self.model(ids[:, seen].to(self.device), position_ids=position_ids[:, :, seen].to(self.device), cache=segment,
-                       image_embeds=self.pictures.encode(pictures))  # (B,T,D)
+        ids, position_ids = ids[:, seen].to(self.device), position_ids[:, :, seen].to(self.device)
+        embeds = self.pictures.encode(pictures)
+        x = self.model(ids, position_ids=position_ids, cache=segment, image_embeds=embeds)  # (B,T,D)
         own = (last or lengths) - first  # tokens read of each prompt
-        if last is None and int(lengths.min()) < ids.shape[1]:
+        if last is None and int(own.min()) < x.shape[1]:
             segment.bias = padding_bias(own, x.shape[1], x)
         return segment, x[torch.arange(len(x)), own - 1], lengths + delta
 
@@ -295,9 +308,11 @@ class Decoder:
     def write(self, rules):
         """Draw the next word of every row, end the responses that are whole, and read the words of the others."""
         u = self.chance[np.arange(len(self.used)), self.used.clip(max=self.max_tokens - 1)]
-        words, logps = rules.draw(self.model.logits(self.hidden).float(), torch.from_numpy(u), torch.from_numpy(self.used))
+        logits = self.model.logits(self.hidden).float()  # (R,V)
+        words, logps = rules.draw(logits, torch.from_numpy(u), torch.from_numpy(self.used))
         rows = np.flatnonzero(self.alive)
-        self.words[rows, self.used[rows]], self.logps[rows, self.used[rows]] = words.cpu().numpy()[rows], logps.cpu().numpy()[rows]
+        self.words[rows, self.used[rows]] = words.cpu().numpy()[rows]
+        self.logps[rows, self.used[rows]] = logps.cpu().numpy()[rows]
         self.used[rows] += 1
         stopped = np.isin(self.words[rows, self.used[rows] - 1], rules.stop_ids.numpy())
         for row, finished in zip(rows, stopped):
@@ -319,12 +334,12 @@ class Decoder:
             del self.ready[p]
 
 
-# -- 3. PolicyRollout ---------------------------------------------------------------------------------------------------
+# -- 3. PolicyRollout --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Group:
-    """The responses to one query, all of them learned as responses to x: G written without the policy, then K with it."""
+    """The responses to one query, all learned as responses to x: G written without the policy, then K with it."""
 
     item: dict
     prompt: qwen.Encoded  # x = (Q, I), without the policy
@@ -335,16 +350,20 @@ class Group:
 
 
 class PolicyRollout:
-    """o_1 .. o_G from pi(. | x) and o_G+1 .. o_G+K from pi(. | P, x): one group (METHOD: equation of PolicyRollout).
+    """o_1 .. o_G from pi(. | x) and o_G+1 .. o_G+K from pi(. | P, x): one group.
 
-    The loss reads all G + K behind x alone, so that gradients flow along the path without the policy. K = 0 is plain GRPO.
-    sampler: another model that writes the policy-aware half (the frozen start model; each policy is then read once a run).
-    teach: groups carry their policy prompt without K, too (OPCD). noise: instead of the policy, the other half sees x with Gaussian noise of this deviation on its pictures (NoisyRollout).
+    The loss reads all G + K behind x alone: gradients flow along the path without the policy. K = 0 is plain GRPO.
+    max_prompt: tokens; a longer prompt is an InputError. sampling: what `sample` takes besides.
+    sampler: another model that writes the policy-aware half (the frozen start model reads each policy once a run).
+    teach: groups carry their policy prompt without K, too (OPCD).
+    noise: instead of the policy, the other half sees Gaussian noise of this deviation on its pictures (NoisyRollout).
     """
 
-    def __init__(self, processor, policies, G, K, *, max_prompt=1 << 30, sampler=None, noise=0.0, teach=False, **sampling):
-        self.processor, self.policies, self.G, self.K = processor, policies, G, K
-        self.max_prompt, self.sampler, self.noise, self.teach, self.sampling, self.prefixes = max_prompt, sampler, noise, teach, sampling, {}
+    def __init__(self, processor, policies, G, K, *, max_prompt=1 << 30, sampler=None, noise=0.0, teach=False,
+                 **sampling):  # fmt: skip
+        self.processor, self.policies, self.G, self.K, self.max_prompt = processor, policies, G, K, max_prompt
+        self.sampler, self.noise, self.teach, self.sampling = sampler, noise, teach, sampling
+        self.prefixes = {}  # what has been read of the policies; to be emptied when the weights move
 
     def __call__(self, model, items, seeds):
         """Groups of items (data.dataset), with seeds [[int]] of G + K responses each."""
@@ -355,7 +374,8 @@ class PolicyRollout:
         if not K:
             plain, aware = sample(model, x, G, seeds=first, **self.sampling), [[]] * len(x)
         elif self.sampler:
-            plain, aware = sample(model, x, G, seeds=first, **self.sampling), sample(self.sampler, other, K, seeds=second, **common)
+            plain = sample(model, x, G, seeds=first, **self.sampling)
+            aware = sample(self.sampler, other, K, seeds=second, **common)
         else:
             both = sample(model, x + other, [G] * len(x) + [K] * len(x), seeds=first + second, **common)
             plain, aware = both[: len(x)], both[len(x) :]
@@ -372,11 +392,12 @@ class PolicyRollout:
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
         if len(prompt.input_ids) > self.max_prompt:
             pictures = int((prompt.input_ids == self.processor.image_pad_id).sum())
-            raise InputError(f"item {item['id']}: found a prompt of {len(prompt.input_ids)} tokens, {pictures} of them of pictures, "
-                             f"expected at most --max-prompt {self.max_prompt}")
+            found = f"found a prompt of {len(prompt.input_ids)} tokens, {pictures} of them of pictures"
+            raise InputError(f"item {item['id']}: {found}, expected at most --max-prompt {self.max_prompt}")
         return prompt
 
     def other(self, item, x):
+        """The prompt of the other half: (P, x), or x with noise."""
         if not self.noise or x.pixel_values is None:
             return self.encode(item, self.policies[item["policy"]])
         generator = torch.Generator().manual_seed(int(hashlib.sha1(item["id"].encode()).hexdigest()[:15], 16))

@@ -4,30 +4,31 @@
 
 Random weights, fp32, on a CPU. Every measurement is a process of its own, so that peak memory is its own, too.
 
-    speedup_vs_transformers   8 prompts of 500 tokens with a picture of 16 x 16 patches, 8 responses of 64 tokens each, 69 M parameters:
-                              tokens a second over those of transformers' generate with num_return_sequences=8
-    poro_cost_vs_grpo         32 queries of 150 tokens x 8 responses x 192 tokens: half of the responses with a policy of 4,000 tokens in
-                              front, over none; counting operations gives 1.31
+    speedup_vs_transformers   8 prompts of 500 tokens with a picture of 16 x 16 patches, 8 responses of 64 tokens each,
+                              69 M parameters: tokens a second over those of transformers' generate
+    poro_cost_vs_grpo         32 queries of 150 tokens x 8 responses x 192 tokens: half of the responses with a policy
+                              of 4,000 tokens in front, over none; counting operations gives 1.31
     poro_cost_vs_unshared     the same over reading the policy anew for each query; counting gives 0.4
 
-`seconds` is the wall clock, `cpu_seconds` what the process spent on all its threads: on a machine with other work the ratios of
-the second (`..._cpu`) are the ones to trust.
+`seconds` is the wall clock, `cpu_seconds` what the process spent on all its threads: on a machine with other work the
+ratios of the second (`..._cpu`) are the ones to trust. Beside FILE.json stands the same as a table, FILE.md.
 """
 
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from model import Config, Encoded, Qwen25VL, load_pretrained, save_pretrained
+from tiny.report import provenance
 
 SIZES = {  # width, layers, words; prompts, their tokens, responses each, their tokens; policy tokens
     "transformers": dict(width=512, layers=8, vocab=32_000, prompts=8, length=500, responses=8, tokens=64, policy=0),
@@ -38,23 +39,30 @@ QUICK = {
     "policy": dict(width=512, layers=2, vocab=8_000, prompts=8, length=150, responses=8, tokens=64, policy=1500),
 }
 CASES = {"transformers": ["ours", "transformers"], "policy": ["grpo", "poro", "unshared"]}
+RATIOS = {  # part, case over case, goal
+    "speedup_vs_transformers": ("transformers", "transformers", "ours", ">= 4"),
+    "poro_cost_vs_grpo": ("policy", "poro", "grpo", "<= 1.4"),
+    "poro_cost_vs_unshared": ("policy", "poro", "unshared", "<= 0.5"),
+}
 IMAGE, PATCHES = 3, 16  # token id; patches a side, 64 tokens after merging
 
 
 def config(width, layers, vocab, **_):
-    """A config.json with the proportions of the official 3B model: 5.4 widths in the MLP, heads of 64, few keys and values."""
+    """A config.json with the proportions of the official 3B model: 5.4 widths in the MLP, heads of 64, few for keys."""
     heads = width // 64
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": width,
-        "intermediate_size": round(5.375 * width / 64) * 64, "num_attention_heads": heads, "num_key_value_heads": max(heads // 8, 2),
-        "num_hidden_layers": layers, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False, "vocab_size": vocab,
-        "max_position_embeddings": 32768, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2, "image_token_id": IMAGE,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",
+        "hidden_size": width, "intermediate_size": round(5.375 * width / 64) * 64, "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 8, 2), "num_hidden_layers": layers, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": False, "vocab_size": vocab, "max_position_embeddings": 32768, "torch_dtype": "float32",
+        "bos_token_id": 1, "eos_token_id": 2, "image_token_id": IMAGE,
         "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6, "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
         "vision_config": {
-            "model_type": "qwen2_5_vl", "depth": 2, "hidden_act": "silu", "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
-            "in_chans": 3, "out_hidden_size": width, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-            "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2,
+            "model_type": "qwen2_5_vl", "depth": 2, "hidden_act": "silu", "hidden_size": 128, "intermediate_size": 256,
+            "num_heads": 4, "in_chans": 3, "out_hidden_size": width, "patch_size": 14, "spatial_merge_size": 2,
+            "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2,
+            "temporal_patch_size": 2,
         },
     }  # fmt: skip
 
@@ -71,7 +79,7 @@ def write_checkpoint(folder, size):
 
 
 def prompts_of(size, policy):
-    """Random queries, in the benchmark against transformers each with a picture; a policy stands in front of them all."""
+    """Random queries, against transformers each with a picture; a policy of so many tokens stands in front of all."""
     generator = torch.Generator().manual_seed(1)
     words = lambda n: torch.randint(10, size["vocab"], (n,), generator=generator)
     head, found = words(policy), []
@@ -81,7 +89,8 @@ def prompts_of(size, policy):
         else:
             picture = torch.tensor([5] + [IMAGE] * (PATCHES**2 // 4) + [6])
             ids = torch.cat([words(20), picture, words(size["length"] - 20 - len(picture))])
-            found.append(Encoded(ids, torch.randn(PATCHES**2, 1176, generator=generator), torch.tensor([[1, PATCHES, PATCHES]])))
+            pixels = torch.randn(PATCHES**2, 1176, generator=generator)
+            found.append(Encoded(ids, pixels, torch.tensor([[1, PATCHES, PATCHES]])))
     return found
 
 
@@ -96,9 +105,11 @@ def measure(case, folder, size):
 
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         ids = torch.stack([p.input_ids for p in plain])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.cat([p.pixel_values for p in plain]),
-                  "image_grid_thw": torch.cat([p.grid_thw for p in plain]), "mm_token_type_ids": (ids == IMAGE).int()}  # fmt: skip
-        options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=n, eos_token_id=2, pad_token_id=2)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
+                  "pixel_values": torch.cat([p.pixel_values for p in plain]),
+                  "image_grid_thw": torch.cat([p.grid_thw for p in plain])}  # fmt: skip
+        options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=n, eos_token_id=2)
+        options["pad_token_id"] = 2
         work = lambda tokens: model.generate(**inputs, **options, min_new_tokens=tokens, max_new_tokens=tokens)
     else:
         model = load_pretrained(folder).eval()
@@ -106,24 +117,44 @@ def measure(case, folder, size):
         if case == "unshared":
             rollout.shared_prefixes = lambda keys, known=(): [(0, list(range(len(keys))))]
         prompts, counts = (plain, n) if case in ("ours", "grpo") else (plain + aware, n // 2)
-        work = lambda tokens: rollout.sample(model, prompts, counts, **{**common, "max_tokens": tokens, "min_tokens": tokens})
+        work = lambda T: rollout.sample(model, prompts, counts, **{**common, "max_tokens": T, "min_tokens": T})
     work(1) if case in ("transformers", "ours") else rollout.sample(model, plain[:1], 2, max_tokens=2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
     work(size["tokens"])
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     tokens, peak = size["prompts"] * n * size["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens, "tokens_per_second": tokens / wall, "peak_gb": peak / 2**20,
-            "loaded_gb": before / 2**20}  # fmt: skip
+    return {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens, "tokens_per_second": tokens / wall,
+            "peak_gb": peak / 2**20, "loaded_gb": before / 2**20}  # fmt: skip
+
+
+def table(results):
+    """The results as Markdown."""
+    made = (f"{results['hardware']}, {results['threads']} threads, torch {results['torch']}, transformers "
+            f"{results['transformers_version']}, commit {results['commit']}{', --quick' if results['quick'] else ''}")
+    loads = ", ".join(f"{results[part]['load']:.1f}" for part in CASES if part in results)
+    lines = ["# Sampling groups of responses", "", f"{made}. Random weights of seed 0, fp32. Other tasks that wanted "
+             f"the cores when the parts began: {loads}; with others about, trust the ratios of CPU seconds.", "",
+             "| | wall s | CPU s | tokens/s | peak memory, GB | of it the model, loaded |", "|---|---|---|---|---|---|"]
+    for part in CASES:
+        for case in CASES[part] if part in results else ():
+            r = results[part][case]
+            speed = f"{r['seconds']:.1f} | {r['cpu_seconds']:.1f} | {r['tokens_per_second']:.0f}"
+            lines.append(f"| {part}: {case} | {speed} | {r['peak_gb']:.2f} | {r['loaded_gb']:.2f} |")
+    lines += ["", "| | wall | CPU | goal |", "|---|---|---|---|"]
+    lines += [f"| {name} | {results[name]:.2f} | {results[name + '_cpu']:.2f} | {goal} |"
+              for name, (*_, goal) in RATIOS.items() if name in results]  # fmt: skip
+    sizes = json.dumps({part: results[part]["size"] for part in CASES if part in results})
+    return "\n".join([*lines, "", "Made by `python -m benchmarks.rollout`; sizes:", "", "```", sizes, "```", ""])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file of the results")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute in all; the ratios are milder")
-    parser.add_argument("--part", choices=CASES, help="only this part (default: both)")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute in all; milder ratios")
+    parser.add_argument("--part", choices=CASES, help="only this part, the other as FILE has it (default: both)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--case", nargs=3, metavar=("PART", "CASE", "FOLDER"), help=argparse.SUPPRESS)  # a measurement's own process
+    parser.add_argument("--case", nargs=3, metavar=("PART", "CASE", "FOLDER"), help=argparse.SUPPRESS)  # own process
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     torch.set_num_threads(args.threads)
@@ -133,23 +164,25 @@ def main():
         return
     out = Path(args.out)
     results = json.loads(out.read_text()) if args.part and out.is_file() else {}
-    results |= {"torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                "threads": args.threads, "quick": args.quick}  # fmt: skip
+    results |= {**provenance(), "transformers_version": version("transformers")}
+    results |= {"threads": args.threads, "quick": args.quick}
     for part in [args.part] if args.part else CASES:
         with tempfile.TemporaryDirectory() as folder:
-            results[part] = {"size": sizes[part], "parameters": write_checkpoint(folder, sizes[part]), "load": os.getloadavg()[0]}
+            parameters = write_checkpoint(folder, sizes[part])
+            results[part] = {"size": sizes[part], "parameters": parameters, "load": os.getloadavg()[0]}
             for case in CASES[part]:
-                again = [sys.executable, "-m", "benchmarks.rollout", "--out", "-", "--threads", str(args.threads), "--case", part, case, folder]
-                done = subprocess.run(again + ["--quick"] * args.quick, capture_output=True, text=True, check=True)
+                again = [sys.executable, "-m", "benchmarks.rollout", "--out", "-", "--threads", str(args.threads)]
+                again += ["--case", part, case, folder] + ["--quick"] * args.quick
+                done = subprocess.run(again, capture_output=True, text=True, check=True)
                 results[part][case] = json.loads(done.stdout.strip().splitlines()[-1])
                 print(part, case, json.dumps(results[part][case]), flush=True)
-    for name, part, over, under in (("speedup_vs_transformers", "transformers", "transformers", "ours"),
-                                    ("poro_cost_vs_grpo", "policy", "poro", "grpo"), ("poro_cost_vs_unshared", "policy", "poro", "unshared")):
+    for name, (part, over, under, goal) in RATIOS.items():
         if part in results:
             for suffix, key in (("", "seconds"), ("_cpu", "cpu_seconds")):
                 results[name + suffix] = round(results[part][over][key] / results[part][under][key], 3)
-                print(name + suffix, results[name + suffix])
+            print(f"{name} {results[name]}, of CPU seconds {results[name + '_cpu']}, goal {goal}")
     out.write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(results))
 
 
 if __name__ == "__main__":
