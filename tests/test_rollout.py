@@ -33,8 +33,9 @@ def processor(folder):
 def prompts(processor):
     """Text and pictures, one and two of them, of several sizes, with and without a policy in front."""
     chats = [
-        question("what is red? ", picture(56, 84)), question("no picture here"), question("a ", picture(84, 56), picture(56, 56)),
-        question("which?", picture(112, 84)), question("and this one, in more words than the others have? ", picture(56, 84)),
+        question("what is red? ", picture(56, 84)), question("no picture here"), question("which?", picture(112, 84)),
+        question("a ", picture(84, 56), picture(56, 56)),
+        question("and this one, in more words than the others have? ", picture(56, 84)),
     ]  # fmt: skip
     aware = [[{"role": "user", "content": [{"type": "text", "text": POLICY}, *chat[0]["content"]]}] for chat in chats]
     return [processor.encode(chat, add_generation_prompt=True) for chat in chats + aware]
@@ -56,13 +57,15 @@ def test_greedy_tokens_equal_transformers_generate(model, processor, prompts, fo
         inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids)[None]}
         if prompt.grid_thw is not None:
             inputs |= {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
-        expected = theirs.generate(**oracle_inputs(inputs), max_new_tokens=12, do_sample=False, eos_token_id=processor.stop_ids)
+        rules = dict(max_new_tokens=12, do_sample=False, eos_token_id=processor.stop_ids)
+        expected = theirs.generate(**oracle_inputs(inputs), **rules)
         assert response.tokens == expected[0, len(prompt.input_ids) :].tolist()
 
 
 def test_sampled_logprobs_equal_a_fresh_forward_pass(model, processor, prompts):
     """Positions after pictures and padding, shared prefixes, slots: a mistake in any of them shows here."""
-    groups = sample(model, prompts, 3, max_tokens=10, temperature=0.7, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids)
+    rules = dict(max_tokens=10, temperature=0.7, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids)
+    groups = sample(model, prompts, 3, **rules)
     for prompt, group in zip(prompts, groups):
         assert len({tuple(r.tokens) for r in group}) == 3
         for response in group:
@@ -129,7 +132,8 @@ def test_everything_shared_is_read_once(model, processor, prompts, monkeypatch):
     """Equal pictures are encoded once, the policy's tokens once for all prompts, and a later call reads neither."""
     patches, tokens = [], []
     visual, forward = model.visual.forward, model.forward
-    monkeypatch.setattr(model.visual, "forward", lambda pixels, grid: patches.append(len(pixels)) or visual(pixels, grid))
+    watched = lambda pixels, grid: patches.append(len(pixels)) or visual(pixels, grid)
+    monkeypatch.setattr(model.visual, "forward", watched)
     monkeypatch.setattr(model, "forward", lambda ids, *a, **k: tokens.append(ids.numel()) or forward(ids, *a, **k))
     held = {}
     sample(model, prompts, 8, max_tokens=1, prefixes=held)
@@ -149,7 +153,8 @@ def test_held_prefixes_know_their_pictures(model, processor):
     """The second call shows another picture at the same place: what was held of the first must not answer for it."""
     held, rules = {}, dict(max_tokens=1, temperature=0)
     for seed in (1, 2):
-        ask = [processor.encode(question(f"{i} what?", picture(84, 84, seed)), add_generation_prompt=True) for i in range(2)]
+        chats = [question(f"{i} what?", picture(84, 84, seed)) for i in range(2)]
+        ask = [processor.encode(chat, add_generation_prompt=True) for chat in chats]
         (first,), _ = sample(model, ask, 1, prefixes=held, **rules)
         assert abs(first.logprobs[0] - float(fresh(model, ask[0], first.tokens)[0, first.tokens[0]])) < 1e-5
     assert len(held) == 2
@@ -181,14 +186,17 @@ def test_both_forms_of_partial_attention_agree(causal, monkeypatch):
 
 def test_packed_responses_are_learned_exactly_as_alone(model, processor, prompts):
     """Shared-prefix training: log-probabilities and gradients equal those of separate rows."""
-    groups = [[r.tokens for r in g] for g in sample(model, prompts, 3, max_tokens=7, stop_ids=list(range(50)), banned_ids=processor.banned_ids)]
+    drawn = sample(model, prompts, 3, max_tokens=7, stop_ids=list(range(50)), banned_ids=processor.banned_ids)
+    groups = [[r.tokens for r in g] for g in drawn]
     packed = pack(model, prompts, groups, processor.pad_id)
-    alone = collate([p for p, g in zip(prompts, groups) for _ in g], [t for g in groups for t in g], pad_id=processor.pad_id)
+    each = [prompt for prompt, group in zip(prompts, groups) for _ in group]
+    alone = collate(each, [tokens for group in groups for tokens in group], pad_id=processor.pad_id)
     gradients = []
     for batch in (packed, alone):
         logp, _ = token_logprobs(model, batch)
         (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
-        gradients.append((logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append((logp.detach(), found))
         model.zero_grad()
     (ours, ours_grad), (theirs, theirs_grad) = gradients
     assert packed.input_ids.numel() < alone.input_ids.numel() / 2
@@ -204,7 +212,8 @@ def test_policy_rollout_is_one_group_learned_without_the_policy(model, processor
     rollout = PolicyRollout(processor, policies, 2, 3, max_tokens=5, banned_ids=processor.banned_ids)
     (group,) = rollout(model, [item], [[1, 2, 3, 4, 5]])
     assert group.aware == [False] * 2 + [True] * 3 and len(group.responses) == 5
-    assert POLICY in processor.decode(group.policy_prompt.input_ids) and POLICY not in processor.decode(group.prompt.input_ids)
+    assert POLICY in processor.decode(group.policy_prompt.input_ids)
+    assert POLICY not in processor.decode(group.prompt.input_ids)
     for response, aware in zip(group.responses, group.aware):
         x = group.policy_prompt if aware else group.prompt
         expected = fresh(model, x, response.tokens, processor.banned_ids)[0, response.tokens[0]]
@@ -212,15 +221,18 @@ def test_policy_rollout_is_one_group_learned_without_the_policy(model, processor
         logp, _ = token_logprobs(model, pack(model, [group.prompt], [[response.tokens]], processor.pad_id))
         behind_x = fresh(model, group.prompt, response.tokens).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
         assert torch.allclose(logp.detach(), behind_x, atol=1e-5)
-    (plain,) = PolicyRollout(processor, policies, 2, 0, max_tokens=5, banned_ids=processor.banned_ids)(model, [item], [[1, 2]])
-    assert [r.tokens for r in plain.responses] == [r.tokens for r in group.responses[:2]] and plain.policy_prompt is None
+    alone = PolicyRollout(processor, policies, 2, 0, max_tokens=5, banned_ids=processor.banned_ids)
+    (plain,) = alone(model, [item], [[1, 2]])
+    assert [r.tokens for r in plain.responses] == [r.tokens for r in group.responses[:2]]
+    assert plain.policy_prompt is None
 
 
 def test_a_frozen_sampler_reads_each_policy_once_a_run(folder, model, processor, monkeypatch):
     frozen = load_pretrained(folder).eval()
     tokens, forward = [], frozen.forward
     monkeypatch.setattr(frozen, "forward", lambda ids, *a, **k: tokens.append(ids.numel()) or forward(ids, *a, **k))
-    items = [{"id": f"i{i}", "policy": "P1", "question": f"{i} apply P1: ", "images": [], "answer": "A1"} for i in range(3)]
+    item = {"policy": "P1", "images": [], "answer": "A1"}
+    items = [{**item, "id": f"i{i}", "question": f"{i} apply P1: "} for i in range(3)]
     rollout = PolicyRollout(processor, {"P1": {"text": POLICY, "images": []}}, 1, 1, sampler=frozen, max_tokens=1)
     rollout(model, items, [[1, 2]] * 3)
     first = sum(tokens)
@@ -231,7 +243,8 @@ def test_a_frozen_sampler_reads_each_policy_once_a_run(folder, model, processor,
 def test_noise_replaces_the_policy(processor, model):
     item = {"id": "i", "policy": "P1", "question": "what? ", "images": [], "answer": "A1"}
     rollout = PolicyRollout(processor, {}, 1, 1, noise=0.5, max_tokens=2)
-    rollout.encode = lambda item, policy=None: processor.encode(question("what?", picture(56, 56)), add_generation_prompt=True)
+    chat = question("what?", picture(56, 56))
+    rollout.encode = lambda item, policy=None: processor.encode(chat, add_generation_prompt=True)
     (group,) = rollout(model, [item], [[1, 2]])
     assert torch.equal(group.prompt.input_ids, group.policy_prompt.input_ids)
     assert 0.4 < (group.prompt.pixel_values - group.policy_prompt.pixel_values).std() < 0.6
@@ -239,5 +252,6 @@ def test_noise_replaces_the_policy(processor, model):
 
 def test_too_long_a_prompt_is_named_not_cut(processor, model):
     item = {"id": "item-7", "policy": "P1", "question": "apply P1: ", "images": [], "answer": "A1"}
-    with pytest.raises(InputError, match=r"item-7: found a prompt of \d+ tokens, 0 of them of pictures, expected at most --max-prompt 9"):
+    message = r"item-7: found a prompt of \d+ tokens, 0 of them of pictures, expected at most --max-prompt 9"
+    with pytest.raises(InputError, match=message):
         PolicyRollout(processor, {}, 1, 0, max_prompt=9, max_tokens=2)(model, [item], [[1]])
