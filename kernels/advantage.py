@@ -8,9 +8,10 @@ Axes: P prompts, G responses of a group. With the mean over the group, over its 
 
 PolicyRollout's policy-aware responses are members of the group like any other: G counts them in.
 
-Rewards are measured from the smallest of their group, in float64, with the variance from a second pass over the deviations:
-neither a large common offset nor the usual sum of squares minus squared sum can cancel what is left, and equal rewards give
-exactly 0. On a GPU the statistics are a Triton kernel, one program per group (kernels/advantage_triton.py).
+Rewards are measured from the smallest of their group, in float64, with the variance from a second pass over the
+deviations: neither a large common offset nor the usual sum of squares minus squared sum can cancel what is left, and
+equal rewards give exactly 0. On a GPU the statistics are a Triton kernel, one program per group
+(kernels/advantage_triton.py).
 """
 
 import os
@@ -23,16 +24,17 @@ MODES = ("grpo", "dr_grpo", "batch")
 def group_advantage(rewards, group_ids=None, mode="grpo", eps=1e-4, *, return_nan=False):
     """Advantage of each reward within its group (formulas at the top of the file).
 
-    rewards (P, G), or (N,) with group_ids (N,) int64 (any integers, in any order, groups of any size). eps is added to the
-    deviation: 1e-4 in TRL, 1e-6 in verl. A group of one and a group of equal rewards give 0. A NaN reward gives 0 and is left
-    out of the statistics; return_nan=True also returns how many there were (0-d int64 tensor).
+    rewards (P, G), or (N,) with group_ids (N,) int64 (any integers, in any order, groups of any size). eps is added to
+    the deviation: 1e-4 in TRL, 1e-6 in verl. A group of one and a group of equal rewards give 0. A NaN reward gives 0
+    and is left out of the statistics; return_nan=True also returns how many there were (0-d int64 tensor).
     Returns fp32 of the shape of rewards. Raises ValueError on an unknown mode or shapes that do not fit.
     """
     if mode not in MODES or not eps >= 0:
         raise ValueError(f"found mode {mode!r}, eps {eps}; expected one of {', '.join(MODES)} and eps >= 0")
     if rewards.ndim != (2 if group_ids is None else 1) or group_ids is not None and group_ids.shape != rewards.shape:
-        raise ValueError(f"found rewards {tuple(rewards.shape)}, group_ids {group_ids if group_ids is None else tuple(group_ids.shape)}; "
-                         "expected (P, G) without ids, or (N,) and (N,)")
+        ids = None if group_ids is None else tuple(group_ids.shape)
+        found = f"rewards {tuple(rewards.shape)}, group_ids {ids}"
+        raise ValueError(f"found {found}; expected (P, G) without ids, or (N,) and (N,)")
     r = rewards.detach().double().flatten()  # (N,)
     if group_ids is None:
         P, G = rewards.shape
@@ -55,7 +57,7 @@ def group_advantage(rewards, group_ids=None, mode="grpo", eps=1e-4, *, return_na
 
 
 def deviations_torch(r, group, P):
-    """r (N,) float64, group (N,) indices below P -> r - mean of the group (N,), deviation of the group (P,), over valid r."""
+    """r (N,) float64, group (N,) below P -> over valid r, r - mean of its group (N,), deviation of a group (P,)."""
     valid = ~r.isnan()
     low = r.new_full((P,), torch.inf).scatter_reduce(0, group, r.where(valid, torch.inf), "amin")
     n = r.new_zeros(P).index_add(0, group, valid.double())

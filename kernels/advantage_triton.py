@@ -1,7 +1,8 @@
 """Mean and deviation of every group of rewards as a Triton kernel: one program per group, two passes over its members.
 
-The variance is the mean of squared deviations from a mean that is known by then; the shortcut E[r^2] - E[r]^2 subtracts two
-large numbers. One small launch takes the place of a dozen: the arrays hold one number a response, time is launches only.
+The variance is the mean of squared deviations from a mean that is known by then; the shortcut E[r^2] - E[r]^2
+subtracts two large numbers. One small launch takes the place of a dozen: the arrays hold one number a response, time
+is launches only.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 
 
 def deviations(r, group, P):
-    """r (N,) float64, group (N,) indices below P -> r - mean of the group (N,), deviation of the group (P,), over valid r."""
+    """r (N,) float64, group (N,) below P -> over valid r, r - mean of its group (N,), deviation of a group (P,)."""
     members = group.argsort(stable=True)  # group p's are members[starts[p] : starts[p + 1]]
     starts = torch.searchsorted(group[members], torch.arange(P + 1, device=r.device))
     above_mean, spread = torch.empty_like(r), r.new_empty(P)
@@ -35,7 +36,8 @@ def group_statistics(rewards, members, starts, above_mean, spread, BLOCK: tl.con
     total = tl.zeros((), tl.float64)
     for start in range(first, last, BLOCK):
         inside = start + lanes < last
-        r = tl.load(rewards + tl.load(members + start + lanes, mask=inside, other=0), mask=inside, other=float("nan")) - low
+        member = tl.load(members + start + lanes, mask=inside, other=0)
+        r = tl.load(rewards + member, mask=inside, other=float("nan")) - low
         real = r == r  # NaN is not equal to itself
         n += tl.sum(real.to(tl.float64), 0)
         total += tl.sum(tl.where(real, r, 0.0), 0)

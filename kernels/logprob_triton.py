@@ -1,29 +1,31 @@
-"""The row sweep of linear_logprob as a Triton kernel: one program reads one row of fp32 logits twice and leaves its gradient.
+"""The row sweep of linear_logprob as a Triton kernel: a program reads a row of logits twice and leaves its gradient.
 
 Axes: C rows of the chunk, V vocabulary. Sweep 1 keeps, over blocks of the row, the running maximum m and the sums
 
     s = sum_{v != y} e^{l_v - m}            t = sum_{v != y} e^{l_v - m} (l_v - m)
 
-When a block raises the maximum from m to m', every term of s so far is too large by e^{m' - m}; hence the online softmax
+When a block raises the maximum from m to m', each term of s so far is too large by e^{m' - m}; hence online softmax:
 
-    s' = e^{m - m'} s + sum_block e^{l_v - m'}          t' = e^{m - m'} (t + (m - m') s) + sum_block e^{l_v - m'} (l_v - m')
+    s' = e^{m - m'} s + sum_block e^{l_v - m'}      t' = e^{m - m'} (t + (m - m') s) + sum_block e^{l_v - m'} (l_v - m')
 
-s and t are kept as one partial sum a lane and added up once, at the end: one reduction over the program a block (the maximum)
-instead of three, and shorter chains of fp32 additions. The target is added last (z = s + e^{l_y - m}), so that
+s and t are kept as one partial sum a lane and added up once, at the end: one reduction over the program a block (the
+maximum) instead of three, and shorter chains of fp32 additions. The target is added last (z = s + e^{l_y - m}), so
+that
 
-    logp = l_y - m - log z       entropy = log z - (t + e^{l_y - m} (l_y - m)) / z       1 - p_y = s / z without cancelling
+    logp = l_y - m - log z      entropy = log z - (t + e^{l_y - m} (l_y - m)) / z      1 - p_y = s / z, nothing cancels
 
-Sweep 2 turns the row into the direction 1[y] - q, q_v = e^{l_v - m} / s, in the dtype of W, written over the row's own first
-half: a block of 2-byte entries lands on logits that have been read already, which the barrier between load and store makes
-true of every warp of the program. The gradient is direction times W times scale = (1 - p_y) / T (see kernels/logprob.py).
+Sweep 2 turns the row into the direction 1[y] - q, q_v = e^{l_v - m} / s, in the dtype of W, written over the row's own
+first half: a block of 2-byte entries lands on logits that have been read already, which the barrier between load and
+store makes true of every warp of the program. The gradient is direction times W times scale = (1 - p_y) / T (see
+kernels/logprob.py).
 
-Counting, for one token of D = 3584, V = 152064 in bf16 on an H200 (790 TFLOP/s, 4.3 TB/s): two products of 2 D V = 1.09 GFLOP,
-2.76 us; sweeps 4V + 4V bytes read and 2V written, 1.52 MB, 0.35 us (less where the second read hits the 50 MB L2). The products'
-own 4V written and 2V read, and W twice a chunk (2.18 GB, 0.44 us a token with 1152 rows) overlap with
-their arithmetic. So the bound is 1.13 times the two bare products. Compiled for sm_90 by Triton 3.9 with entropy and gradient, a
-block of 4096 on 16 warps takes 40 registers a thread, spills nothing and loads 16 bytes at a time: 3 programs an SM, 48 of its
-64 warps, 48 KB of loads in flight where 4.3 TB/s x 0.7 us / 132 = 23 KB keep the memory busy. 8 warps would take 102 registers
-and leave 16 warps an SM. These are counts, not measurements.
+Counting, for one token of D = 3584, V = 152064 in bf16 on an H200 (790 TFLOP/s, 4.3 TB/s): two products of 2 D V =
+1.09 GFLOP, 2.76 us; sweeps 4V + 4V bytes read and 2V written, 1.52 MB, 0.35 us (less where the second read hits the 50
+MB L2). The products' own 4V written and 2V read, and W twice a chunk (2.18 GB, 0.44 us a token with 1152 rows) overlap
+with their arithmetic. So the bound is 1.13 times the two bare products. Compiled for sm_90 by Triton 3.9 with entropy
+and gradient, a block of 4096 on 16 warps takes 40 registers a thread, spills nothing and loads 16 bytes at a time: 3
+programs an SM, 48 of its 64 warps, 48 KB of loads in flight where 4.3 TB/s x 0.7 us / 132 = 23 KB keep the memory
+busy. 8 warps would take 102 registers and leave 16 warps an SM. These are counts, not measurements.
 """
 
 import torch
@@ -36,7 +38,7 @@ DEFAULT = (4096, 16)
 
 
 def sweep_rows(logits, y, temperature, dtype, with_entropy, gradient):
-    """logits (C, V) fp32, overwritten if gradient; y (C,) -> logp, entropy, scale (C,) fp32, direction (C, V) in dtype."""
+    """logits (C, V) fp32, overwritten if gradient; y (C,) -> logp, entropy, scale (C,) fp32, direction (C, V)."""
     C, V = logits.shape
     logp, entropy, scale = (torch.empty_like(y, dtype=torch.float32) for _ in range(3))
     direction = logits.view(dtype)  # (C, V) or (C, 2V): the same memory
@@ -58,8 +60,8 @@ def sweep(logits, direction, targets, logp, entropy, scale, V, stride, inverse_t
     inside = (y >= 0) & (y < V)
     l_y = tl.load(logits + y, mask=inside, other=float("nan")) * inverse_temperature  # never read outside the row
 
-    # -- sweep 1: maximum and sums ----------------------------------------------------------------------------------------
-    m = tl.full((), -3.0e38, tl.float32)  # finite, so that a block of -inf logits gives e^(-inf - m) = 0 and not e^(-inf + inf)
+    # -- sweep 1: maximum and sums -----------------------------------------------------------------------------------
+    m = tl.full((), -3.0e38, tl.float32)  # finite: a block of -inf logits gives e^(-inf - m) = 0, not e^(-inf + inf)
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
@@ -81,7 +83,7 @@ def sweep(logits, direction, targets, logp, entropy, scale, V, stride, inverse_t
         surprise = tl.sum(t, 0) + e_y * tl.where(e_y == 0, 0.0, l_y - m)
         tl.store(entropy + row, tl.log(total) - surprise / total)
 
-    # -- sweep 2: the row becomes its direction ----------------------------------------------------------------------------
+    # -- sweep 2: the row becomes its direction ----------------------------------------------------------------------
     if GRADIENT:
         per_rest = 1 / tl.maximum(rest, 1.2e-38)  # p_y = 1: every other entry and the scale are 0
         for start in range(0, V, BLOCK):
