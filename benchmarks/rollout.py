@@ -11,7 +11,7 @@ Random weights, fp32, on a CPU. Every measurement is a process of its own, so th
     poro_cost_vs_unshared     the same over reading the policy anew for each query; counting gives 0.4
 
 `seconds` is the wall clock, `cpu_seconds` what the process spent on all its threads: on a machine with other work the
-ratios of the second (`..._cpu`) are the ones to trust. Beside FILE.json stands the same as a table, FILE.md.
+ratios of the second are the ones to trust. Beside FILE.json stands the same as a table, FILE.md.
 """
 
 import argparse
@@ -38,11 +38,12 @@ QUICK = {
     "transformers": dict(width=256, layers=4, vocab=8_000, prompts=4, length=250, responses=8, tokens=32, policy=0),
     "policy": dict(width=512, layers=2, vocab=8_000, prompts=8, length=150, responses=8, tokens=64, policy=1500),
 }
-CASES = {"transformers": ["ours", "transformers"], "policy": ["grpo", "poro", "unshared"]}
-RATIOS = {  # part, case over case, goal
-    "speedup_vs_transformers": ("transformers", "transformers", "ours", ">= 4"),
-    "poro_cost_vs_grpo": ("policy", "poro", "grpo", "<= 1.4"),
-    "poro_cost_vs_unshared": ("policy", "poro", "unshared", "<= 0.5"),
+CASES = {"ours": "transformers", "transformers": "transformers",  # case: its sizes
+         "grpo": "policy", "poro": "policy", "unshared": "policy"}  # fmt: skip
+RATIOS = {  # case over case, goal
+    "speedup_vs_transformers": ("transformers", "ours", ">= 4"),
+    "poro_cost_vs_grpo": ("poro", "grpo", "<= 1.4"),
+    "poro_cost_vs_unshared": ("poro", "unshared", "<= 0.5"),
 }
 IMAGE, PATCHES = 3, 16  # token id; patches a side, 64 tokens after merging
 
@@ -128,61 +129,61 @@ def measure(case, folder, size):
             "peak_gb": peak / 2**20, "loaded_gb": before / 2**20}  # fmt: skip
 
 
+def ratios(rows):
+    """{name: (of wall clocks, of CPU seconds)} of RATIOS, as far as both cases were measured; rows: {case: record}."""
+    of = lambda over, under, key: round(rows[over][key] / rows[under][key], 3)
+    return {name: (of(over, under, "seconds"), of(over, under, "cpu_seconds"))
+            for name, (over, under, _) in RATIOS.items() if over in rows and under in rows}  # fmt: skip
+
+
 def table(results):
     """The results as Markdown."""
-    made = (f"{results['hardware']}, {results['threads']} threads, torch {results['torch']}, transformers "
-            f"{results['transformers_version']}, commit {results['commit']}{', --quick' if results['quick'] else ''}")
-    loads = ", ".join(f"{results[part]['load']:.1f}" for part in CASES if part in results)
-    lines = ["# Sampling groups of responses", "", f"{made}. Random weights of seed 0, fp32. Other tasks that wanted "
-             f"the cores when the parts began: {loads}; with others about, trust the ratios of CPU seconds.", "",
-             "| | wall s | CPU s | tokens/s | peak memory, GB | of it the model, loaded |", "|---|---|---|---|---|---|"]
-    for part in CASES:
-        for case in CASES[part] if part in results else ():
-            r = results[part][case]
+    lines = ["# Sampling groups of responses", "", "Random weights of seed 0, fp32. Load: how many tasks wanted the "
+             "cores at the start; with others about, trust the ratios of CPU seconds."]  # fmt: skip
+    for setting, rows in results.items():
+        lines += ["", f"## {setting}", ""]
+        lines += ["| | wall s | CPU s | tokens/s | peak GB | of it the model | load |", "|---" * 7 + "|"]
+        for case, r in rows.items():
             speed = f"{r['seconds']:.1f} | {r['cpu_seconds']:.1f} | {r['tokens_per_second']:.0f}"
-            lines.append(f"| {part}: {case} | {speed} | {r['peak_gb']:.2f} | {r['loaded_gb']:.2f} |")
-    lines += ["", "| | wall | CPU | goal |", "|---|---|---|---|"]
-    lines += [f"| {name} | {results[name]:.2f} | {results[name + '_cpu']:.2f} | {goal} |"
-              for name, (*_, goal) in RATIOS.items() if name in results]  # fmt: skip
-    sizes = json.dumps({part: results[part]["size"] for part in CASES if part in results})
-    return "\n".join([*lines, "", "Made by `python -m benchmarks.rollout`; sizes:", "", "```", sizes, "```", ""])
+            lines.append(f"| {case} | {speed} | {r['peak_gb']:.2f} | {r['loaded_gb']:.2f} | {r['load']:.1f} |")
+        lines += ["", "| | wall | CPU | goal at full size |", "|---" * 4 + "|"]
+        lines += [f"| {name} | {wall} | {cpu} | {RATIOS[name][2]} |" for name, (wall, cpu) in ratios(rows).items()]
+        versions = lambda r: ", ".join(f"{name} {r[name]}" for name in ("torch", "transformers", "commit"))
+        made = {f"{r['hardware']}, {versions(r)}" for r in rows.values()}
+        lines += ["", "; ".join(sorted(made)) + "."]
+    return "\n".join([*lines, "", "Made by `python -m benchmarks.rollout`.", ""])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="JSON file of the results")
+    parser.add_argument("--out", required=True, help="JSON file of the results; what it holds of other settings stays")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute in all; milder ratios")
-    parser.add_argument("--part", choices=CASES, help="only this part, the other as FILE has it (default: both)")
+    parser.add_argument("--case", choices=CASES, help="only this one, the others as FILE has them (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--case", nargs=3, metavar=("PART", "CASE", "FOLDER"), help=argparse.SUPPRESS)  # own process
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # the process of one measurement
     args = parser.parse_args()
     sizes = QUICK if args.quick else SIZES
     torch.set_num_threads(args.threads)
-    if args.case:
-        part, case, folder = args.case
-        print(json.dumps(measure(case, folder, sizes[part])))
+    if args.measure:
+        print(json.dumps(measure(args.case, args.measure, sizes[CASES[args.case]])))
         return
-    out = Path(args.out)
-    results = json.loads(out.read_text()) if args.part and out.is_file() else {}
-    results |= {**provenance(), "transformers_version": version("transformers")}
-    results |= {"threads": args.threads, "quick": args.quick}
-    for part in [args.part] if args.part else CASES:
+    out, setting = Path(args.out), f"{'small' if args.quick else 'full'} sizes, {args.threads} threads"
+    results = json.loads(out.read_text()) if out.is_file() else {}
+    rows = results.setdefault(setting, {})
+    for case in [args.case] if args.case else CASES:
         with tempfile.TemporaryDirectory() as folder:
-            parameters = write_checkpoint(folder, sizes[part])
-            results[part] = {"size": sizes[part], "parameters": parameters, "load": os.getloadavg()[0]}
-            for case in CASES[part]:
-                again = [sys.executable, "-m", "benchmarks.rollout", "--out", "-", "--threads", str(args.threads)]
-                again += ["--case", part, case, folder] + ["--quick"] * args.quick
-                done = subprocess.run(again, capture_output=True, text=True, check=True)
-                results[part][case] = json.loads(done.stdout.strip().splitlines()[-1])
-                print(part, case, json.dumps(results[part][case]), flush=True)
-    for name, (part, over, under, goal) in RATIOS.items():
-        if part in results:
-            for suffix, key in (("", "seconds"), ("_cpu", "cpu_seconds")):
-                results[name + suffix] = round(results[part][over][key] / results[part][under][key], 3)
-            print(f"{name} {results[name]}, of CPU seconds {results[name + '_cpu']}, goal {goal}")
-    out.write_text(json.dumps(results, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(results))
+            write_checkpoint(folder, sizes[CASES[case]])
+            again = [sys.executable, "-m", "benchmarks.rollout", "--out", "-", "--threads", str(args.threads)]
+            again += ["--case", case, "--measure", folder] + ["--quick"] * args.quick
+            load = os.getloadavg()[0]
+            done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
+        rows[case] = json.loads(done.stdout.strip().splitlines()[-1])
+        made = {**provenance(), "transformers": version("transformers"), "load": load}
+        rows[case] |= {**made, "size": sizes[CASES[case]]}
+        print(case, json.dumps(rows[case]), flush=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        out.with_suffix(".md").write_text(table(results))
+    print(json.dumps(ratios(rows)))
 
 
 if __name__ == "__main__":
