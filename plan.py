@@ -1,11 +1,16 @@
 """What a run needs in memory, before it is started: `python training.py plan --model 7B --stage rl --gpus 8`.
 
-Weights, gradients and AdamW follow from the number of parameters; activations are counted, not guessed: one text block
-and the vision tower run on the meta device, which computes nothing, and what autograd would keep is added up.
+`--model all` is a table of the four sizes in the three stages (results/plan.md is one). Weights, gradients and AdamW
+follow from the number of parameters; activations are counted, not guessed: one text block and the vision tower run on
+the meta device, which computes nothing, and what autograd would keep is added up.
 """
 
 import contextlib
+import dataclasses
+import functools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +19,22 @@ import model as qwen
 from training import CommonConfig, option, parse, redefault
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
-          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-          "tokens_per_second": 2, "hidden_act": "silu"}  # fmt: skip
+          "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+          "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "hidden_act": "silu"}  # fmt: skip
 SIZES = {  # Qwen2.5-VL: width, layers, heads, kv heads, MLP, vocabulary, MLP of the vision tower, tied
     "3B": (2048, 36, 16, 2, 11008, 151936, 3420, True),
     "7B": (3584, 28, 28, 4, 18944, 152064, 3420, False),
     "32B": (5120, 64, 40, 8, 27648, 152064, 3456, False),
     "72B": (8192, 80, 64, 8, 29568, 152064, 3456, False),
 }
+PHASES = {"learning": "activations and buffers", "sampling": "keys, values and whole weights"}
 GB = 1e9
 
 
 @dataclass
 class Config:
-    model: str = option("", f"checkpoint folder, hub id, or one of {', '.join(SIZES)}", required=True)
+    model: str = option("", f"checkpoint folder, hub id, or one of {', '.join(SIZES)}; all: a table of these in each"
+                        " stage", required=True)
     stage: str = option("rl", "cpt, sft or rl", choices=("cpt", "sft", "rl"))
     full: bool = redefault(CommonConfig, "full", True)
     lora_rank: int = redefault(CommonConfig, "lora_rank", 8)
@@ -42,18 +49,22 @@ class Config:
     dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
     budget: int = option(1 << 17, "rl: tokens of prompts and responses that sampling holds at a time, a GPU", least=1)
     reference: bool = option(True, "rl: a KL term or a frozen sampler holds the start model besides")
+    out: str = option("", "write the plan to this file, too")
 
 
 def architecture(name):
-    """The model of a size or checkpoint on the meta device: shapes without memory."""
-    if name in SIZES:
+    """The model of a size or checkpoint on the meta device: no memory; of an official one, no download either."""
+    official = re.fullmatch(r"(?:Qwen/Qwen2\.5-VL-)?(\d+B)(?:-Instruct)?", name)
+    if official and official[1] in SIZES and not Path(name).exists():
+        name = official[1]
         width, layers, heads, groups, inner, vocabulary, vision, tied = SIZES[name]
         section = [width // heads // 8, width // heads * 3 // 16, width // heads * 3 // 16]
-        raw = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups,
-               "intermediate_size": inner, "vocab_size": vocabulary, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6,
+        raw = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+               "num_key_value_heads": groups, "intermediate_size": inner, "vocab_size": vocabulary,
+               "tie_word_embeddings": tied, "rms_norm_eps": 1e-6,
                "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": section}, "image_token_id": 151655,
-               "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "model_type": "qwen2_5_vl",
-               "max_position_embeddings": 128000, "hidden_act": "silu",
+               "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+               "model_type": "qwen2_5_vl", "max_position_embeddings": 128000, "hidden_act": "silu",
                "vision_config": {**VISION, "intermediate_size": vision, "out_hidden_size": width}}  # fmt: skip
     else:
         folder = qwen.find_folder(name)
@@ -95,7 +106,7 @@ def counting(parameters):
 
 
 def activations(model, config):
-    """(bytes kept a text block, bytes of its input, bytes kept by the vision tower) of one micro-batch."""
+    """Bytes of a micro-batch: (kept by a text block, its input's, kept by the vision tower); changes the model."""
     dtype, text = getattr(torch, config.dtype), model.config
     rows, tokens = config.micro_batch, config.prompt + config.response
     block = model.model.layers[0].to(dtype).requires_grad_(config.full)
@@ -117,15 +128,26 @@ def activations(model, config):
     return kept[0], x.numel() * x.element_size(), vision[0]
 
 
+@functools.cache
+def counted(*values):
+    """What a plan counts on the meta device, once for all numbers of GPUs: (config; parameters, of them in the tower,
+    in a text block, in its adapter of rank 1; activations).
+    """
+    config = Config(*values)
+    model = architecture(config.model)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    layer = model.model.layers[-1].named_parameters()
+    adapter = sum(sum(p.shape) for name, p in layer if p.ndim == 2 and name.split(".")[-2] in qwen.TEXT_TARGETS)
+    parameters = count(model), count(model.visual), count(model.model.layers[0]), adapter
+    return model.config, *parameters, *activations(model, config)
+
+
 def plan(config):
     """{part: bytes} a GPU, the largest phase of a step, and what a smaller setting of each lever would give."""
-    model = architecture(config.model)
-    text = model.config
-    total = sum(p.numel() for p in model.parameters())
-    vision = sum(p.numel() for p in model.visual.parameters())
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    same = dict(stage="", gpus=1, memory=1, gradient_checkpointing=False, budget=1, reference=False, out="")
+    values = dataclasses.astuple(dataclasses.replace(config, **same))
+    text, total, vision, layer, adapter, block, x, tower = counted(*values)
     root = total - layer * text.num_hidden_layers - (0 if config.train_vision else vision)
-    block, x, tower = activations(model, config)
     width, half = (2, 2) if config.dtype == "bfloat16" else (4, 0)
     sharded = config.full and config.gpus > 1
     ranks = config.gpus if sharded else 1
@@ -138,9 +160,7 @@ def plan(config):
         elif half:
             parts["bf16 copies of the weights (autocast)"] = 2 * total
     else:
-        last = model.model.layers[-1].named_parameters()
-        shapes = [p.shape for name, p in last if p.ndim == 2 and name.split(".")[-2] in qwen.TEXT_TARGETS]
-        tuned = config.lora_rank * text.num_hidden_layers * sum(map(sum, shapes))
+        tuned = config.lora_rank * text.num_hidden_layers * adapter
         parts = {f"frozen weights ({'bf16' if half else 'fp32'})": width * total,
                  "adapter, gradient, AdamW (fp32)": 16 * tuned}
     if config.stage == "rl" and config.reference:
@@ -180,14 +200,41 @@ def report(config):
     lines = [f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
              f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"]
     lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
-    holds = {"learning": "activations and buffers", "sampling": "keys, values and whole weights"}
-    lines += [f"  {size / GB:8.2f}  {name}: {holds[name]}" for name, size in result["phases"].items()]
+    lines += [f"  {size / GB:8.2f}  {name}: {PHASES[name]}" for name, size in result["phases"].items()]
     fits = result["peak"] / GB <= config.memory
     verdict = f"{'fits' if fits else 'does not fit'} {config.memory:g} GB"
     lines.append(f"  {result['peak'] / GB:8.2f}  peak (the phases follow one another); {verdict}")
     return "\n".join(lines if fits else [*lines, "to lower it:", *(f"  {line}" for line in advice(config, result))])
 
 
+def table(config):
+    """The four sizes in the paper's three stages as a Markdown table, each on the fewest GPUs that do."""
+    config = dataclasses.replace(config, gradient_checkpointing=True)
+    lines = [f"GB a GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
+             f"tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; GPUs: the fewest, in "
+             f"powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and sampling holds "
+             "whole ones. Computed, not measured.\n",
+             "| model | stage | GPUs | weights, gradients, AdamW | learning | sampling | peak |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for size in SIZES:
+        for stage, full in (("cpt", True), ("sft", False), ("rl", True), ("rl", False)):
+            for gpus in (1, 2, 4, 8, 16, 32, 64, 128):
+                here = dataclasses.replace(config, model=size, stage=stage, full=full, gpus=gpus)
+                result = plan(here)
+                if result["peak"] / GB <= config.memory or not full:
+                    break
+            gb = lambda size: f"{size / GB:.1f}"
+            count = gpus if result["peak"] / GB <= config.memory else "none"
+            phases = [gb(result["phases"][name]) if name in result["phases"] else "" for name in PHASES]
+            how = "full" if full else f"LoRA r {config.lora_rank}"
+            cells = [size, f"{stage}, {how}", count, gb(sum(result["parts"].values())), *phases, gb(result["peak"])]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     config = parse(Config, __doc__, argv)
-    print(report(config))
+    text = table(config) if config.model == "all" else report(config)
+    print(text)
+    if config.out:
+        Path(config.out).write_text(text + "\n")

@@ -15,7 +15,7 @@ from batching import is_fsdp
 
 
 def shard(model, device, dtype, rank, world):
-    """Split `model` over the ranks, in place; matrix products in `dtype`. One on the meta device is read from its files."""
+    """Split `model` over the ranks, in place; matrix products in `dtype`. One on the meta device is then read."""
     from torch.distributed.device_mesh import init_device_mesh  # here: the imports take two seconds
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -43,7 +43,7 @@ def _read_rows(model, rank, world):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Every unit's whole weights in the compute dtype, gathered once, until the end of the block; nothing without units."""
+    """Gather every unit's weights in the compute dtype, once, until the block ends; a plain model stays as it is."""
     units = [m for m in model.modules() if is_fsdp(m)]
     for unit in units:
         unit.unshard()

@@ -361,8 +361,9 @@ class Run:
         else:
             self.skipped += 1
             if self.skipped > self.config.max_skipped * max(step + 1, 10):
-                raise InputError(f"step {step}: found a gradient norm of {norm}, {self.skipped} of {step + 1} updates were "
-                                 f"skipped for such ones, expected a share of {self.config.max_skipped} (--max-skipped)")
+                found = f"a gradient norm of {norm}, {self.skipped} of {step + 1} updates were skipped for such ones"
+                most = f"a share of {self.config.max_skipped} (--max-skipped)"
+                raise InputError(f"step {step}: found {found}, expected {most}")
         optimizer.zero_grad()
         return norm
 
@@ -497,7 +498,7 @@ def reader(run, own, replay, pad_id):
         return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
 
     rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).read(step, i), run.workers)
-    return lambda step: [(collate(*zip(*part), pad_id=pad_id), weight) for part, weight in run.micro_batches(rows(step))]
+    return lambda step: [(collate(*zip(*part), pad_id=pad_id), w) for part, w in run.micro_batches(rows(step))]
 
 
 def likelihood(run, model, parts, weight=1.0):
@@ -516,7 +517,7 @@ def likelihood(run, model, parts, weight=1.0):
     return run.sum(loss), int(learned), read
 
 
-# -- 4. what it tells ----------------------------------------------------------------------------------------------------
+# -- 4. what it tells --------------------------------------------------------------------------------------------------
 
 
 def tracker(config, run):

@@ -2,11 +2,12 @@
 
     python tests/fault.py [--kills 24] [--seed 0] [--table FILE.md]
 
-Each of the three stages runs on a tiny random model, alone and as two ranks (replicated and FSDP2). SIGKILL meets it, or
-one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and killed
-again, through several runs where the kills need more than one. Then a disk that fills in a save, a checkpoint cut short,
-and SIGTERM. A command starts as a copy of this process, which has imported torch already: the kills then meet the training
-and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed one's bits.
+Each of the three stages runs on a tiny random model, alone and as two ranks (replicated and FSDP2). SIGKILL meets it,
+or one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and
+killed again, through several runs where the kills need more than one. Then a disk that fills in a save, a checkpoint
+cut short, and SIGTERM. A command starts as a copy of this process, which has imported torch already: the kills then
+meet the training and not the imports. The last line is a summary; exit code 0 only if every run ended with the bits of
+the undisturbed one.
 """
 
 import argparse
@@ -38,7 +39,8 @@ import train_sft  # noqa: E402
 from checkpoint import code_version  # noqa: E402
 
 MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
-PORO = {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 6, "micro_batch": 16, "reward": "small:length", "samples_every": 2}
+PORO = {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 6, "micro_batch": 16, "samples_every": 2,
+        "reward": "small:length"}  # fmt: skip
 RUNS = {  # name: (stage, ranks, flags)
     "cpt": ("cpt", 1, {"kinds": "applied,document"}),
     "sft": ("sft", 1, {"lora_dropout": 0.1, "async_save": True}),
@@ -89,12 +91,14 @@ class Job:
 
 
 def result(out):
-    """All that a run leaves: final weights, logs without what differs from run to run, and names of half-written files."""
+    """All that a run leaves: final weights, logs without the time they took, and names of half-written files."""
     weights = [path.read_bytes() for path in sorted(out.glob("*/*.safetensors"))]
-    rows = {path.name: [{k: v for k, v in json.loads(line).items() if k != "speed"} for line in path.read_text().splitlines()]
-            for path in sorted(out.glob("*.jsonl"))}  # fmt: skip
-    torn = [path.name for path in out.rglob("*") if path.suffix == ".tmp" or path.name.startswith((".model", ".adapter"))]
-    return weights, rows, torn
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+    logs = {path.name: read(path) for path in sorted(out.glob("*.jsonl"))}
+    for row in logs.get("metrics.jsonl", []):
+        row.pop("speed")
+    torn = [path.name for path in out.rglob("*") if path.suffix == ".tmp" or path.name[:7] in (".model.", ".adapter")]
+    return weights, logs, torn
 
 
 def same(out, whole):
@@ -105,18 +109,20 @@ def same(out, whole):
 def saving(out, step, start):
     """Is a checkpoint of `step` or a later one being written, begun since `start`?"""
     with contextlib.suppress(FileNotFoundError):  # it has its name just now
-        return any(int(path.stem[5:]) >= step and path.stat().st_mtime > start for path in out.glob("checkpoints/*.tmp"))
+        aside = [path for path in out.glob("checkpoints/*.tmp") if path.stat().st_mtime > start]
+        return any(int(path.stem[5:]) >= step for path in aside)
 
 
 def kill_at_random(folder, name, seconds, kills, rng):
-    """Kill live runs `kills` times, half at a random moment, half in the middle of a save; a run that gets to its end is
-    compared, and the next one begun -> (did each end with the undisturbed run's bits?, runs, kills in a save).
+    """Kill live runs `kills` times, half at a random moment, half in the middle of a save; a run that gets to its end
+    is compared, and the next one begun -> (did each end with the undisturbed run's bits?, runs, kills in a save).
     """
     whole, hits, saves, number, good = folder / "whole" / name, 0, 0, 0, True
     while True:
         out = folder / "killed" / f"{name} {number}"
         reached = max([0, *(int(path.name[5:]) for path in out.glob("checkpoints/step-????????"))])
-        in_save, moment, step = rng.random() < 0.5, rng.random() * seconds, rng.randint(reached + 1, max(reached + 1, ALL["steps"]))
+        in_save, moment = rng.random() < 0.5, rng.random() * seconds
+        step = rng.randint(reached + 1, max(reached + 1, ALL["steps"]))
         job, start = Job(folder, name, out), time.time()
         while hits < kills and job.lives():
             if saving(out, step, start) if in_save else time.time() - start > moment:
@@ -144,12 +150,15 @@ def main():
         rows, seconds = trials(Path(folder), args.kills, random.Random(args.seed))
     held, kills = sum(row[-1] for row in rows), sum(row[1] for row in rows)
     failed = "; ".join(row[0] for row in rows if not row[-1])
-    last = f"fault: {held} of {len(rows)} rows held, {kills} SIGKILLs of live runs, {seconds:.0f} s" + (f"; failed: {failed}" if failed else "")
+    last = f"fault: {held} of {len(rows)} rows held, {kills} SIGKILLs of live runs, {seconds:.0f} s"
+    last += f"; failed: {failed}" if failed else ""
     if args.table:
-        head = f"`python tests/fault.py --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, {os.cpu_count()} CPU cores " \
-               f"({platform.machine()}), commit {code_version()[:7]}. A row holds where weights and logs are the undisturbed run's, bit by bit.\n"
+        head = f"`python tests/fault.py --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, " \
+               f"{os.cpu_count()} CPU cores ({platform.machine()}), commit {code_version()[:7]}. A row holds where " \
+               "weights and logs are the undisturbed run's, bit by bit.\n"
         lines = [head, "| what | SIGKILLs | in a save | runs compared | holds |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {what} | {kills or ''} | {saves or ''} | {runs} | {'yes' if holds else '**no**'} |" for what, kills, saves, runs, holds in rows]
+        lines += [f"| {what} | {kills or ''} | {saves or ''} | {runs} | {'yes' if holds else '**no**'} |"
+                  for what, kills, saves, runs, holds in rows]  # fmt: skip
         Path(args.table).write_text("\n".join([*lines, "", last, ""]))
     print(last)
     sys.exit(bool(failed))
@@ -192,9 +201,11 @@ def trials(folder, kills, rng):
     for name in ("cpt", "cpt, two ranks, sharded"):
         out = folder / "disk" / name
         job = Job(folder, name, out, limit=100_000)
-        ended = set(job.wait()) == {2} and job.said().count("\nerror: ") == len(job.ranks) and not list(out.glob("checkpoints/*"))
+        ended = set(job.wait()) == {2} and job.said().count("\nerror: ") == len(job.ranks)
+        clean = not list(out.glob("checkpoints/*"))
         Job(folder, name, out).wait()
-        verdict(f"{name}: the disk fills in a save: one line, exit code 2, nothing half-written", ended and same(out, folder / "whole" / name))
+        verdict(f"{name}: the disk fills in a save: one line, exit code 2, nothing half-written",
+                ended and clean and same(out, folder / "whole" / name))
 
     for name in ("cpt", "cpt, two ranks, sharded"):
         out = folder / "damaged" / name
@@ -204,9 +215,9 @@ def trials(folder, kills, rng):
         shard = max(out.glob("checkpoints/step-00000008/shard-*"))
         os.truncate(shard, shard.stat().st_size // 2)
         job = Job(folder, name, out)
-        codes = job.wait()
+        said = set(job.wait()) == {0} and "step-00000008: skipped, it is damaged" in job.said()
         verdict(f"{name}: a checkpoint cut short is skipped with a line, the one before continued",
-                set(codes) == {0} and "step-00000008: skipped, it is damaged" in job.said() and same(out, folder / "whole" / name))
+                said and same(out, folder / "whole" / name))
     return rows, time.time() - began
 
 

@@ -1,4 +1,4 @@
-"""A data set of a dozen items in the layout of data/clevr_policy.py, and runs of the training scripts: for tests of training."""
+"""A data set of a dozen items in the layout of data/clevr_policy.py, and runs of the training scripts on it."""
 
 import contextlib
 import io
@@ -24,11 +24,13 @@ def small_data(folder, items=12):
     (folder / "images").mkdir(parents=True)
     for i, size in enumerate([(56, 56), (84, 56), (112, 112)] * -(-items // 3)):
         picture(*size, seed=i).save(folder / "images" / f"{i}.png")
-    node = lambda name: {"id": "1", "program": [], "question": "red?", "branches": {"yes": "A", "no": "B"}}
+    node = {"id": "1", "program": [], "question": "red?", "branches": {"yes": "A", "no": "B"}}
     leaves = [{"id": "A", "response": "A"}, {"id": "B", "response": "B"}]
+    texts = {"P1": ("red? yes: A, no: B", []), "P2": ("like <image>? yes: A, no: B", ["images/0.png"])}
     policies = [
-        {"name": name, "root": "1", "nodes": [node(name)], "leaves": leaves, "images": images, "text": f"policy {name}: {text}"}
-        for name, text, images in [("P1", "red? yes: A, no: B", []), ("P2", "like <image>? yes: A, no: B", ["images/0.png"])]
+        {"name": name, "root": "1", "nodes": [node], "leaves": leaves, "images": images,
+         "text": f"policy {name}: {text}"}
+        for name, (text, images) in texts.items()
     ]
     (folder / "policies.json").write_text(json.dumps(policies))
     rows = [
@@ -39,9 +41,10 @@ def small_data(folder, items=12):
     ]  # fmt: skip
     for name in ("sft", "rl", "test"):
         write_lines(folder / f"{name}.jsonl", rows)
-    documents = [{"id": f"d{p}", "policy": p, "kind": "document", "images": [], "question": "", "answer": ""} for p in ("P1", "P2")]
-    asked = [{"id": "s1", "policy": "P1", "kind": "section", "images": [], "question": "section 1 of P1?", "answer": "red?"}]
-    write_lines(folder / "cpt.jsonl", rows + documents + asked)
+    document = {"kind": "document", "images": [], "question": "", "answer": ""}
+    asked = {"kind": "section", "images": [], "question": "section 1 of P1?", "answer": "red?"}
+    documents = [{"id": f"d{policy}", "policy": policy, **document} for policy in texts]
+    write_lines(folder / "cpt.jsonl", [*rows, *documents, {"id": "s1", "policy": "P1", **asked}])
     return folder
 
 
@@ -90,7 +93,7 @@ def free_port():
 
 
 def start(work, log, **environment):
-    """work() in a copy of this process, which has imported what takes seconds, as a command: its lines go to the file `log`."""
+    """work() as a command in a copy of this process, which has imported what takes seconds; it prints to `log`."""
 
     def child():
         os.environ.update({name: str(value) for name, value in environment.items()})
@@ -107,4 +110,5 @@ def start(work, log, **environment):
 def start_ranks(world, work, log):
     """work() in `world` such processes, which find one another as torchrun's do."""
     port = free_port()
-    return [start(work, log, WORLD_SIZE=world, RANK=r, LOCAL_RANK=r, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(world)]
+    here = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(work, log, RANK=rank, LOCAL_RANK=rank, **here) for rank in range(world)]
