@@ -1,11 +1,15 @@
 """Time, peak memory and errors of linear_logprob beside what one would use instead, in one run.
 
-    python -m benchmarks.logprob                  a CPU: eager and torch's own; about ten minutes at the default sizes
-    python -m benchmarks.logprob --gpu            a CUDA machine: kernel tests, sweep of blocks and chunks, all peers (`make gpu`)
+    python -m benchmarks.logprob           a CPU: eager and torch's own; about ten minutes at the default sizes
+    python -m benchmarks.logprob --gpu     a CUDA machine: kernel tests, sweep of blocks and chunks, all peers
 
-Every time is the best of a few, measured in turn with the others; on a CPU each row is a process of its own, because peak memory
-is a process's high-water mark. The ratios divide by the row named eager (CPU) or by the bare products (GPU). Inputs are planted:
-half of the rows are confident, because flat random logits flatter kernels that skip tiny gradients.
+Every time is the best of a few, measured in turn with the others; on a CPU each row is a process of its own, because
+peak memory is a process's high-water mark. Ratios are to the row named eager (CPU) or to the bare products (GPU).
+Inputs are planted: half of the rows are confident, because flat random logits flatter kernels that skip tiny gradients.
+
+A frozen head takes two products of N x D x V on either side. A trainable one takes eager three, with N x V held; ours
+makes the logits of all but the last chunk again, nearly four: that a token's gradient from above is not known before
+the backward pass is the price of results per token. And dW itself, V x D in fp32, is in both peaks.
 Results: benchmarks/results/logprob_cpu.md and .json, or logprob_gpu.md and .json.
 """
 
@@ -35,7 +39,7 @@ GPU_SIZES = [(N, D, V) for D, V in ((2048, 151936), (3584, 152064)) for N in (20
 
 
 def planted(N, D, V, dtype, device):
-    """h (N, D), W (V, D), y (N,): every other row leans on its target until p is .9 or more, the rest spread their logits by 3."""
+    """h (N, D), W (V, D), y (N,): every other row leans on its target until p is .9, the others' logits spread by 3."""
     generator = torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype)
     W, h = random(V, D), random(N, D) * (3 / D**0.5)
@@ -45,7 +49,7 @@ def planted(N, D, V, dtype, device):
     return h, W, y
 
 
-# -- the rivals: each takes h, W, y and returns logp (N,), or a number for losses that have nothing per token --------------------
+# -- the rivals: each takes h, W, y and returns logp (N,), or a number for losses that have nothing per token ----------
 
 def ours(h, W, y):
     return linear_logprob(h, W, y)[0]
@@ -83,7 +87,8 @@ def cut_cross_entropy(filter_eps):
 
 
 RIVALS = {"ours": ours, "eager": eager, "torch linear_cross_entropy mean": torch_own("mean"),
-          "torch linear_cross_entropy none": torch_own("none"), "Liger fused linear CE": liger, "Liger fused GRPO": liger_grpo,
+          "torch linear_cross_entropy none": torch_own("none"), "Liger fused linear CE": liger,
+          "Liger fused GRPO": liger_grpo,
           "cut-cross-entropy, filtered": cut_cross_entropy("auto"), "cut-cross-entropy, exact": cut_cross_entropy(None)}
 
 
@@ -96,7 +101,7 @@ def step(rival, h, W, y, backward):
     h.grad = W.grad = None
 
 
-# -- a CPU: one process per row ----------------------------------------------------------------------------------------------
+# -- a CPU: one process per row ----------------------------------------------------------------------------------------
 
 class Peak:
     """Bytes of resident memory beyond those at the start, at their highest, from a thread that looks every 5 ms."""
@@ -151,10 +156,10 @@ def run_cpu(sizes, repeats):
     order = [(name, size, trainable) for names in (("eager", "ours"), ("torch linear_cross_entropy none",))
              for trainable in (False, True) for size in sizes for name in names]
     for name, (N, D, V), trainable in order:
-        sleepy = {**os.environ, "KMP_BLOCKTIME": "0"}  # a waiting thread sleeps: its spinning is no CPU time of the rival
+        sleepy = {**os.environ, "KMP_BLOCKTIME": "0"}  # a waiting thread sleeps: spinning is no CPU time of the rival
         row = json.dumps([name, N, D, V, trainable, repeats])
-        done = subprocess.run([sys.executable, "-m", "benchmarks.logprob", "--row", row], cwd=ROOT, text=True, capture_output=True,
-                              env=sleepy)
+        command = [sys.executable, "-m", "benchmarks.logprob", "--row", row]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=sleepy)
         if done.returncode:
             rows.append({"name": name, "N": N, "D": D, "V": V, "head": "trainable" if trainable else "frozen",
                          "not run": (done.stderr.strip().splitlines() or ["killed"])[-1]})
@@ -177,11 +182,12 @@ def cpu_table(rows):
             for key, unit, scale in ("s", "s", 1), ("CPU s", "s", 1), ("peak extra bytes", "MB", 1e6):
                 ratio = row[key] / base[size][key] if base.get(size, {}).get(key) else math.nan
                 cells.append(f"{row[key] / scale:.{2 if unit == 's' else 0}f} {unit} ({ratio:.2f}x)")
-        lines.append(f"| {row['N']} x {row['D']} x {row['V']} | {row['head']} | {row['name']} | " + " | ".join(cells) + " |")
+        shape = f"{row['N']} x {row['D']} x {row['V']}"
+        lines.append(f"| {shape} | {row['head']} | {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# -- a GPU -------------------------------------------------------------------------------------------------------------------
+# -- a GPU -------------------------------------------------------------------------------------------------------------
 
 def milliseconds(function, seconds=0.4):
     """Best of the runs that fit in so much time, after one that compiles."""
@@ -199,7 +205,7 @@ def milliseconds(function, seconds=0.4):
 
 
 def bare_products(h, W, chunk, both):
-    """The arithmetic alone: h W^T into fp32, and a half-precision (C, V) times W, chunk by chunk, nothing in between."""
+    """The arithmetic alone: h W^T into fp32, and a half-precision (C, V) times W, chunk by chunk."""
     logits = h.new_empty((min(chunk, len(h)), len(W)), dtype=torch.float32)
     half = logits.view(h.dtype)[:, : len(W)]
     for rows in h.split(chunk):
@@ -230,7 +236,7 @@ def run_gpu(sizes):
         h, W, y = planted(N, D, V, torch.bfloat16, "cuda")
         h.requires_grad_()
         chunk = default_chunk(h, W)
-        products = {backward: milliseconds(lambda: bare_products(h.detach(), W, chunk, backward)) for backward in (False, True)}
+        products = {both: milliseconds(lambda: bare_products(h.detach(), W, chunk, both)) for both in (False, True)}
         rows.append({"name": "bare products", "N": N, "D": D, "V": V, "forward ms": products[False],
                      "forward+backward ms": products[True]})
         for name, rival in RIVALS.items():
@@ -256,7 +262,7 @@ def run_gpu(sizes):
 
 
 def sweep_gpu():
-    """Time of the row sweep by block and warps, and of the whole by chunk; the best block as a line for kernels/logprob_triton.py."""
+    """Time of the row sweep by block and warps, and of the whole by chunk; prints the best block's line for BLOCKS."""
     import kernels.logprob_triton as kernel
     device = torch.cuda.get_device_name()
     logits, y = torch.randn(1152, 152064, device="cuda") * 3, torch.randint(152064, (1152,), device="cuda")
@@ -283,23 +289,25 @@ def sweep_gpu():
 
 def gpu_table(rows):
     columns = ["forward ms", "forward+backward ms", "peak extra MB", "logp error", "worst gradient row"]
-    lines = ["| tokens x width x vocabulary | | " + " | ".join(columns) + " |", "| --- | --- |" + " --- |" * len(columns)]
+    lines = ["| tokens x width x vocabulary | | " + " | ".join(columns) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(columns))
     bare = {}
     for row in rows:
         size = (row["N"], row["D"], row["V"])
         if row["name"] == "bare products":
             bare[size] = row
         cells = [row["not run"]] + [""] * (len(columns) - 1) if "not run" in row else [
-            "" if key not in row else f"{row[key]:.3g}" + (f" ({row[key] / bare[size][key]:.2f}x)" if key in columns[:2] else "")
-            for key in columns]
+            "" if key not in row else f"{row[key]:.3g}"
+            + (f" ({row[key] / bare[size][key]:.2f}x)" if key in columns[:2] else "") for key in columns]
         lines.append(f"| {row['N']} x {row['D']} x {row['V']} | {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# -- results -----------------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 def machine():
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True).stdout.strip()
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(commit, cwd=ROOT, text=True, capture_output=True).stdout.strip()
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
@@ -322,15 +330,19 @@ def write(name, result, table, notes):
     facts = result["machine"]
     versions = ", ".join(f"{package} {v}" for package, v in facts["versions"].items())
     (RESULTS / f"{name}.md").write_text(
-        f"# linear_logprob, {facts['hardware']}\n\n{versions}; commit {facts['commit']}, {facts['date']}. {notes}\n\n{table}\n")
+        f"# linear_logprob, {facts['hardware']}\n\n{versions}; commit {facts['commit']}, {facts['date']}. {notes}\n\n"
+        f"{table}\n")
     print(f"\n{table}\n\nwritten to benchmarks/results/{name}.md and .json")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpu", action="store_true", help="kernel tests, sweep and table on a CUDA machine (default: the CPU's table)")
-    parser.add_argument("--sizes", nargs="+", default=None, metavar="N,D,V", help="tokens, width, vocabulary (default: those of the table)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of which the best counts, on a CPU (default 3)")
+    parser.add_argument("--gpu", action="store_true",
+                        help="kernel tests, sweep and table on a CUDA machine (default: the CPU's table)")
+    parser.add_argument("--sizes", nargs="+", default=None, metavar="N,D,V",
+                        help="tokens, width, vocabulary (default: those of the table)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N",
+                        help="runs of which the best counts, on a CPU (default: 3)")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one row of the CPU's table, in this process
     args = parser.parse_args()
     if args.row:
@@ -340,19 +352,25 @@ def main():
     if args.gpu:
         if not torch.cuda.is_available():
             raise InputError("found no CUDA device, expected one; the CPU's table is `python -m benchmarks.logprob`")
-        tests = subprocess.run([sys.executable, "-m", "pytest", "tests/test_logprob.py", "tests/test_advantage.py"], cwd=ROOT)
+        files = "tests/test_logprob.py", "tests/test_advantage.py"
+        tests = subprocess.run([sys.executable, "-m", "pytest", *files], cwd=ROOT)
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *PEERS])  # those that will
         sweep = sweep_gpu()
-        result = {"machine": machine(), "tests passed": tests.returncode == 0, "sweep": sweep, "rows": run_gpu(sizes or GPU_SIZES)}
-        note = f"Tests {'passed' if tests.returncode == 0 else 'FAILED'}. bf16; ratios to the bare products; the head is frozen."
+        result = {"machine": machine(), "tests passed": tests.returncode == 0, "sweep": sweep,
+                  "rows": run_gpu(sizes or GPU_SIZES)}
+        verdict = "passed" if tests.returncode == 0 else "FAILED"
+        note = f"Tests {verdict}. bf16; ratios to the bare products; the head is frozen."
         write("logprob_gpu", result, gpu_table(result["rows"]), note)
         sys.exit(tests.returncode)
     facts, load = machine(), os.getloadavg()[0]
     for rows in run_cpu(sizes or CPU_SIZES, args.repeats):
         result = {"machine": facts, "load at the start": load, "rows": rows}
-        write("logprob_cpu", result, cpu_table(rows), f"Forward + backward, fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
-              f"the same run. At the start {load:.1f} other tasks wanted the cores: CPU time is what they cannot change much. "
-              "GPU rows: not run, `make gpu` makes them.")
+        notes = (f"Forward + backward, fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
+                 f"the same run. At the start {load:.1f} other tasks wanted the cores: CPU time is what they cannot change "
+                 "much. With a trainable head W's own gradient, V x D x 4 bytes, is in every peak, and ours makes all "
+                 "logits but the last chunk's twice, as a token's gradient from above is not known in the forward "
+                 "pass. GPU rows: not run, `make gpu` makes them.")
+        write("logprob_cpu", result, cpu_table(rows), notes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """kernels/logprob.py against float64 on the same rounded inputs, and every trap the field has fallen into, by name.
 
-Axes: N tokens, D width, V vocabulary. The file runs twice: as it is (PyTorch on a CPU, the compiled kernel on a GPU), and once
-more from the last test with TRITON_INTERPRET=1, where the very same Triton kernel runs interpreted.
+Axes: N tokens, D width, V vocabulary. The file runs twice: as it is (PyTorch on a CPU, the compiled kernel on a GPU),
+and once more from the last test with TRITON_INTERPRET=1, where the very same Triton kernel runs interpreted.
 """
 
 import math
@@ -23,11 +23,11 @@ TRITON = INTERPRETED or DEVICE == "cuda"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Frobenius, worst row; at 1 - p = 1e-6 PyTorch's own fp32 is wrong by 17 %
 GRADIENT_BOUND = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 1e-2), torch.float16: (4e-3, 1e-2)}
-arithmetic_aside = pytest.mark.skipif(INTERPRETED, reason="not about the kernel: the run that is not interpreted has it")
+arithmetic_aside = pytest.mark.skipif(INTERPRETED, reason="not about the kernel: the other run has it")
 
 
 def two_blocks(V):
-    """Interpreted, a row is two blocks: what happens between them is seen, and the slow interpreter does no more than that."""
+    """Interpreted, a row is two blocks: what happens between them is seen, and the interpreter is slow."""
     if INTERPRETED:
         import kernels.logprob_triton as kernel
         kernel.BLOCKS["cpu"] = (kernel.triton.next_power_of_2(V) // 2, 1)
@@ -75,7 +75,7 @@ def worst_row(found, expected):
     return ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
 
 
-# -- 1. errors against float64 ---------------------------------------------------------------------------------------------
+# -- 1. errors against float64 -----------------------------------------------------------------------------------------
 
 SIZES, TEMPERATURES = [(1, 32, 1000), (7, 48, 1000), (65, 64, 4099)], [0.7, 1.0, 1.3]
 
@@ -90,7 +90,8 @@ def test_errors(size, temperature, dtype):
     expected, expected_entropy, dh, dW = reference(h, W, y, temperature, g)
     assert expected[0].exp() > 0.999  # the planted rows are there
     for trainable in False, True:
-        logp, entropy, found_h, found_W = gradient(h, W.requires_grad_(trainable), y, g, temperature=temperature, chunk=16)
+        W.requires_grad_(trainable)
+        logp, entropy, found_h, found_W = gradient(h, W, y, g, temperature=temperature, chunk=16)
         error = (logp - expected).abs()
         assert error.max() <= 5e-4 and error.mean() <= 5e-5 and logp.dtype == torch.float32
         assert (entropy - expected_entropy).abs().max() <= 1e-3
@@ -109,7 +110,7 @@ def test_errors_over_the_vocabularies_of_qwen(N, D, V, dtype):
     assert frobenius(found, dh) <= GRADIENT_BOUND[dtype][0] and worst_row(found, dh) <= GRADIENT_BOUND[dtype][1]
 
 
-# -- 2. the traps ----------------------------------------------------------------------------------------------------------
+# -- 2. the traps ------------------------------------------------------------------------------------------------------
 
 def test_trap_bf16_logits():
     """Logits rounded to bf16 are off by up to 0.06 near 28; ours are off by fifty times less."""
@@ -142,7 +143,7 @@ def test_trap_a_sure_row_keeps_its_tiny_gradient_in_fp32():
 
 @pytest.mark.parametrize("V", [1000, 1023, 1025])
 def test_trap_phantom_columns(V):
-    """The block's columns beyond V count as logit 0 somewhere: with every logit at -100 they would take all probability."""
+    """The block's columns beyond V count as logit 0 somewhere: with all logits at -100 they take all probability."""
     logits = torch.full((4, V), -100.0, device=DEVICE)
     logp, entropy, scale, direction = sweep(logits, torch.arange(4, device=DEVICE))
     torch.testing.assert_close(logp, torch.full_like(logp, -math.log(V)))
@@ -161,7 +162,7 @@ def test_trap_maximum_started_at_0(shift):
 
 
 def test_trap_minus_inf_logits():
-    """Forbidden tokens (logit -inf) have p = 0 and add nothing to the entropy, also a whole block of them before the rest."""
+    """Forbidden tokens (logit -inf) have p = 0 and add nothing to the entropy, also a whole block of them at first."""
     torch.manual_seed(2)
     logits, y = torch.randn(16, 1000, device=DEVICE), torch.full((16,), 990, device=DEVICE)
     logits[:, :900] = -torch.inf
@@ -173,7 +174,7 @@ def test_trap_minus_inf_logits():
 
 
 def test_trap_uninitialised_memory():
-    """Outputs and workspace poisoned with NaN: ignored rows are exactly 0 in everything, the others untouched by them."""
+    """Outputs and workspace poisoned with NaN: ignored rows are exactly 0 in everything, others untouched by them."""
     h, W, y = case(21, 48, 1000)
     y[::3] = -100
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills every new empty tensor with NaN
@@ -219,7 +220,7 @@ def test_trap_entropy_whose_gradient_is_silently_dropped():
 
 @arithmetic_aside
 def test_trap_uniform_random_logits_flatter():
-    """The benchmark plants peaked logits, because kernels that skip tiny gradients skip nearly all of a flat softmax."""
+    """The benchmark plants peaked logits: kernels that skip tiny gradients skip nearly all of a flat softmax."""
     from benchmarks.logprob import planted
     h, W, y = planted(64, 32, 5000, torch.float32, "cpu")
     p = (h @ W.T).softmax(1).gather(1, y[:, None])
@@ -227,7 +228,7 @@ def test_trap_uniform_random_logits_flatter():
 
 
 def test_trap_bf16_in_the_interpreter():
-    """Interpreted bf16 arithmetic and tl.dot are wrong: the kernel loads and computes in fp32, and only its last store rounds."""
+    """Interpreted bf16 arithmetic and tl.dot are wrong: the kernel computes in fp32, and only its last store rounds."""
     source = open(os.path.join(os.path.dirname(logprob.__file__), "logprob_triton.py")).read()
     assert "tl.dot" not in source
     torch.manual_seed(3)
@@ -247,7 +248,7 @@ def sweep(logits, y, dtype=torch.float32):
     return sweep_rows(logits.clone(), y, 1.0, dtype, True, True)
 
 
-# -- 3. what must not matter ------------------------------------------------------------------------------------------------
+# -- 3. what must not matter -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk_and_row_order_and_run_do_not_matter(dtype):
@@ -269,7 +270,7 @@ def test_chunk_and_row_order_and_run_do_not_matter(dtype):
 
 def test_layout_does_not_matter():
     h, W, y = case(16, 32, 1000)
-    wide = torch.stack([h, h], 2).flatten(1)[:, ::2], torch.stack([W, W], 2).flatten(1)[:, ::2], torch.stack([y, y], 1)[:, 0]
+    wide = [torch.stack([t, t], 2).flatten(1)[:, ::2] for t in (h, W)] + [torch.stack([y, y], 1)[:, 0]]
     assert not any(t.is_contiguous() for t in wide)
     for found, expected in zip(gradient(*wide)[:3], gradient(h, W, y)[:3]):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
@@ -290,7 +291,7 @@ def test_backward_twice_gives_twice_the_gradient():
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_rows_without_gradient_are_skipped(trainable):
-    """needs_grad=False gives the same log-prob and exactly no gradient, whatever comes from above; the others are unchanged."""
+    """needs_grad=False: the same log-prob and exactly no gradient, whatever comes from above; others are unchanged."""
     h, W, y = case(16, 32, 1000)
     W.requires_grad_(trainable)
     wanted = torch.arange(16, device=DEVICE) % 3 == 0
@@ -305,7 +306,7 @@ def test_rows_without_gradient_are_skipped(trainable):
 
 @pytest.mark.parametrize("trainable, expected", [(False, 3), (True, 5)])
 def test_logits_are_made_once_and_for_a_trainable_head_again_but_for_the_last_chunk(trainable, expected, monkeypatch):
-    """What a chunk of logits costs is a product with all of W; the backward pass begins with the one that is still there."""
+    """A chunk of logits costs a product with all of W; the backward pass begins with the one that is still there."""
     made, fill = [], logprob.fill_logits
     monkeypatch.setattr(logprob, "fill_logits", lambda *arguments: made.append(fill(*arguments)))
     h, W, y = case(48, 32, 1000)
@@ -343,7 +344,7 @@ def test_never_holds_the_logits():
         assert largest <= 32 * 1000
 
 
-# -- 4. company -------------------------------------------------------------------------------------------------------------
+# -- 4. company --------------------------------------------------------------------------------------------------------
 
 def test_autocast_casts_the_inputs_and_keeps_fp32_logits():
     h, W, y = case(16, 32, 1000)
@@ -381,7 +382,7 @@ def test_compile_around_it():
 
 @arithmetic_aside
 def test_weight_sharded_by_fsdp2(tmp_path):
-    """Two ranks hold half of W each, and half of the tokens: the gradients of their shards are those of the whole batch."""
+    """Two ranks hold half of W each, and half of the tokens: their shards' gradients are those of the whole batch."""
     script = tmp_path / "ranks.py"
     script.write_text(FSDP)
     processes = [subprocess.Popen([sys.executable, script, str(rank), str(tmp_path / "meet")], env=clean_environment())
@@ -438,7 +439,7 @@ def test_says_what_it_found_and_expected(change, message):
         linear_logprob(**arguments)
 
 
-# -- 5. the Triton kernel without a GPU -------------------------------------------------------------------------------------
+# -- 5. the Triton kernel without a GPU --------------------------------------------------------------------------------
 
 @arithmetic_aside
 def test_this_file_again_with_the_kernel_interpreted():
@@ -450,19 +451,20 @@ def test_this_file_again_with_the_kernel_interpreted():
 @arithmetic_aside
 def test_wrong_versions_of_the_kernel_are_noticed():
     """Seven that cost little; `python tests/wrong_kernels.py` has them all and writes the table."""
-    run = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "wrong_kernels.py"), "--fast"], text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean_environment())
+    command = [sys.executable, os.path.join(os.path.dirname(__file__), "wrong_kernels.py"), "--fast"]
+    run = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean_environment())
     assert run.returncode == 0 and run.stdout.count("| test_trap") >= 7, run.stdout[-3000:]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted code is not compiled")
 def test_kernel_compiles_for_hopper_with_wide_loads():
-    """No GPU is needed to compile for one: types hold, and a vocabulary that is a multiple of 16 is read 16 bytes at a time."""
+    """No GPU is needed to compile for one: types hold, and a vocabulary that 16 divides is read 16 bytes at a time."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from kernels.logprob_triton import DEFAULT, sweep as kernel
-    types = dict(logits="*fp32", direction="*bf16", targets="*i64", logp="*fp32", entropy="*fp32", scale="*fp32", V="i32",
-                 stride="i32", inverse_temperature="fp32", BLOCK="constexpr", ENTROPY="constexpr", GRADIENT="constexpr")
+    types = dict(logits="*fp32", direction="*bf16", targets="*i64", logp="*fp32", entropy="*fp32", scale="*fp32",
+                 V="i32", stride="i32", inverse_temperature="fp32",
+                 BLOCK="constexpr", ENTROPY="constexpr", GRADIENT="constexpr")
     source = triton.compiler.ASTSource(kernel, types, dict(BLOCK=DEFAULT[0], ENTROPY=True, GRADIENT=True),
                                        {(i,): [["tt.divisibility", 16]] for i in range(8)})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=DEFAULT[1]))
