@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 SEED   ?= 0
 CLEVR  ?=
 
-.PHONY: demo demo-real test study fault gpu clean
+.PHONY: demo demo-real test study fault soak gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ study: $(VENV)/ready           ## the paper's ablation and more on the tiny base
 
 fault: $(VENV)/ready           ## kill training at random moments, compare with an undisturbed run
 	$(PY) tests/fault.py
+
+soak: $(VENV)/ready            ## 2,000 RL steps of a tiny model: no memory, thread or file may leak
+	$(PY) tests/soak.py
 
 gpu: $(VENV)/ready             ## kernel tests, block sweep and benchmark table on a CUDA machine
 	$(PY) -m benchmarks.logprob --gpu

@@ -150,7 +150,8 @@ def main():
         rows, seconds = trials(Path(folder), args.kills, random.Random(args.seed))
     held, kills = sum(row[-1] for row in rows), sum(row[1] for row in rows)
     failed = "; ".join(row[0] for row in rows if not row[-1])
-    last = f"fault: {held} of {len(rows)} rows held, {kills} SIGKILLs of live runs, {seconds:.0f} s"
+    cpu = sum(os.times()[:4])  # on a machine with other work the figure to trust
+    last = f"fault: {held} of {len(rows)} rows held, {kills} SIGKILLs of live runs, {seconds:.0f} s, {cpu:.0f} s of CPU"
     last += f"; failed: {failed}" if failed else ""
     if args.table:
         head = f"`python tests/fault.py --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, " \
