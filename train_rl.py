@@ -12,7 +12,7 @@ behind x alone, so that what the policy in the prompt made likely becomes likely
 The loop is `train`, at the end. A loss of your own is one more function in LOSSES (tests/fork has one in 12 lines).
 Groups are sampled by rollout.py, judged and laid out as tensors by groups.py; metrics.py reports.
 
-Axes: N responses, n of a micro-batch, R their tokens, M tokens in one row, F rewards, D width, V vocab; x the query
+Axes: N responses, n of a micro-batch, R their tokens, M tokens in a line, F rewards, D width, V vocab; x the query
 with its pictures, P the policy.
 """
 

@@ -172,8 +172,9 @@ def test_gradient_does_not_depend_on_how_the_work_is_split(folder, drawn, algori
     whole = gradients(folder, drawn, algorithm, micro_batch=16, **flags)
     assert len(whole) == 2 and all(g.abs().sum() > 0 for n, g in whole[0].items() if "layers.0.mlp" in n)
     splits = [{"micro_batch": 1}, {"micro_batch": 3, "shared_prefix": "on"}, {"micro_batch": 4, "world": 2}]
+    limit = 1e-5 if algorithm == "opcd" else 2e-6  # its advantage is a difference of nearly equal log-probabilities
     for split in splits if algorithm in ("grpo", "dapo") else splits[1:]:
-        assert distance(gradients(folder, drawn, algorithm, **flags, **split), whole) < 2e-6, split
+        assert distance(gradients(folder, drawn, algorithm, **flags, **split), whole) < limit, split
     if algorithm in ("dapo", "bnpo"):  # with mini-batches the two denominators differ, and each is still global
         mini = gradients(folder, drawn, algorithm, micro_batch=16, mini_batch=2)
         assert distance(gradients(folder, drawn, algorithm, micro_batch=2, mini_batch=2, world=2), mini) < 2e-6
