@@ -1,10 +1,12 @@
 """Bad input of every kind over the commands of training and evaluation: one clear line, exit code 2, nothing half-written.
 
-The table is the documentation: a row is what is wrong, the command that meets it, and what its line says.
+The table is the documentation: a row is what is wrong, the command that meets it, and what its line says. BAD_INPUT.md shows
+it: python tests/test_bad_input.py writes that file anew.
 """
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -15,6 +17,13 @@ from helpers import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from small import ROOT, arguments, quiet, small_data
 
+import data.benchmarks
+import data.clevr_policy
+import data.cot
+import data.gta_policy
+import data.inspect
+import data.oracle
+import data.override
 import evaluate
 import train_cpt
 import train_rl
@@ -23,6 +32,10 @@ import training
 from data import InputError
 
 MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main, "evaluate": evaluate.main, "plan": training.main}
+DATA = {name: getattr(data, name).main for name in "clevr_policy gta_policy benchmarks cot inspect oracle override".split()}
+PAGE = ROOT / "tests" / "BAD_INPUT.md"
+COMMANDS = {"cpt": "train_cpt.py", "sft": "train_sft.py", "rl": "train_rl.py", "evaluate": "evaluate.py", "plan": "training.py plan",
+            **{name: f"-m data.{name}" for name in DATA}}  # fmt: skip
 
 
 def replace(path, old, new):
@@ -150,6 +163,18 @@ TABLE = {
     "plan of an unknown stage": ("plan", nothing, ["--stage", "later"], "--stage: found 'later'"),
     "plan for no GPUs": ("plan", nothing, ["--gpus", "0"], "--gpus: found 0"),
     "plan of no model": ("plan", nothing, ["--model", "F/nowhere"], "nowhere"),
+    # making and showing data
+    "a folder that holds something": ("clevr_policy", nothing, ["--out", "F/data"], "data: exists already, expected a new or empty folder"),
+    "a policy of no layers": ("clevr_policy", nothing, ["--out", "F/out", "--depth", "0"], "--depth 0 found, expected at least 1"),
+    "pictures of no size": ("clevr_policy", nothing, ["--out", "F/out", "--size", "480"], "--size '480' found, expected two whole numbers"),
+    "no official CLEVR": ("clevr_policy", nothing, ["--out", "F/out", "--clevr-root", "F/no"], "CLEVR_train_scenes.json: no such file"),
+    "no official GTA": ("gta_policy", nothing, ["--out", "F/out", "--gta-root", "F/no"], "dataset.json: no such file"),
+    "no official benchmark": ("benchmarks", nothing, ["mmlu-pro", "F/no.jsonl", "--out", "F/out"], "no.jsonl: no such file"),
+    "chains by no model": ("cot", nothing, ["--data", "F/data", "--out", "F/out.jsonl", "--mode", "forward"], "--mode forward found without --model"),
+    "chains of no attempts": ("cot", nothing, ["--data", "F/data", "--out", "F/out.jsonl", "--attempts", "0"], "--attempts 0"),
+    "a page of no data": ("inspect", nothing, ["F/nowhere"], "policies.json: no such file"),
+    "a check of no data": ("oracle", nothing, ["F/nowhere"], "policies.json: no such file"),
+    "an override of no data": ("override", nothing, ["--data", "F/nowhere", "--out", "F/out"], "policies.json: no such file"),
 }  # fmt: skip
 
 
@@ -170,6 +195,8 @@ def sound(tmp_path_factory):
 
 
 def words(command, f, flags):
+    if command in DATA:
+        return flags
     if command == "plan":
         return ["plan", "--model", f"{f}/model", *flags]
     if command == "evaluate":
@@ -190,13 +217,25 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(sound, tmp_path, name):
     spoil(f)
     before = tree(f)
     with pytest.raises(InputError, match=line) as error:
-        quiet(MAIN[command], words(command, f, [flag.replace("F/", f"{f}/") for flag in flags]))
+        quiet({**MAIN, **DATA}[command], words(command, f, [flag.replace("F/", f"{f}/") for flag in flags]))
     assert len(str(error.value)) < 1000
     assert tree(f) == before
 
 
-def test_there_are_at_least_sixty():
+def page():
+    """The table in Markdown."""
+    lines = [f"# {len(TABLE)} bad inputs", "", "Each ends in one line, `error: ...`, and exit code 2, and leaves nothing half-written; a test of",
+             "`tests/test_bad_input.py` each. F is the folder of the case, ... any text.", "",
+             "| what is wrong | command | flags | what the line says |", "| --- | --- | --- | --- |"]  # fmt: skip
+    for name, (command, _, flags, line) in TABLE.items():
+        said = re.sub(r"\\(.)\+?", r"\1", line.replace(r"i\d+", "i1").replace(r"\d+", "31").replace(r"\w+", "i1").replace(".*", " ... "))
+        lines.append(f"| {name} | `{COMMANDS[command]}` | {f'`{chr(32).join(flags)}`' if flags else ''} | {said.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+def test_there_are_at_least_sixty_and_the_page_shows_them():
     assert len(TABLE) >= 60
+    assert PAGE.read_text() == page(), "python tests/test_bad_input.py writes it anew"
 
 
 @pytest.mark.parametrize("script, flags", [("train_sft.py", ["--lr", "-1"]), ("evaluate.py", ["--model", "nowhere"])])
@@ -212,3 +251,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(sound, tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="--batch-size 4: found 3 ranks, expected a divisor of it"):
         train_sft.main(arguments(sound / "model", sound / "data", tmp_path / "out", steps=1))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
