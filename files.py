@@ -5,12 +5,11 @@ and what was expected.
 """
 
 import json
-import math
 import mmap
 import os
 import re
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -98,17 +97,6 @@ def replacing(folder):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def empty(shape, dtype, device):
-    """torch.empty in huge pages, where Linux lends them: the page faults of a large tensor cost more than its copy."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 class TensorFile:
     """A memory-mapped safetensors file: 8 bytes of header length, a JSON header, the bytes of the tensors."""
 
@@ -133,7 +121,7 @@ class TensorFile:
         entry, (first, last) = self.entries[name], (self.start + byte for byte in self.entries[name]["data_offsets"])
         stored = DTYPES[entry["dtype"]]
         source = torch.frombuffer(self.bytes, dtype=stored, count=(last - first) // stored.itemsize, offset=first)
-        tensor = empty(entry["shape"], dtype, device).copy_(source.view(entry["shape"]))
+        tensor = torch.empty(entry["shape"], dtype=dtype, device=device).copy_(source.view(entry["shape"]))
         if hasattr(mmap, "MADV_DONTNEED"):
             page = first // mmap.PAGESIZE * mmap.PAGESIZE
             self.bytes.madvise(mmap.MADV_DONTNEED, page, last - page)
