@@ -1,7 +1,9 @@
 """One global batch gives the same losses and weights on any number of ranks: replicated, sharded (FSDP2), with LoRA."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +21,8 @@ import train_sft
 
 WORLDS = (2, 4)
 SCRIPTS = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
-PORO = {"steps": 2, "group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 8, "reward": "small:length", "beta": 0.01}
+PORO = {"steps": 2, "group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 8, "reward": "small:length",
+        "beta": 0.01}  # fmt: skip
 SHARDED = {"steps": 3, "kinds": "applied,document,section", "fsdp": "on", "save_every": 1}
 RUNS = {  # name: (stage, flags); one rank does all of it in this process
     "cpt-replicated": ("cpt", {"steps": 3, "kinds": "applied,document,section"}),
@@ -35,7 +38,8 @@ RUNS = {  # name: (stage, flags); one rank does all of it in this process
 def run_all(folder, world):
     for name, (stage, flags) in RUNS.items():
         flags = {key: f"{folder}/data" if value == "DATA" else value for key, value in flags.items()}
-        code, errors = quiet(SCRIPTS[stage], arguments(f"{folder}/model", f"{folder}/data", f"{folder}/{name}-{world}", **flags))
+        words = arguments(f"{folder}/model", f"{folder}/data", f"{folder}/{name}-{world}", **flags)
+        code, errors = quiet(SCRIPTS[stage], words)
         if code:
             sys.exit(f"{name}: {errors}")
 
@@ -51,7 +55,7 @@ def move(folder, world, to):
 
 
 def on_ranks(folder, world):
-    """All of RUNS, and what one rank began, on `world` ranks: one process imports torch and starts them as its copies."""
+    """All of RUNS, and what one rank began, on `world` ranks: one process imports torch, they are copies of it."""
     words = [sys.executable, __file__, folder, world, *move(folder, 1, to=world)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([str(word) for word in words], env=env, cwd=ROOT, check=True, timeout=300)
@@ -81,6 +85,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     tiny_checkpoint(folder / "model")
     small_data(folder / "data", items=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """The folder in which one, two and four ranks have done all of RUNS."""
     run_all(folder, 1)
     for world in WORLDS:
         on_ranks(folder, world)
@@ -94,39 +104,66 @@ def weights(folder):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", RUNS)
-def test_any_number_of_ranks_learns_what_one_learns(folder, name, world):
+def test_any_number_of_ranks_learns_what_one_learns(ranks, name, world):
     """Losses, gradient norms, rewards and final weights; four ranks hold one item of each batch."""
-    one, other = metrics(folder / f"{name}-1"), metrics(folder / f"{name}-{world}")
+    one, other = metrics(ranks / f"{name}-1"), metrics(ranks / f"{name}-{world}")
     assert len(one) == len(other) > 0
     for a, b in zip(one, other):
         assert b == pytest.approx(a, rel=1e-6, abs=1e-6)
-    a, b = weights(folder / f"{name}-1"), weights(folder / f"{name}-{world}")
+    a, b = weights(ranks / f"{name}-1"), weights(ranks / f"{name}-{world}")
     assert (a - b).norm() / a.norm() < 1e-6
 
 
 @pytest.mark.parametrize("to", [1, *WORLDS])
-def test_a_checkpoint_is_continued_on_another_number_of_ranks(folder, to):
+def test_a_checkpoint_is_continued_on_another_number_of_ranks(ranks, to):
     if to == 1:
-        assert quiet(train_cpt.main, move(folder, 2, to=1))[0] == 0
-    for a, b in zip(metrics(folder / "cpt-sharded-1"), metrics(folder / f"moved-{to}"), strict=True):
+        assert quiet(train_cpt.main, move(ranks, 2, to=1))[0] == 0
+    for a, b in zip(metrics(ranks / "cpt-sharded-1"), metrics(ranks / f"moved-{to}"), strict=True):
         assert b == pytest.approx(a, rel=1e-6)
-    a, b = weights(folder / "cpt-sharded-1"), weights(folder / f"moved-{to}")
+    a, b = weights(ranks / "cpt-sharded-1"), weights(ranks / f"moved-{to}")
     assert (a - b).norm() / a.norm() < 1e-6
 
 
-def test_two_nodes_learn_what_one_process_learns(folder, tmp_path):
-    """Two torchrun agents meet over loopback, as two machines do; the run ends as one process's."""
-    assert quiet(train_sft.main, arguments(folder / "model", folder / "data", tmp_path / "alone", steps=4))[0] == 0
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_two_nodes_of_which_one_dies_and_comes_back_learn_what_one_process_learns(folder, tmp_path):
+    """Two torchrun agents meet over loopback, as two machines do. One is killed with its worker and started again: the
+    other's worker fails, waits for it, and both go on from the newest checkpoint. Without the variable torchrun hands
+    the new workers the store of the old ones, and gloo calls the dead (torch 2.13).
+    """
+    flags = {"steps": 6, "save_every": 1}
+    assert quiet(train_sft.main, arguments(folder / "model", folder / "data", tmp_path / "alone", **flags))[0] == 0
     port, out = free_port(), tmp_path / "nodes"
-    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.2", "train_sft.py",
-             *arguments(folder / "model", folder / "data", out, steps=4)]  # fmt: skip
-    agent = lambda: subprocess.Popen([sys.executable, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    nodes = [agent()]
-    time.sleep(2)  # the first one hosts the rendezvous
-    nodes.append(agent())
-    errors = [node.communicate(timeout=300)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def node(number):
+        conf = f"is_host={int(number == 0)},keep_alive_interval=1"
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+                 "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test",
+                 "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", conf, "--monitor-interval", "0.2",
+                 "train_sft.py"]  # fmt: skip
+        words += arguments(folder / "model", folder / "data", out, resume=True, **flags)
+        with open(tmp_path / "log", "a") as log:
+            return subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+    host, other = node(0), node(1)
+    try:
+        while not list(out.glob("checkpoints/step-00000002")):
+            assert host.poll() is None and other.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        for pid in [other.pid, *children(other.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        other.wait()
+        assert not (out / "adapter").exists()  # the run was in the middle
+        other = node(1)
+        codes = [host.wait(300), other.wait(300)]
+    finally:
+        for agent in (host, other):
+            for pid in [*(children(agent.pid) if agent.poll() is None else []), agent.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     for a, b in zip(metrics(tmp_path / "alone"), metrics(out), strict=True):
         assert b == pytest.approx(a, rel=1e-6)
