@@ -18,11 +18,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,13 +32,14 @@ import torch
 
 import model as qwen
 from benchmarks.rollout import IMAGE, prompts_of, write_checkpoint
+from checkpoint import code_version
 
-SIZE = dict(width=512, layers=8, vocab=32_000, policy=0)
+SIZE = dict(width=256, layers=4, vocab=32_000, policy=0)
 CASES = {  # queries, tokens of the prompt, responses each, their tokens
     "sft": dict(prompts=8, length=300, responses=1, tokens=96),
     "rl": dict(prompts=2, length=500, responses=8, tokens=96),
 }
-REPEATS = 3
+REPEATS = 2  # after one that is not timed
 
 
 def batch_of(size):
@@ -137,22 +140,30 @@ def run(case, side, folder, size, threads, ranks=1):
     return json.loads(outputs[0].splitlines()[-1])
 
 
+def cpu():
+    """The processor's name."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return found[1] if found else platform.machine()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="write the figures as JSON, and a table beside it (.md)")
-    parser.add_argument("--quick", action="store_true", help="a smaller model: seconds instead of minutes")
+    parser.add_argument("--quick", action="store_true", help="a smaller model: a quarter of the time")
     parser.add_argument("--threads", type=int, default=2, help="of each process (default 2)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(*json.loads(args.measure))))
         return
-    base = {**SIZE, **(dict(width=256, layers=4, vocab=16_000) if args.quick else {})}
-    result = {"machine": f"{platform.processor() or platform.machine()}, {args.threads} threads", "torch": torch.__version__,
-              "quick": args.quick}  # fmt: skip
+    base = {**SIZE, **(dict(width=128, layers=2, vocab=16_000) if args.quick else {})}
+    result = {"machine": f"{cpu()}, {args.threads} threads", "commit": code_version(), "quick": args.quick, "load": os.getloadavg()[0],
+              **{name: version(name) for name in ("torch", "transformers", "peft")}}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(folder, {**base, **CASES["sft"]})
-        lines = [f"{parameters / 1e6:.0f} M parameters, fp32, {result['machine']}, torch {torch.__version__}\n",
+        versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "transformers", "peft"))
+        lines = [f"{parameters / 1e6:.0f} M parameters, fp32, {result['machine']}, load {result['load']:.1f} before it began; {versions}; "
+                 f"commit {result['commit'][:7]}. What the steps are: benchmarks/train.py.\n",
                  "| step | | tokens/s | cpu s a step | peak GB |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
         for case, extra in CASES.items():
             size = {**base, **extra}
