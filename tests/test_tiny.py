@@ -255,4 +255,4 @@ def test_the_base_follows_policies_it_never_read_and_is_small(tmp_path):
     model, processor = load(str(BASE))
     given, _ = evaluate(model, processor, items, policies, policy_in_context=True, max_response=120)
     without, _ = evaluate(model, processor, items, policies, max_response=120)
-    assert given["accuracy"] >= 0.75 and without["accuracy"] <= 0.3
+    assert given["accuracy"] >= 0.9 and without["accuracy"] <= 0.1

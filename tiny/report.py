@@ -172,7 +172,7 @@ Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task.
     axis.invert_yaxis()
     axis.set_xlim(0, 1.02)
     axis.set_xlabel("accuracy without the policy in the prompt (first row: with it)")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=3, frameon=False)
     figure.tight_layout()
     figure.savefig(out / "report.png", dpi=150)
     pyplot.close(figure)
