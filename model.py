@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError, command
-from files import TensorFile, check_tensors, expect, find_folder, read, read_json, replacing, write_json
+from support.files import TensorFile, check_tensors, expect, find_folder, read, read_json, replacing, write_json
 
 # -- 1. config --------------------------------------------------------------------------------------------------------
 
@@ -926,6 +926,6 @@ class Processor:
 
 
 if __name__ == "__main__":  # those who only want to read or import the model can skip the commands
-    from chat import main
+    from support.chat import main
 
     command(main)

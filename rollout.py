@@ -1,7 +1,7 @@
 """Sampling groups of responses, with the policy in the prompt and without: PolicyRollout.
 
     1. The next word      temperature, top-k, top-p, inverse-CDF sampling with one uniform a (seed, position)
-    2. sample             each picture encoded once, each policy and prompt read once, continuous slots (cache.py)
+    2. sample             each picture encoded once, each policy and prompt read once, continuous slots (support/cache.py)
     3. PolicyRollout      G responses to x, K more to (P, x): one group
 
 A row is a place where a response is written. When the response ends, its row takes the next one that waits, within a
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-from cache import Segment, Slots, padding_bias
+from support.cache import Segment, Slots, padding_bias
 from data import InputError
 from data.dataset import messages
 

@@ -10,7 +10,7 @@ behind x alone, so that what the policy in the prompt made likely becomes likely
     torchrun --nproc_per_node 8 train_rl.py ...           the same gradients on any number of ranks
 
 The loop is `train`, at the end. A loss of your own is one more function in LOSSES (tests/fork has one in 12 lines).
-Groups are sampled by rollout.py, judged and laid out as tensors by groups.py; metrics.py reports.
+Groups are sampled by rollout.py, judged and laid out as tensors by support/groups.py; support/metrics.py reports.
 
 Axes: N responses, n of a micro-batch, R their tokens, M tokens in a line, F rewards, D width, V vocab; x the query
 with its pictures, P the policy.
@@ -24,14 +24,14 @@ from typing import NamedTuple
 import torch
 
 import model as qwen
-from batching import words_kl
-from config import CommonConfig, option, parse, redefault
+from support.batching import words_kl
+from support.config import CommonConfig, option, parse, redefault
 from data import InputError, command
 from data.dataset import load_items, load_policies
 from data.rewards import load
-from groups import Replay, Sampler
+from support.groups import Replay, Sampler
 from kernels.advantage import group_advantage
-from metrics import Reporter, Tally
+from support.metrics import Reporter, Tally
 from rollout import PolicyRollout
 from training import Run
 

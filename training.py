@@ -13,8 +13,9 @@ A reader of the method needs little of it: `likelihood`, the loss of stages 1 an
             run.checkpoint(step + 1, model, optimizer)        # also where SIGTERM ends the run, with exit code 0
         run.finish(model)
 
-Flags are in config.py, batches in batching.py, files of a checkpoint in checkpoint.py; their names can be imported from
-here, too. FSDP is in sharding.py. `python training.py plan` tells what a run needs in memory (plan.py).
+Flags are in support/config.py, batches in support/batching.py, a checkpoint's files in support/checkpoint.py; their names can
+be imported from here, too. FSDP is in support/sharding.py. `python training.py plan` (support/plan.py) tells what a run
+needs in memory.
 """
 
 import atexit
@@ -38,12 +39,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-from batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,
-                      replayed_items, response_logprobs, rng, share, token_logprobs)  # noqa: F401
-from checkpoint import Checkpoints, cut_logs, trainable, write_json
-from config import CommonConfig, option, parse, redefault  # noqa: F401
 from data import InputError, command
-from sharding import shard, unsharded, whole
+from support.batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,
+                      replayed_items, response_logprobs, rng, share, token_logprobs)  # noqa: F401
+from support.checkpoint import Checkpoints, cut_logs, trainable, write_json
+from support.config import CommonConfig, option, parse, redefault  # noqa: F401
+from support.sharding import shard, unsharded, whole
 
 # -- 1. where a run starts --------------------------------------------------------------------------------------------
 
@@ -549,7 +550,7 @@ def main(argv=None):
     if argv[:1] != ["plan"]:
         found = argv[0] if argv else "no command"
         raise InputError(f"found {found}, expected: python training.py plan --model M (--help lists the flags)")
-    import plan  # here, as it imports this file
+    from support import plan  # here, as it imports this file
 
     plan.main(argv[1:])
 

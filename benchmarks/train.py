@@ -32,7 +32,7 @@ import torch
 
 import model as qwen
 from benchmarks.rollout import IMAGE, prompts_of, write_checkpoint
-from checkpoint import code_version
+from support.checkpoint import code_version
 
 SIZE = dict(width=256, layers=4, vocab=32_000, policy=0)
 CASES = {  # queries, tokens of the prompt, responses each, their tokens

@@ -36,7 +36,7 @@ from small import arguments, small_data, start_ranks  # noqa: E402
 import train_cpt  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
-from checkpoint import code_version  # noqa: E402
+from support.checkpoint import code_version  # noqa: E402
 
 MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
 PORO = {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 6, "micro_batch": 16, "samples_every": 2,

@@ -1,4 +1,4 @@
-"""Does a test notice? Each line of MUTATIONS makes model.py or files.py wrong in one small way; a test must then fail.
+"""Does a test notice? Each line of MUTATIONS makes model.py or support/files.py wrong in one small way; a test must then fail.
 
     python tests/mutations.py [--only TEXT]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SLOW = "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
 
 # Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what stands there instead)}.
-SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ("files", "model")}  # in the order of their imports
+SOURCES = {name: (ROOT / f"{name.replace('.', '/')}.py").read_text() for name in ("support.files", "model")}  # in the order of their imports
 MUTATIONS = {}
 MUTATIONS["model"] = {
     # config
@@ -166,7 +166,7 @@ def main():
         print(f"{time.time() - start:5.0f} s  {'caught' if test else 'SURVIVED':<9} {name:<45} {test or ''}", flush=True)
         if not args.only:  # after every line: the whole takes long
             caught = sum(test is not None for _, test in rows)
-            head = f"# Mutations of model.py and files.py\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
+            head = f"# Mutations of model.py and support/files.py\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
             head += "| what is wrong | first test that fails |\n|---|---|\n"
             table.write_text(head + "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows))
     survived = [name for name, test in rows if test is None]

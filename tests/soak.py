@@ -27,7 +27,7 @@ from helpers import tiny_checkpoint  # noqa: E402
 from small import arguments, quiet, small_data  # noqa: E402
 
 import train_rl  # noqa: E402
-from checkpoint import code_version  # noqa: E402
+from support.checkpoint import code_version  # noqa: E402
 from training import Run  # noqa: E402
 
 FLAGS = {"batch_size": 2, "micro_batch": 8, "group_size": 2, "policy_rollouts": 2, "max_response": 4, "check": 0,

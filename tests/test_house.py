@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNTIME = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("tiny/*.py")])
+RUNTIME = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tiny/*.py")])
 PACKAGES = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "einops", "triton", "tqdm", "huggingface_hub"}
-HOUSE = {path.stem for path in ROOT.glob("*.py")} | {"data", "kernels", "tiny"}
+HOUSE = {path.stem for path in ROOT.glob("*.py")} | {"data", "kernels", "support", "tiny"}
 # Only where they are installed and asked for: figures, live metrics, the official benchmark files, a learned similarity.
 OPTIONAL = {"matplotlib", "tensorboard", "wandb", "pyarrow", "bert_score"}
 
@@ -73,7 +73,7 @@ def test_every_flag_that_the_readme_names_is_known_to_its_command():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     wrong = []
     for script, rest in re.findall(r"(?:python|torchrun[^\n`]*?) (train_\w+\.py|evaluate\.py|model\.py)([^\n`]*)", text):
-        source = (ROOT / script).read_text() + (ROOT / "config.py").read_text()
+        source = (ROOT / script).read_text() + (ROOT / "support/config.py").read_text()
         for flag in re.findall(r"--([\w-]+)", rest):
             if not re.search(rf"\b{flag.replace('-', '_')}\b|--{flag}\b", source):
                 wrong.append(f"{script} --{flag}")

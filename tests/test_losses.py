@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_rl
-from batching import words_kl
+from support.batching import words_kl
 from data.referral import invented, recall
 from train_rl import KLS, LOSSES, Learner, advantages, bapo_clip, overlong_penalty, shaped, token_weights
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny_checkpoint
 from small import ROOT, arguments, metrics, quiet, small_data, start_ranks
 
-import plan
+from support import plan
 import train_cpt
 from training import parse
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny_checkpoint
 from small import arguments, metrics, quiet, small_data
 
-import checkpoint
+from support import checkpoint
 import train_cpt
 import train_sft
 from data import InputError

@@ -21,7 +21,7 @@ from data import InputError
 from data.dataset import load_items, load_policies
 from model import Processor, load_pretrained, save_pretrained
 from rollout import PolicyRollout, sample
-from groups import Responses, Sampler
+from support.groups import Responses, Sampler
 from train_rl import LOSSES, Learner, credit
 from training import collate, parse, token_logprobs
 

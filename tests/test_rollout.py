@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import oracle, oracle_inputs, picture, question, tiny_checkpoint
 
-import cache
+from support import cache
 from data import InputError
 from model import Processor, load_pretrained
 from rollout import PolicyRollout, sample, shared_prefixes

@@ -14,7 +14,7 @@ from small import ROOT, arguments, metrics, quiet, small_data
 import model as qwen
 import train_cpt
 import train_sft
-from checkpoint import cut_logs
+from support.checkpoint import cut_logs
 from data import InputError
 from training import Ahead, CommonConfig, Run, batches, collate, locate, parse, response_logprobs, rng, share
 

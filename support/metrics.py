@@ -22,8 +22,8 @@ import sys
 
 import torch
 
-from batching import batches
 from data.rewards import guarded
+from support.batching import batches
 from training import tracker
 
 

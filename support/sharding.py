@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import model as qwen
-from batching import is_fsdp
+from support.batching import is_fsdp
 
 
 def shard(model, device, dtype, rank, world):

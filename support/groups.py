@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from batching import batches, collate, lay_out, learned_hidden, replayed_items, rng
+from support.batching import batches, collate, lay_out, learned_hidden, replayed_items, rng
 from data.rewards import guarded
 from kernels.logprob import linear_logprob
 from train_sft import Examples

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from files import find_folder, read_json
 from model import Cache, Config, Processor, Qwen25VL, open_image
 from model import add_lora, load_adapter, load_pretrained, lora_parameters, merge_lora
+from support.files import find_folder, read_json
 
 def describe(path):
     """Print the architecture of a checkpoint from its config alone: sizes, parameters by part, memory."""

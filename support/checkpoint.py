@@ -245,7 +245,7 @@ def sync_folder(path):
 
 def code_version():
     """The commit of this code, read from .git; empty outside a clone."""
-    git = Path(__file__).resolve().parent / ".git"
+    git = Path(__file__).resolve().parents[1] / ".git"
     with contextlib.suppress(OSError):
         head = (git / "HEAD").read_text().strip()
         return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
