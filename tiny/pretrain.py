@@ -482,7 +482,8 @@ def train_text(rank, world, out, steps, batch, seed):
         log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 12)})
         save(out / "text.pt", model, steps, optimizers)
     dist.barrier()
-    os._exit(0)  # the drawing process ends with us
+    worker.terminate()
+    os._exit(0)  # the queue's own thread would wait for readers
 
 
 # -- 5. all of it ------------------------------------------------------------------------------------------------------
