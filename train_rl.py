@@ -155,7 +155,10 @@ class Config(CommonConfig):
                              "shaped: that ratio as r / (r + 0.01)", choices=tuple(AWARE))  # fmt: skip
     aware_right_only: bool = option(False, "keep policy-aware responses only where they are right")
     aware_bonus: float = option(0.0, "added to the reward of right policy-aware responses, falling to 0", least=0)
-    frozen_sampler: bool = option(False, "the start model samples the policy-aware half: each policy is read once")
+    frozen_sampler: str = option("", "who samples the policy-aware half; empty: the model itself; start: it as it was "
+                                 "before this run; base: --model without --init, if the stages before wore away its "
+                                 "reading of policies. A frozen one reads each policy once",
+                                 choices=("", "start", "base"))  # fmt: skip
     noise: float = option(0.0, "NoisyRollout: instead of the policy the other half sees pictures with noise of this "
                           "deviation, in normalised pixels", least=0)  # fmt: skip
     opcd_weight: float = option(0.0, "weight of OPCD's token advantage beside the algorithm's own", least=0)
@@ -331,15 +334,17 @@ def prepare(config, run):
 
     K = 0 if loss.advantage == "opcd" else config.policy_rollouts  # OPCD samples from pi(.|x) alone
     teach = bool(loss.advantage == "opcd" or config.opcd_weight)
-    needs_start = teach or config.frozen_sampler or (loss.beta if config.beta == -1 else config.beta)
-    whole = needs_start and (config.full or run.adapter or config.frozen_sampler)  # else the adapter is switched off
-    frozen = run.load(frozen=True)[0] if whole else None
+    samples = config.frozen_sampler == "start"
+    needs_start = teach or samples or (loss.beta if config.beta == -1 else config.beta)
+    whole = needs_start and (config.full or run.adapter or samples)  # else the adapter is switched off
+    frozen = run.load("start")[0] if whole else None
     start = lambda: nullcontext(frozen) if frozen else qwen.adapter_off(model)
+    sampler = frozen if samples else run.load("base")[0] if config.frozen_sampler else None
     rollout = PolicyRollout(
         processor, policies, config.group_size, K, max_prompt=config.max_prompt, noise=config.noise, teach=teach,
-        sampler=frozen if config.frozen_sampler else None, max_tokens=config.max_response,
-        min_tokens=config.min_response, temperature=config.temperature, budget=config.budget,
-        stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
+        sampler=sampler, max_tokens=config.max_response, min_tokens=config.min_response,
+        temperature=config.temperature, budget=config.budget, stop_ids=processor.stop_ids,
+        banned_ids=processor.banned_ids,
     )  # fmt: skip
     replay = Replay(config, run, processor) if config.replay else None
     learner = Learner(config, run, model, start, run.optimizer(model), replay, processor.pad_id)

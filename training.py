@@ -275,20 +275,22 @@ class Run:
 
     # -- model and optimiser
 
-    def load(self, frozen=False):
+    def load(self, frozen=""):
         """-> (model, processor): --model or --init with its adapter, trainable as --full says, on the device.
 
-        frozen: the same start as a reference policy, without gradients, its adapter merged, in the compute dtype.
+        frozen: "start", the same start as a reference policy; "base", --model without --init. Such a model has no
+        gradients, its adapter is merged, its weights are in the compute dtype.
         """
         config = self.config
+        base, adapter = locate(config.model) if frozen == "base" else (self.base, self.adapter)
         torch.manual_seed(config.seed)  # a new adapter is drawn alike on every rank
         full = config.full or frozen
         dtype = self.dtype if frozen or not config.full else torch.float32
         # sharded: only shapes now, then each rank reads its rows; an adapter has to be merged into whole weights first
-        device = self.device if not self.fsdp else "cpu" if self.adapter else "meta"
-        model = qwen.load_pretrained(self.base, device, dtype)
-        if self.adapter:
-            qwen.load_adapter(model, self.adapter)
+        device = self.device if not self.fsdp else "cpu" if adapter else "meta"
+        model = qwen.load_pretrained(base, device, dtype)
+        if adapter:
+            qwen.load_adapter(model, adapter)
             if full:
                 _dissolve_lora(model)
         elif not full:

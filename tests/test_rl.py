@@ -286,13 +286,13 @@ def test_opcd_learns_it_without_a_reward(reader):
 
 
 @pytest.mark.parametrize("flags", [
-    {"frozen_sampler": True}, {"aware_loss": "truncated", "importance_cap": 2.0},
+    {"frozen_sampler": "start"}, {"frozen_sampler": "base"}, {"aware_loss": "truncated", "importance_cap": 2.0},
     {"aware_loss": "shaped", "aware_right_only": True, "aware_bonus": 0.5}, {"standard_only": True},
     {"separate_halves": True}, {"opcd_weight": 0.3, "beta": 0.01, "kl": "k2"},
     {"full": False, "beta": 0.01, "lora_rank": 2},
 ])  # fmt: skip
 def test_options_of_the_policy_aware_half_run_and_say_what_they_do(reader, flags):
-    rows = run(reader, "-".join(flags), policy_rollouts=4, **{**READ, "steps": 3, **flags})
+    rows = run(reader, "-".join(map(str, [*flags, *flags.values()])), policy_rollouts=4, **{**READ, "steps": 3, **flags})
     silent = "standard_only" in flags or "separate_halves" in flags  # the standard half has nothing right to learn from
     assert all(row["grad_norm"] >= 0 for row in rows) and rows[0]["accuracy_aware"] > 0.5
     if "standard_only" in flags:

@@ -4,8 +4,8 @@
 
 A third of the policy's sections never occurs in the SFT data. Every stage is one of the scripts that users run, two at a
 time; every row answers the same unseen pictures without the policy in the prompt. Writes results.json, report.html and
-report.png. The rows follow the paper's ablation; `trimpi` learns its CPT items in response form (ours), `trimpi_paper` in
-the paper's, the policy in front.
+report.png. The rows follow the paper's ablation; `trimpi` learns its CPT items in response form, and the base, which still
+reads policies, samples its policy-aware half (both ours); `trimpi_paper` is as the paper has it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ RUNS = {
     "sft_grpo": ("train_rl", "sft", [*RL, *GRPO]),
     "cpt_sft": ("train_sft", "cpt", SFT),
     "cpt_paper_sft": ("train_sft", "cpt_paper", SFT),
-    "trimpi": ("train_rl", "cpt_sft", [*RL, *PORO]),
+    "trimpi": ("train_rl", "cpt_sft", [*RL, *PORO, "--frozen-sampler", "base"]),
     "cpt_sft_grpo": ("train_rl", "cpt_sft", [*RL, *GRPO]),
     "trimpi_paper": ("train_rl", "cpt_paper_sft", [*RL, *PORO]),
 }
@@ -161,7 +161,8 @@ def main(argv=None):
     results = {
         "seed": args.seed, "depth": args.depth, "policy": policy["name"], "text": policy["text"], "seconds": round(time.time() - began), **provenance(),
         "left_out": json.loads((data / "left_out.json").read_text())[policy["name"]] if (data / "left_out.json").exists() else [],
-        "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4; trimpi_paper: CPT items with the policy in front",
+        "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4 whose policy-aware half the base samples; "
+                  "trimpi_paper: CPT items with the policy in front, the model itself samples",
         "rows": [{**{k: v for k, v in found[row].items() if k not in ("by_policy", "model")}, "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
     }  # fmt: skip
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -19,7 +19,7 @@ PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474
 TITLES = {
     "in_context": "policy in the prompt, untrained", "no_policy": "untrained, without the policy", "sft": "CoT-SFT",
     "cpt_sft": "CPT + SFT", "sft_grpo": "SFT + GRPO", "sft_poro": "SFT + PolicyRollout", "cpt_sft_grpo": "CPT + SFT + GRPO",
-    "trimpi": "TriMPI (CPT in response form)", "trimpi_paper": "TriMPI (the paper's CPT)",
+    "trimpi": "TriMPI (our CPT and sampler)", "trimpi_paper": "TriMPI (as in the paper)",
 }  # fmt: skip
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 62rem; color: #1c2430; background: #fff }
