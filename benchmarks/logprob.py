@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from data import InputError, command
 from kernels.logprob import linear_logprob
+from tiny.report import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -311,8 +312,7 @@ def machine():
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        hardware = f"{names[0]}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        hardware = f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     from importlib.metadata import PackageNotFoundError, version
     versions = {}
     for package in "torch", "triton", *PEERS:

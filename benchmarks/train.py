@@ -17,8 +17,6 @@ machine with other work, its ratios are the ones to trust.
 import argparse
 import json
 import os
-import platform
-import re
 import resource
 import subprocess
 import sys
@@ -33,6 +31,7 @@ import torch
 import model as qwen
 from benchmarks.rollout import IMAGE, prompts_of, write_checkpoint
 from support.checkpoint import code_version
+from tiny.report import cpu_name
 
 SIZE = dict(width=256, layers=4, vocab=32_000, policy=0)
 CASES = {  # queries, tokens of the prompt, responses each, their tokens
@@ -140,12 +139,6 @@ def run(case, side, folder, size, threads, ranks=1):
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def cpu():
-    """The processor's name."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    return found[1] if found else platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="write the figures as JSON, and a table beside it (.md)")
@@ -157,7 +150,7 @@ def main():
         print(json.dumps(measure(*json.loads(args.measure))))
         return
     base = {**SIZE, **(dict(width=128, layers=2, vocab=16_000) if args.quick else {})}
-    result = {"machine": f"{cpu()}, {args.threads} threads", "commit": code_version(), "quick": args.quick, "load": os.getloadavg()[0],
+    result = {"machine": f"{cpu_name()}, {args.threads} threads", "commit": code_version(), "quick": args.quick, "load": os.getloadavg()[0],
               **{name: version(name) for name in ("torch", "transformers", "peft")}}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(folder, {**base, **CASES["sft"]})

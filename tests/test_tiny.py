@@ -18,7 +18,7 @@ from model import Config, Processor, Qwen25VL, rotate
 from tiny import demo, report
 from tiny import data as tiny_data
 from tiny.pretrain import CONFIG, blocks, initialise, orthogonal, patches, predict, prepare, trunk
-from tiny.stream import CROP, PICTURE, Codes, Policy, Stream, matches, planted, positions, rows
+from tiny.stream import CROP, PICTURE, Codes, Policy, Stream, coded, matches, planted, positions, rows
 from tiny.world import ID, TOKENS, picture, write_tokenizer
 
 BASE = Path(__file__).resolve().parent.parent / "tiny" / "base"
@@ -135,7 +135,7 @@ def test_leaves_of_a_grown_tree_hold_the_scenes_that_its_conditions_say(table):
     """Checked against the attributes one object at a time, without the vectorised filter."""
     from tiny.stream import INDEX, TABLE_COLUMN
 
-    nodes, leaves = planted(np.random.default_rng(1), 3, Codes(matches(table)))
+    nodes, leaves = planted(np.random.default_rng(1), 3, Codes(coded(matches(table))))
     assert sorted(s for _, scenes in leaves for s in scenes) == list(range(len(table)))
     for path, scenes in leaves:
         for s in scenes[:3]:

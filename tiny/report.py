@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -37,14 +38,19 @@ code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
 BLUE, PALE, GREY, RED = "#2a5bd7", "#9db7f2", "#c3cad4", "#c4462f"
 
 
-def provenance():
-    """{"hardware", "torch", "commit"} of results made here and now; "-dirty": with changes that are not committed."""
+def cpu_name():
+    """The processor's name; its architecture where the system does not tell."""
     try:
         names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     except OSError:
         names = []
+    return names[0] if names else platform.machine()
+
+
+def provenance():
+    """{"hardware", "torch", "commit"} of results made here and now; "-dirty": with changes that are not committed."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"hardware": f"{os.cpu_count()} cores, {names[0] if names else 'unknown'}", "torch": torch.__version__,
+    return {"hardware": f"{os.cpu_count()} cores, {cpu_name()}", "torch": torch.__version__,
             "commit": git.stdout.strip() or "unknown"}  # fmt: skip
 
 

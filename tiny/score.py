@@ -8,7 +8,6 @@ layout (--clevr-root), scaled down. Writes <out>/scores.json and scores.md.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -108,9 +107,9 @@ def main(argv=None):
              f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}.")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scores.json", {"about": about, "rows": scores.rows})
-    (out / "scores.md").write_text(markdown(scores.rows, about))
-    print(markdown(scores.rows, about))
-    return json.loads((out / "scores.json").read_text())
+    table = markdown(scores.rows, about)
+    (out / "scores.md").write_text(table)
+    print(table)
 
 
 if __name__ == "__main__":

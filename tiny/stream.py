@@ -46,19 +46,19 @@ def matches(table):
     return table[:, :, TABLE_COLUMN].transpose(2, 0, 1) == INDEX[:, None, None]
 
 
+def coded(match):
+    """The values of every object as bits of a SceneTable's code, (S, objects) uint16, from `matches`."""
+    return sum(seen.astype(np.uint16) * np.uint16(bit) for seen, bit in zip(match, BITS))
+
+
 class Codes:
     """What data.clevr_policy.grow needs of a SceneTable: the values of every object as bits, (S, objects) uint16."""
 
-    def __init__(self, match):
-        self.code = sum(seen.astype(np.uint16) * np.uint16(bit) for seen, bit in zip(match, BITS))
+    def __init__(self, code):
+        self.code = code
 
     def __len__(self):
         return len(self.code)
-
-    def take(self, scenes):
-        part = object.__new__(Codes)
-        part.code = self.code[scenes]
-        return part
 
 
 def planted(rng, depth, codes):
@@ -195,7 +195,7 @@ class Stream:
         self.rng = np.random.default_rng(seed)
         self.table, self.crops, self.first = table, crops, first
         self.match = matches(table)
-        self.codes = Codes(self.match)
+        self.code = coded(self.match)
         self.count = (table[:, :, 0] >= 0).sum(1)
         self.trees = {}
 
@@ -207,7 +207,7 @@ class Stream:
         pool = self.trees.setdefault(depth, [])
         if len(pool) < 50 or self.rng.random() < fresh:
             scenes = self.rng.choice(len(self.table), min(len(self.table), max(1200, 60 * 2**depth)), replace=False).astype(np.int32)
-            nodes, leaves = planted(self.rng, depth, self.codes.take(scenes))
+            nodes, leaves = planted(self.rng, depth, Codes(self.code[scenes]))
             made = nodes, [(path, scenes[alive]) for path, alive in leaves]
             if len(pool) < keep:
                 pool.append(made)
