@@ -41,7 +41,7 @@ from tqdm import tqdm
 import model as qwen
 from data import InputError, command
 from support.batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,
-                      replayed_items, response_logprobs, rng, share, token_logprobs)  # noqa: F401
+                              replayed_items, response_logprobs, rng, share, token_logprobs)  # noqa: F401
 from support.checkpoint import Checkpoints, cut_logs, trainable, write_json
 from support.config import CommonConfig, option, parse, redefault  # noqa: F401
 from support.sharding import shard, unsharded, whole
