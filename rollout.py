@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-from support.cache import Segment, Slots, padding_bias
 from data import InputError
 from data.dataset import messages
+from support.cache import Segment, Slots, padding_bias
 
 # -- 1. the next word --------------------------------------------------------------------------------------------------
 

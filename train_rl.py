@@ -24,15 +24,15 @@ from typing import NamedTuple
 import torch
 
 import model as qwen
-from support.batching import words_kl
-from support.config import CommonConfig, option, parse, redefault
 from data import InputError, command
 from data.dataset import load_items, load_policies
 from data.rewards import load
-from support.groups import Replay, Sampler
 from kernels.advantage import group_advantage
-from support.metrics import Reporter, Tally
 from rollout import PolicyRollout
+from support.batching import words_kl
+from support.config import CommonConfig, option, parse, redefault
+from support.groups import Replay, Sampler
+from support.metrics import Reporter, Tally
 from training import Run
 
 # -- 1. losses: pure functions of (N,R) tensors, one value a token -----------------------------------------------------

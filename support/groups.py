@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from support.batching import batches, collate, lay_out, learned_hidden, replayed_items, rng
 from data.rewards import guarded
 from kernels.logprob import linear_logprob
+from support.batching import batches, collate, lay_out, learned_hidden, replayed_items, rng
 from train_sft import Examples
 from training import likelihood
 
