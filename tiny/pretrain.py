@@ -154,14 +154,16 @@ def cut_out(image, index, spot, rng):
 
 
 def train_vision(model, world, out, steps, batch=128):
-    """Dense labels: every patch names the object it shows; every third batch are crops."""
+    """Dense labels: every patch names the object it shows; every third batch are crops, and every other picture is mirrored."""
     image, index, table, spot = world
-    rng, visual = np.random.default_rng(0), model.visual
-    head = nn.Linear(WIDTH, sum(LABELS.values()))
+    visual, head = model.visual, nn.Linear(WIDTH, sum(LABELS.values()))
     matrices = [p for name, p in visual.blocks.named_parameters() if p.ndim == 2]
     rest = [*visual.patch_embed.parameters(), *[p for p in visual.blocks.parameters() if p.ndim < 2], *head.parameters()]
     optimizers = Muon(matrices, 0.02), torch.optim.AdamW(rest, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    for step in range(steps):
+    both = nn.ModuleDict({"model": model, "head": head})
+    first = restore(out / "vision.pt", both, optimizers)
+    for step in range(first, steps):
+        rng = np.random.default_rng([step, 0])
         set_rates(optimizers, min(1, (step + 1) / 100, 1.02 - step / steps))
         s = np.sort(rng.choice(len(image) - HELD, batch, replace=False))
         x, shown, things = np.asarray(image[s]), np.asarray(index[s]), np.asarray(table[s])
@@ -172,13 +174,15 @@ def train_vision(model, world, out, steps, batch=128):
             cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)[:2]
                     for b, k in enumerate(which)]  # fmt: skip
             x, shown = (np.stack(part) for part in zip(*cuts))
+        mirrored = rng.random(batch) < 0.5
+        x, shown = (np.where(mirrored.reshape(-1, *[1] * (a.ndim - 1)), a[:, :, ::-1], a) for a in (x, shown))
         label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, N)
         told = torch.from_numpy(things[np.arange(batch)[:, None], label.clamp(min=0)]).long()  # (B, N, 4)
         guess = dict(zip(LABELS, head(visual.merger.ln_q(trunk(visual, patches(x)))).split(list(LABELS.values()), -1)))
         loss, on, scores = F.cross_entropy(guess["ground"][label > -2], (label[label > -2] >= 0).long()), label >= 0, {}
         for column, name in enumerate(ATTRIBUTES):
             if name != "size" or whole_scale:
-                loss = loss + F.cross_entropy(guess[name][on], told[on][:, column])
+                loss = loss + (2 if name == "shape" else 1) * F.cross_entropy(guess[name][on], told[on][:, column])  # the slow one
                 scores[name] = (guess[name][on].argmax(-1) == told[on][:, column]).float().mean().item()
         loss.backward()
         for optimizer in optimizers:
@@ -186,6 +190,8 @@ def train_vision(model, world, out, steps, batch=128):
             optimizer.zero_grad()
         if step % 50 == 49:
             log(out, {"stage": "vision", "step": step + 1, "loss": round(loss.item(), 4), **{k: round(v, 4) for k, v in scores.items()}})
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save(out / "vision.pt", both, step + 1, optimizers)
 
 
 @torch.inference_mode()
@@ -435,20 +441,18 @@ def train_text(rank, world, out, steps, batch, seed):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=world)
     model = Qwen25VL(Config.from_json(CONFIG))
-    first = torch.load(out / ("text.pt" if (out / "text.pt").exists() else "words.pt"), weights_only=True)
-    model.load_state_dict(first["model"])
+    restore(out / "words.pt", model, ())
     model.visual.requires_grad_(False)
     model.visual.merger.requires_grad_(True)
     matrices = [p for name, p in model.named_parameters() if name.startswith("model.layers") and p.ndim == 2]
     ours = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     optimizers = Muon(matrices, 1.0), torch.optim.AdamW(rest, 1.0, betas=(0.9, 0.98), weight_decay=0.05)
-    for optimizer, state in zip(optimizers, first.get("optimizers", [])):
-        optimizer.load_state_dict(state)
+    first = restore(out / "text.pt", model, optimizers)
     full, crop = np.load(out / "full.npy"), np.load(out / "crop.npy")
     held, queue, worker, now = stream(out, 7, held=True), mp.get_context("spawn").Queue(6), None, None
     ends = np.cumsum([round(share * steps) for share, *_ in PHASES])
-    for step in range(first.get("step", 0), steps):
+    for step in range(first, steps):
         phase = min(int(np.searchsorted(ends, step, side="right")), len(PHASES) - 1)
         _, mixture, length, *rates = PHASES[phase]
         if phase != now:
@@ -501,6 +505,17 @@ def save(path, model, step=0, optimizers=()):
     os.replace(f"{path}.tmp", path)
 
 
+def restore(path, model, optimizers):
+    """What `save` wrote, if it has: the number of steps that are done."""
+    if not path.exists():
+        return 0
+    kept = torch.load(path, weights_only=True)
+    model.load_state_dict(kept["model"])
+    for optimizer, state in zip(optimizers, kept["optimizers"]):
+        optimizer.load_state_dict(state)
+    return kept["step"]
+
+
 def publish(model, folder):
     """The checkpoint in the hub's layout, bf16, with its tokenizer and processor files."""
     save_pretrained(model.to(torch.bfloat16), folder)
@@ -529,7 +544,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="working folder; stages that it holds are not done again (default runs/tiny)")
     parser.add_argument("--pictures", type=int, default=48000, help="scenes to draw, 2000 of them held out (default 48000)")
-    parser.add_argument("--vision-steps", type=int, default=3000, help="batches of 128 pictures (default 3000)")
+    parser.add_argument("--vision-steps", type=int, default=6000, help="batches of 128 pictures (default 6000)")
     parser.add_argument("--text-steps", type=int, default=3600, help="updates of the text stage (default 3600)")
     parser.add_argument("--batch", type=int, default=8192, help="tokens an update, over all processes (default 8192)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
@@ -545,11 +560,7 @@ def main(argv=None):
     torch.set_num_threads(args.processes)
     model = Qwen25VL(Config.from_json(CONFIG))
     initialise(model)
-    if (out / "vision.pt").exists():
-        model.load_state_dict(torch.load(out / "vision.pt", weights_only=True)["model"])
-    else:
-        train_vision(model, world, out, args.vision_steps)
-        save(out / "vision.pt", model)
+    train_vision(model, world, out, args.vision_steps)
     if not (out / "features.done").exists():
         write_features(model, world, out)
         (out / "features.done").touch()
