@@ -20,8 +20,6 @@ from data.clevr_policy import (NewFolder, build_policy, draw_crops, make_items, 
 from data.dataset import load_items, load_policies
 from data.prose import Prose
 
-UPDATED = "This is the updated policy {}. It replaces every earlier policy of that name.\n\n"
-
 
 def override(data, out, seed, style=None, overwrite=False):
     """Write a data folder of fresh policies under the names of `data`'s, and its test items with both answers.
@@ -43,7 +41,7 @@ def override(data, out, seed, style=None, overwrite=False):
                 raise InputError(f"{data}: policy {name!r} is no tree, expected one made by data.clevr_policy")
             rng = np.random.default_rng([seed, 3, p])
             policy = build_policy(rng, was["depth"], was["variant"], weigh, style, was["conditions"], name=name)
-            policy["text"] = UPDATED.format(name) + policy["text"]
+            policy["text"] = style.updated.format(name) + policy["text"]
             policy["images"] = []
             for k, crop in enumerate(draw_crops(policy, weigh, (480, 320), style, rng), 1):
                 policy["images"].append(f"images/crops/{name}-{k}.png")

@@ -62,6 +62,8 @@ def phrase(form, target, crop=None, example=None):
 class Prose:
     """Policies as a person would write them: a general instruction, a name, numbered sections in plain sentences."""
 
+    updated = "This is the updated policy {}. It replaces every earlier policy of that name.\n\n"
+
     WHOLE = {
         "color": ("Is there {a} {v} object in the picture?", "Does the picture show any {v} object?",
                   "Is at least one object in the picture {v}?"),

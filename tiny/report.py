@@ -12,6 +12,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474): another model, another size of policy
@@ -181,6 +182,37 @@ Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task.
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=3, frameon=False)
     figure.tight_layout()
     figure.savefig(out / "report.png", dpi=150)
+    pyplot.close(figure)
+
+
+def draw_halves(rows, path):
+    """What the halves of a group earned while RL ran, mean over the study's runs, a panel for each world, as a PNG.
+
+    rows: of tiny.study, with "curve_accuracy" and, of PolicyRollout, "curve_accuracy_aware": means of ten steps each.
+    """
+    names = {"sft_grpo": GREY, "sft_poro": BLUE, "frozen sampler": RED, "trimpi": "#14713d"}
+    worlds = list(dict.fromkeys(row["world"] for row in rows if row["name"] in names))
+    if not worlds or not (pyplot := plotting()):
+        return
+    figure, axes = pyplot.subplots(-(-len(worlds) // 3), 3, figsize=(11, 2.6 * -(-len(worlds) // 3) + 0.6), squeeze=False, sharey=True)
+    for axis in axes.flat[len(worlds) :]:
+        axis.axis("off")
+    for axis, world in zip(axes.flat, worlds):
+        for name, color in names.items():
+            found = [row for row in rows if (row["world"], row["name"]) == (world, name)]
+            for key, style in (("curve_accuracy", "-"), ("curve_accuracy_aware", "--")):
+                curves = [row[key] for row in found if row.get(key)]
+                if curves:
+                    mean = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
+                    axis.plot(10 * np.arange(len(mean)) + 5, mean, style, color=color, label=f"{TITLES.get(name, name)}{', with P' if style == '--' else ''}")
+        axis.set_title(world, loc="left", fontsize=10)
+        axis.set_ylim(0, 1.02)
+        axis.tick_params(labelsize=8)
+    lines = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines.keys(), ncol=4, fontsize=8, frameon=False, loc="lower center")
+    figure.supylabel("share of right responses", fontsize=9)
+    figure.tight_layout(rect=(0.01, 0.3 / figure.get_figheight() + 0.03, 1, 1))
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 

@@ -117,6 +117,8 @@ def write_tokenizer(folder):
 class Terse:
     """The words of a ClevrPolicy in the tiny world: a style as `data.prose.Prose`, one sentence a node, in random order."""
 
+    updated = ""  # the base has no words to say that a policy replaces another
+
     def name(self, rng, depth, taken=()):
         free = [name for name in POLICIES if name not in taken]
         if not free:
