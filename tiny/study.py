@@ -112,8 +112,9 @@ HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long"]
 EXTRA = list(RUNS)[list(RUNS).index("trimpi") + 1 :]
 WIDE = "T3 a third left out"
 PLAN = [  # (world, rows, seeds at most): in this order, for one seed after the other
-    (WIDE, MAIN, 2), ("T4", CORE, 3), ("T2", CORE, 3), ("T6", CORE, 3), ("T4", [*HEAL, *MAIN[3:]], 2), ("T6", [HEAL[2], "trimpi"], 2),
-    ("T3", [*CORE, *EXTRA], 2), ("M2", [*CORE, "trimpi"], 2), ("M4", [*CORE, "trimpi"], 2), ("T2", MAIN[3:], 2),
+    *[(world, CORE, 3) for world in (WIDE, "T4", "T2", "T6")], ("T4", HEAL, 2), (WIDE, MAIN[3:], 2), ("M2", CORE, 2), ("T6", HEAL[2:], 2),
+    ("T3", [*CORE, *EXTRA], 2), ("M4", CORE, 2), ("T4", MAIN[3:], 2), ("T2", MAIN[3:], 2), ("T6", MAIN[3:], 2),
+    *[(world, MAIN[3:4], 2) for world in ("M2", "M4")],
     *[(world, [*CORE, "frozen sampler"], 2) for world in ("T3 two at once", "T3 four at once", "T3 eight at once")],
 ]  # fmt: skip
 
