@@ -561,9 +561,10 @@ def main(argv=None):
     model = Qwen25VL(Config.from_json(CONFIG))
     initialise(model)
     train_vision(model, world, out, args.vision_steps)
-    if not (out / "features.done").exists():
+    done, steps = out / "features.done", str(args.vision_steps)
+    if not done.exists() or done.read_text() != steps:
         write_features(model, world, out)
-        (out / "features.done").touch()
+        done.write_text(steps)
     if not (out / "words.pt").exists():
         directions, picture = prepare(model, args.seed)
         train_merger(model, world, np.load(out / "full.npy", mmap_mode="r"), directions, picture, out, 240)
