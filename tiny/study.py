@@ -49,9 +49,9 @@ def cpt(kinds, *flags):
 # Name of a world: flags of tiny.data, beside 400 training queries, 24 with chains, and 200 test queries. The weak starts show SFT
 # three examples for four leaves: with more it knows all but every rule of a small policy, and RL has nothing left to find.
 WORLDS = {
-    "T2, weak start": ["--depth", 2, "--sft", 3], "T4, weak start": ["--depth", 4, "--sft", 12],
-    "T6, weak start": ["--depth", 6, "--queries", 800, "--sft", 40],
-    "M2, weak start": ["--depth", 2, "--variant", "M", "--sft", 3], "M4, weak start": ["--depth", 4, "--variant", "M", "--sft", 12],
+    "T2 weak start": ["--depth", 2, "--sft", 3], "T4 weak start": ["--depth", 4, "--sft", 12],
+    "T6 weak start": ["--depth", 6, "--queries", 800, "--sft", 40],
+    "M2 weak start": ["--depth", 2, "--variant", "M", "--sft", 3], "M4 weak start": ["--depth", 4, "--variant", "M", "--sft", 12],
     "T3": ["--depth", 3], "T4": ["--depth", 4], "T3 a third left out": ["--depth", 3, "--leave-out", 0.34],
     "T3 two at once": ["--depth", 3, "--policies", 2, "--queries", 300, "--test", 100],
     "T3 four at once": ["--depth", 3, "--policies", 4, "--queries", 200, "--test", 50],
