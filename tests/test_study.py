@@ -13,7 +13,7 @@ def row(world, policy, seed, name, accuracy, **more):
 
 
 ROWS = [row("T4", policy, 0, name, accuracy) for name, values in {"sft_grpo": (0.2, 0.3, 0.4), "sft_poro": (0.7, 0.9, 0.8)}.items()
-        for policy, accuracy in enumerate(values)] + [row("T4", 3, 0, "sft_poro", 0.6), row("T2", 0, 0, "sft_poro", 1.0)]  # fmt: skip
+        for policy, accuracy in enumerate(values)] + [row("T4", 3, 0, "sft_poro", 0.6), row("T3", 0, 0, "sft_poro", 1.0)]  # fmt: skip
 
 
 def test_a_row_is_the_mean_of_its_runs_with_students_interval():
@@ -22,13 +22,13 @@ def test_a_row_is_the_mean_of_its_runs_with_students_interval():
     assert found["sft_grpo"]["accuracy"] == pytest.approx(0.3)
     assert found["sft_grpo"]["half_interval"] == pytest.approx(4.30 * 0.1 / 3**0.5)
     assert found["sft_poro"]["runs"] == 4 and found["sft_poro"]["n"] == 800
-    assert study.summary(ROWS)["T2"][0]["half_interval"] is None  # one run has no interval
+    assert study.summary(ROWS)["T3"][0]["half_interval"] is None  # one run has no interval
 
 
 def test_only_runs_of_one_policy_and_seed_are_compared():
     mean, half, pairs = study.differences(ROWS)["T4"]
     assert (mean, pairs) == (pytest.approx(0.5), 3) and half == pytest.approx(4.30 * 0.1 / 3**0.5)
-    assert "T2" not in study.differences(ROWS)
+    assert "T3" not in study.differences(ROWS)
 
 
 def test_every_run_of_the_plan_is_known_and_starts_from_one_that_is():
@@ -52,8 +52,10 @@ def test_what_is_done_is_not_done_again_and_time_ends_it(tmp_path, monkeypatch):
 def test_the_tables_and_figures_are_written(tmp_path):
     """Curves make the figure of the halves and the correlations; a row that lacks a figure shows a dash."""
     curves = [row("T4", p, 0, "frozen sampler", 0.5 + p / 10, curve_accuracy=[0.2, 0.3], curve_accuracy_aware=[0.5 + p / 10, 0.8]) for p in range(4)]
-    study.write(ROWS + curves, tmp_path)
+    plain = [row("T4", 4, 0, "sft_grpo", 0.9, curve_accuracy=[0.9], curve_accuracy_aware=[0.0])]  # has no such half
+    study.write(ROWS + curves + plain, tmp_path)
+    assert (tmp_path / "study_halves.png").stat().st_size > 10_000 and (tmp_path / "study.png").stat().st_size > 10_000
     text, kept = (tmp_path / "study.md").read_text(), json.loads((tmp_path / "study.json").read_text())
     assert "| T4 | +0.500 | 0.248 | 3 |" in text and "| sft_poro | 1.000 | – |" in text
-    assert kept["correlations"] == {"runs": 4, "aware_half": pytest.approx(1), "gap": pytest.approx(1)} and len(kept["rows"]) == len(ROWS) + 4
+    assert kept["correlations"] == {"runs": 4, "aware_half": pytest.approx(1), "gap": pytest.approx(1)} and len(kept["rows"]) == len(ROWS) + 5
     assert kept["worlds"]["T4"][0]["name"] == "sft_grpo"  # in the order of RUNS

@@ -191,7 +191,7 @@ def draw_halves(rows, path):
     rows: of tiny.study, with "curve_accuracy" and, of PolicyRollout, "curve_accuracy_aware": means of ten steps each.
     """
     names = {"sft_grpo": GREY, "sft_poro": BLUE, "frozen sampler": RED, "trimpi": "#14713d"}
-    worlds = list(dict.fromkeys(row["world"] for row in rows if row["name"] in names))
+    worlds = sorted({row["world"] for row in rows if row["name"] in names})
     if not worlds or not (pyplot := plotting()):
         return
     figure, axes = pyplot.subplots(-(-len(worlds) // 3), 3, figsize=(11, 2.6 * -(-len(worlds) // 3) + 0.6), squeeze=False, sharey=True)
@@ -201,7 +201,7 @@ def draw_halves(rows, path):
         for name, color in names.items():
             found = [row for row in rows if (row["world"], row["name"]) == (world, name)]
             for key, style in (("curve_accuracy", "-"), ("curve_accuracy_aware", "--")):
-                curves = [row[key] for row in found if row.get(key)]
+                curves = [row[key] for row in found if any(row.get(key, ()))]
                 if curves:
                     mean = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
                     axis.plot(10 * np.arange(len(mean)) + 5, mean, style, color=color, label=f"{TITLES.get(name, name)}{', with P' if style == '--' else ''}")
@@ -211,6 +211,8 @@ def draw_halves(rows, path):
     lines = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(lines.values(), lines.keys(), ncol=4, fontsize=8, frameon=False, loc="lower center")
     figure.supylabel("share of right responses", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("RL step", fontsize=8)
     figure.tight_layout(rect=(0.01, 0.3 / figure.get_figheight() + 0.03, 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -222,7 +222,7 @@ def column(out, model, world, policy, seed, names, ends):
 def summary(rows):
     """{world: [{"name", mean, interval of the mean, runs, n, ...}]} of the finished runs."""
     worlds = {}
-    for world in dict.fromkeys(row["world"] for row in rows):
+    for world in sorted({row["world"] for row in rows}, key=[*WORLDS].index):
         mine = [row for row in rows if row["world"] == world]
         worlds[world] = []
         for name in sorted({row["name"] for row in mine}, key=["in_context", "no_policy", *RUNS].index):
@@ -249,7 +249,7 @@ def correlations(rows):
     """Over all runs with a policy-aware half: Pearson's r of its accuracy in training, and of the gap between the halves, both in
     the first ten steps, with the accuracy without the policy in the end."""
     runs = [(r["curve_accuracy_aware"][0], r["curve_accuracy_aware"][0] - r["curve_accuracy"][0], r["accuracy"])
-            for r in rows if r.get("curve_accuracy_aware") and r.get("curve_accuracy")]  # fmt: skip
+            for r in rows if any(r.get("curve_accuracy_aware", ()))]  # GRPO's has none  # fmt: skip
     if len(runs) < 3:
         return None
     table = np.corrcoef(np.array(runs).T)
