@@ -219,6 +219,12 @@ def column(out, model, world, policy, seed, names, ends):
     return f"{world}, policy {policy}, seed {seed}"
 
 
+def half_interval(values):
+    """Half of the 95 % interval of their mean (Student's t); None of a single value."""
+    n = len(values)
+    return T95[min(n - 1, len(T95)) - 1] * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+
+
 def summary(rows):
     """{world: [{"name", mean, interval of the mean, runs, n, ...}]} of the finished runs."""
     worlds = {}
@@ -228,9 +234,7 @@ def summary(rows):
         for name in sorted({row["name"] for row in mine}, key=["in_context", "no_policy", *RUNS].index):
             found = [row for row in mine if row["name"] == name]
             values = {key: [row[key] for row in found if row.get(key) is not None] for key in ("accuracy", *COLUMNS)}
-            right = values["accuracy"]
-            half = T95[min(len(right), len(T95) + 1) - 2] * np.std(right, ddof=1) / len(right) ** 0.5 if len(right) > 1 else None
-            worlds[world].append({"name": name, "half_interval": half, "runs": len(found), "n": sum(row["n"] for row in found),
+            worlds[world].append({"name": name, "half_interval": half_interval(values["accuracy"]), "runs": len(found), "n": sum(row["n"] for row in found),
                                   **{key: float(np.mean(value)) if value else None for key, value in values.items()}})  # fmt: skip
     return worlds
 
@@ -241,8 +245,7 @@ def differences(rows):
     for world, policy, seed, name in right:
         if name == "sft_poro" and (world, policy, seed, "sft_grpo") in right:
             found.setdefault(world, []).append(right[world, policy, seed, name] - right[world, policy, seed, "sft_grpo"])
-    return {world: (float(np.mean(d)), T95[min(len(d), len(T95) + 1) - 2] * float(np.std(d, ddof=1)) / len(d) ** 0.5, len(d))
-            for world, d in found.items() if len(d) > 1}  # fmt: skip
+    return {world: (float(np.mean(d)), half_interval(d), len(d)) for world, d in found.items() if len(d) > 1}
 
 
 def correlations(rows):
