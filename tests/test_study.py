@@ -13,7 +13,7 @@ def row(world, policy, seed, name, accuracy, **more):
 
 
 ROWS = [row("T4", policy, 0, name, accuracy) for name, values in {"sft_grpo": (0.2, 0.3, 0.4), "sft_poro": (0.7, 0.9, 0.8)}.items()
-        for policy, accuracy in enumerate(values)] + [row("T4", 3, 0, "sft_poro", 0.6), row("T3", 0, 0, "sft_poro", 1.0)]  # fmt: skip
+        for policy, accuracy in enumerate(values)] + [row("T4", 3, 0, "sft_poro", 0.6), row("T2 a third left out", 0, 0, "sft_poro", 1.0)]  # fmt: skip
 
 
 def test_a_row_is_the_mean_of_its_runs_with_students_interval():
@@ -22,17 +22,17 @@ def test_a_row_is_the_mean_of_its_runs_with_students_interval():
     assert found["sft_grpo"]["accuracy"] == pytest.approx(0.3)
     assert found["sft_grpo"]["half_interval"] == pytest.approx(4.30 * 0.1 / 3**0.5)
     assert found["sft_poro"]["runs"] == 4 and found["sft_poro"]["n"] == 800
-    assert study.summary(ROWS)["T3"][0]["half_interval"] is None  # one run has no interval
+    assert study.summary(ROWS)["T2 a third left out"][0]["half_interval"] is None  # one run has no interval
 
 
 def test_only_runs_of_one_policy_and_seed_are_compared():
     mean, half, pairs = study.differences(ROWS)["T4"]
     assert (mean, pairs) == (pytest.approx(0.5), 3) and half == pytest.approx(4.30 * 0.1 / 3**0.5)
-    assert "T3" not in study.differences(ROWS)
+    assert "T2 a third left out" not in study.differences(ROWS)
 
 
 def test_every_run_of_the_plan_is_known_and_starts_from_one_that_is():
-    named = {name for _, names, _ in study.PLAN for name in names}
+    named = {name for _, names, *_ in study.PLAN for name in names}
     assert named <= set(study.RUNS) and {world for world, *_ in study.PLAN} == set(study.WORLDS)
     assert {before for _, before, _ in study.RUNS.values() if before} <= set(study.RUNS)
 

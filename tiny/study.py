@@ -2,8 +2,8 @@
 
     python -m tiny.study --out runs/study --hours 6           stop it at any time; the same command goes on
 
-Every experiment runs for each policy and seed, the most telling ones first and the first seed of all of them before the
-second, so that a study cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not
+Every experiment runs for several policies, and the main ones for three training seeds, the most telling first, so that a study
+cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not
 done again. Writes results/study.json, study.md and two figures: means over policies and seeds with a 95 % interval of the
 mean (Student's t), and what the two halves of PolicyRollout's groups earned while it trained.
 """
@@ -47,15 +47,15 @@ def cpt(kinds, *flags):
 
 
 # Name of a world: flags of tiny.data, beside 400 training queries, 24 with chains, and 200 test queries. In most, SFT sees no chain
-# through a third of the policy: where it sees all (T3, T4), it alone comes near the base's level, and RL has little left to find.
+# through a third of the policy: where it sees all (T4), it alone comes near the base's level, and RL has little left to find.
 WORLDS = {
     **{f"T{n} a third left out": ["--depth", n, "--leave-out", 0.34] for n in (2, 3, 4)},
     "T6 a third left out": ["--depth", 6, "--leave-out", 0.34, "--queries", 800, "--sft", 60],
     **{f"M{n} a third left out": ["--depth", n, "--variant", "M", "--leave-out", 0.34] for n in (2, 4)},
-    "T3": ["--depth", 3], "T4": ["--depth", 4],
-    "T3 two at once": ["--depth", 3, "--policies", 2, "--queries", 300, "--test", 100],
-    "T3 four at once": ["--depth", 3, "--policies", 4, "--queries", 200, "--test", 50],
-    "T3 eight at once": ["--depth", 3, "--policies", 8, "--queries", 100, "--test", 25],
+    "T4": ["--depth", 4],
+    "T3 two at once": ["--depth", 3, "--policies", 2, "--leave-out", 0.34, "--queries", 300, "--test", 100],
+    "T3 four at once": ["--depth", 3, "--policies", 4, "--leave-out", 0.34, "--queries", 200, "--test", 50],
+    "T3 eight at once": ["--depth", 3, "--policies", 8, "--leave-out", 0.34, "--queries", 100, "--test", 25],
 }  # fmt: skip
 
 LONGEST = {2: 48, 3: 64, 4: 96, 6: 144}  # tokens of a response: what the longest right one takes, and a half more
@@ -114,11 +114,14 @@ MAIN = [*CORE, "trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_respons
 HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long"]
 EXTRA = list(RUNS)[list(RUNS).index("trimpi") + 1 :]
 WIDE = "T3 a third left out"
-PLAN = [  # (world, rows, seeds at most): in this order, for one seed after the other
-    *[(f"{world} a third left out", CORE, 3) for world in ("T3", "T4", "T2", "T6")], (WIDE, MAIN[3:], 2), ("M2 a third left out", CORE, 2),
-    ("T4 a third left out", HEAL, 2), ("T6 a third left out", HEAL[2:], 2), ("M4 a third left out", CORE, 2), ("T4", CORE, 2), ("T3", [*CORE, *EXTRA], 2),
-    *[(f"{world} a third left out", MAIN[3:], 2) for world in ("T4", "T2", "T6", "M2", "M4")],
-    *[(world, [*CORE, "frozen sampler"], 2) for world in ("T3 two at once", "T3 four at once", "T3 eight at once")],
+THIRD = " a third left out"
+SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
+PLAN = [  # (world, rows, policies, seed), in this order
+    *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)], ("T4", CORE, 5, 0), (WIDE, MAIN[3:], 5, 0), (f"M2{THIRD}", CORE, 5, 0),
+    *[(f"T{n}{THIRD}", CORE, 5, 1) for n in (3, 4, 2)], (WIDE, EXTRA, 3, 0), *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL],
+    (f"T6{THIRD}", HEAL[2:], 5, 0), *[(f"T{n}{THIRD}", CORE, 5, 2) for n in (3, 4, 2)], (f"M4{THIRD}", CORE, 3, 0), (f"T6{THIRD}", CORE, 3, 1),
+    (f"T4{THIRD}", HEAL, 3, 0), *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], (f"T6{THIRD}", CORE, 3, 2), (WIDE, MAIN[3:], 5, 1),
+    (f"M4{THIRD}", CORE, 5, 0), (f"T6{THIRD}", MAIN[3:], 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", MAIN[3:], 3, 0),
 ]  # fmt: skip
 
 
@@ -190,7 +193,7 @@ class Study:
             more = {f"curve_{key}": curve for key in ("accuracy", "accuracy_aware") if (curve := windows(metrics, key))}
             found = self.evaluate(trained, data, place, name, short)
             more["with_policy"] = self.evaluate(trained, data, place, f"{name} with P", short, True)["accuracy"]
-        if world == WIDE:  # what else was learnt or lost: other policies in the prompt, a new one under the old name
+        if world == WIDE and name != "no_policy":  # what else was learnt or lost: other policies in the prompt, a new one under the old name
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
             changed = self.out / "data" / "override" / str(policy)
             if not changed.exists():
@@ -289,8 +292,8 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/study", metavar="DIR", help="working folder; finished runs in it are kept (default runs/study)")
     parser.add_argument("--results", default=str(ROOT / "results"), metavar="DIR", help="folder of study.json and study.md (default results)")
     parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
-    parser.add_argument("--policies", type=int, default=5, help="policies per world (default 5)")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds per policy, at most; some rows take fewer (default 3)")
+    parser.add_argument("--policies", type=int, default=5, help="policies per experiment, at most; some take fewer (default 5)")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds per policy, at most; some experiments take fewer (default 3)")
     parser.add_argument("--hours", type=float, default=6.0, help="after which no run is started any more (default 6)")
     parser.add_argument("--worlds", default="", metavar="NAMES", help=f"only these, by commas: {', '.join(WORLDS)}")
     parser.add_argument("--fresh", action="store_true", help="delete what the working folder holds")
@@ -304,8 +307,8 @@ def main(argv=None):
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of each process: two share the cores
-    work = [(out, Path(args.model).resolve(), world, policy, seed, names, ends) for seed in range(args.seeds)
-            for world, names, most in PLAN if world in wanted and seed < most for policy in range(args.policies)]  # fmt: skip
+    work = [(out, Path(args.model).resolve(), world, policy, seed, names, ends) for world, names, policies, seed in PLAN
+            if world in wanted and seed < args.seeds for policy in range(min(policies, args.policies))]  # fmt: skip
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for done in tqdm(pool.map(column, *zip(*work)), total=len(work), desc="study", unit="column", disable=None):
             print(done, flush=True)
