@@ -236,7 +236,7 @@ def run_gpu(sizes):
     for N, D, V in sizes:
         h, W, y = planted(N, D, V, torch.bfloat16, "cuda")
         h.requires_grad_()
-        chunk = default_chunk(h, W)
+        chunk = default_chunk(h)
         products = {both: milliseconds(lambda: bare_products(h.detach(), W, chunk, both)) for both in (False, True)}
         rows.append({"name": "bare products", "N": N, "D": D, "V": V, "forward ms": products[False],
                      "forward+backward ms": products[True]})

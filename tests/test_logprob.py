@@ -239,13 +239,17 @@ def test_trap_bf16_in_the_interpreter():
 
 
 def sweep(logits, y, dtype=torch.float32):
-    """The row sweep alone on given logits (C, V), left as they are: logp, entropy, scale, direction."""
+    """What is done to given logits (C, V), left as they are: logp, entropy, scale, direction."""
     two_blocks(logits.shape[1])
     if TRITON:
         from kernels.logprob_triton import sweep_rows
+        logp, entropy, scale, _, _, direction = sweep_rows(logits.clone(), y, 1.0, dtype, True, True)
     else:
-        from kernels.logprob import sweep_rows_torch as sweep_rows
-    return sweep_rows(logits.clone(), y, 1.0, dtype, True, True)
+        from kernels.logprob_torch import fold
+        one = torch.eye(logits.shape[1])  # as the head's weight: the gradient is the direction itself
+        tiles = [(v, logits[:, v : v + 300].clone(), one[v : v + 300]) for v in range(0, len(one), 300)]
+        logp, entropy, scale, _, _, direction = fold(tiles, y, 1.0, True, len(one))
+    return logp, entropy, scale, direction
 
 
 # -- 3. what must not matter -------------------------------------------------------------------------------------------
@@ -304,18 +308,34 @@ def test_rows_without_gradient_are_skipped(trainable):
     assert not gradient(h, W, y, g, needs_grad=torch.zeros_like(wanted))[2].any()
 
 
-@pytest.mark.parametrize("trainable, expected", [(False, 3), (True, 5)])
-def test_logits_are_made_once_and_for_a_trainable_head_again_but_for_the_last_chunk(trainable, expected, monkeypatch):
-    """A chunk of logits costs a product with all of W; the backward pass begins with the one that is still there."""
-    made, fill = [], logprob.fill_logits
-    monkeypatch.setattr(logprob, "fill_logits", lambda *arguments: made.append(fill(*arguments)))
+@pytest.mark.parametrize("trainable, expected", [(False, 3), (True, 6)])
+def test_logits_are_made_once_and_for_a_trainable_head_twice(trainable, expected, monkeypatch):
+    """Of 48 rows, 16 at a time: every pass over a chunk's logits costs a product with all of W."""
+    name = "logits_of" if TRITON else "tiles"
+    rows, made = logprob.rows_of(torch.zeros(1, device=DEVICE)), []
+    make = getattr(rows, name)
+    monkeypatch.setattr(rows, name, lambda *arguments: made.append(name) or make(*arguments))
     h, W, y = case(48, 32, 1000)
     whole = gradient(h, W.requires_grad_(trainable), y, chunk=16)
     assert len(made) == expected
     single = gradient(h, W, y, chunk=48)
-    assert len(made) == expected + 1
+    assert len(made) == expected * 4 // 3
     torch.testing.assert_close(whole[2], single[2])
     assert not trainable or frobenius(whole[3], single[3]) < 1e-6
+
+
+@pytest.mark.skipif(TRITON, reason="the kernel's blocks are two in every test")
+@pytest.mark.parametrize("tile", [16, 300, 999])
+def test_tiles_do_not_matter(tile, monkeypatch):
+    """The online softmax gives the same with a target in any tile and a maximum that rises in each of many."""
+    from kernels import logprob_torch
+    h, W, y = case(33, 48, 1000)
+    y[1::2] = torch.linspace(0, 999, 16).long()
+    W.requires_grad_()
+    whole = gradient(h, W, y, temperature=0.7)
+    monkeypatch.setattr(logprob_torch, "TILE", tile)
+    for found, expected in zip(gradient(h, W, y, temperature=0.7), whole):
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
 
 
 def test_no_rows():
@@ -463,9 +483,9 @@ def test_kernel_compiles_for_hopper_with_wide_loads():
     from triton.backends.compiler import GPUTarget
     from kernels.logprob_triton import DEFAULT, sweep as kernel
     types = dict(logits="*fp32", direction="*bf16", targets="*i64", logp="*fp32", entropy="*fp32", scale="*fp32",
-                 V="i32", stride="i32", inverse_temperature="fp32",
-                 BLOCK="constexpr", ENTROPY="constexpr", GRADIENT="constexpr")
-    source = triton.compiler.ASTSource(kernel, types, dict(BLOCK=DEFAULT[0], ENTROPY=True, GRADIENT=True),
-                                       {(i,): [["tt.divisibility", 16]] for i in range(8)})
+                 peak="*fp32", others="*fp32", V="i32", stride="i32", inverse_temperature="fp32",
+                 BLOCK="constexpr", LOSS="constexpr", ENTROPY="constexpr", GRADIENT="constexpr")
+    source = triton.compiler.ASTSource(kernel, types, dict(BLOCK=DEFAULT[0], LOSS=True, ENTROPY=True, GRADIENT=True),
+                                       {(i,): [["tt.divisibility", 16]] for i in range(10)})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=DEFAULT[1]))
     assert "ld.global.v4" in compiled.asm["ptx"] and compiled.metadata.shared <= 1024

@@ -30,11 +30,11 @@ WRONG = {
         "            d = (tl.where(v == y, 1.0, 0.0) - p) * total * per_rest", "sure or rounded"),
     "1 - p_y as a difference": ("logprob_triton", "rest / total * inverse", "(1 - e_y / total) * inverse", "sure"),
     "no column mask: the rest of the block counts as 0": (
-        "logprob_triton", 'l = tl.load(logits + v, mask=v < V, other=float("-inf")) * inverse_temperature\n        above',
-        "l = tl.load(logits + v, mask=v < V, other=0.0) * inverse_temperature\n        above", "phantom"),
+        "logprob_triton", 'l = tl.load(logits + v, mask=v < V, other=float("-inf")) * inverse_temperature\n            above',
+        "l = tl.load(logits + v, mask=v < V, other=0.0) * inverse_temperature\n            above", "phantom"),
     "the last, partial block is left out": (
-        "logprob_triton", "for start in range(0, V, BLOCK):\n        v = start + lanes\n        l =",
-        "for start in range(0, V // BLOCK * BLOCK, BLOCK):\n        v = start + lanes\n        l =", "phantom"),
+        "logprob_triton", "t = tl.zeros((BLOCK,), tl.float32)\n        for start in range(0, V, BLOCK):",
+        "t = tl.zeros((BLOCK,), tl.float32)\n        for start in range(0, V // BLOCK * BLOCK, BLOCK):", "phantom"),
     "sums are not rescaled when the maximum rises": ("logprob_triton", "s = shrink * s + e", "s = s + e", "maximum or errors"),
     "the entropy's sum misses the shift": ("logprob_triton", "t + (m - above) * s", "t", "minus_inf or errors"),
     "0 * -inf in the entropy": ("logprob_triton", "e * tl.where(e > 0, l - above, 0.0)", "e * (l - above)", "minus_inf"),
@@ -45,6 +45,7 @@ WRONG = {
     "targets beyond the vocabulary are read": ("logprob_triton", "(y >= 0) & (y < V)", "(y >= 0)", "out_of_bounds"),
     "negative targets are read": ("logprob_triton", "(y >= 0) & (y < V)", "(y < V)", "out_of_bounds"),
     "rows lie V apart in the direction": ("logprob_triton", "direction += row * stride", "direction += row * V", "interpreter"),
+    "the kept sum counts the target": ("logprob_triton", "tl.store(others + row, rest)", "tl.store(others + row, total)", "errors"),
     "the deviation divides by n": ("advantage_triton", "tl.maximum(n - 1, 1)", "tl.maximum(n, 1)", ""),
     "rewards are measured from 0": ("advantage_triton", 'tl.full((), float("inf"), tl.float64)', "tl.full((), 0.0, tl.float64)", "nothing"),
     "NaN rewards count as members": ("advantage_triton", "n += tl.sum(real.to(tl.float64), 0)", "n += tl.sum(inside.to(tl.float64), 0)", ""),
