@@ -169,15 +169,19 @@ def distance(a, b):
 def test_gradient_does_not_depend_on_how_the_work_is_split(folder, drawn, algorithm):
     """Micro-batches of 1, 2, 4 and all, one rank and two, packed behind the prompt or not: one number per loss."""
     flags = dict(beta=0.05, inner_epochs=2)
+    if algorithm == "opcd":  # a sharper teacher: what is left between nearly equal log-probabilities would be rounding
+        model, start, groups, processor = drawn
+        start = copy.deepcopy(start)
+        start.head_weight.data *= 20
+        drawn = model, start, groups, processor
     whole = gradients(folder, drawn, algorithm, micro_batch=16, **flags)
     assert len(whole) == 2 and all(g.abs().sum() > 0 for n, g in whole[0].items() if "layers.0.mlp" in n)
     splits = [{"micro_batch": 1}, {"micro_batch": 3, "shared_prefix": "on"}, {"micro_batch": 4, "world": 2}]
-    limit = 1e-5 if algorithm == "opcd" else 2e-6  # its advantage is a difference of nearly equal log-probabilities
     for split in splits if algorithm in ("grpo", "dapo") else splits[1:]:
-        assert distance(gradients(folder, drawn, algorithm, **flags, **split), whole) < limit, split
+        assert distance(gradients(folder, drawn, algorithm, **flags, **split), whole) < 1e-6, split
     if algorithm in ("dapo", "bnpo"):  # with mini-batches the two denominators differ, and each is still global
         mini = gradients(folder, drawn, algorithm, micro_batch=16, mini_batch=2)
-        assert distance(gradients(folder, drawn, algorithm, micro_batch=2, mini_batch=2, world=2), mini) < 2e-6
+        assert distance(gradients(folder, drawn, algorithm, micro_batch=2, mini_batch=2, world=2), mini) < 1e-6
 
 
 def test_opcd_term_is_the_difference_of_two_forward_passes(folder, drawn):
