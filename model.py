@@ -317,33 +317,43 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    """Projections with the rotary embedding; which keys are seen, and where they lie, is the block's and its cache's."""
+
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         width, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, shared)
         self.v_proj = nn.Linear(width, shared)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin):
+        """Queries (B, H, T, K), keys and values (B, G, T, K)."""
         q = rotate(rearrange(self.q_proj(x), "b t (h k) -> b h t k", k=self.head_dim), cos, sin)
         k = rotate(rearrange(self.k_proj(x), "b t (g k) -> b g t k", k=self.head_dim), cos, sin)
-        v = rearrange(self.v_proj(x), "b t (g k) -> b g t k", k=self.head_dim)
-        y = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, T, K)
-        return self.o_proj(rearrange(y, "b h t k -> b t (h k)"))
+        return q, k, rearrange(self.v_proj(x), "b t (g k) -> b g t k", k=self.head_dim)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.layer = layer
+        self.self_attn = Attention(config)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        q, k, v = self.before_attention(x, cos, sin)
+        y = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, T, K)
+        return self.after_attention(x, y)
+
+    def before_attention(self, x, cos, sin):
+        return self.self_attn(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, y):
+        x = x + self.self_attn.o_proj(rearrange(y, "b h t k -> b t (h k)"))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -17,13 +17,11 @@ with its pictures, P the policy.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-import model as qwen
 from data import InputError, command
 from data.dataset import load_items, load_policies
 from data.rewards import load
@@ -31,7 +29,7 @@ from kernels.advantage import group_advantage
 from rollout import PolicyRollout
 from support.batching import words_kl
 from support.config import CommonConfig, option, parse, redefault
-from support.groups import Replay, Sampler
+from support.groups import Replay, Sampler, start_models
 from support.metrics import Reporter, Tally
 from training import Run
 
@@ -90,11 +88,7 @@ LOSSES = {
     "opcd": Loss(cispo, advantage="opcd", clip=(1.0, 4.0)),  # no reward: the start model with P in its prompt teaches
 }
 AWARE = {"same": None, "truncated": cispo, "shaped": shaped}  # the last two against the true sampler pi_old(o|P,x)
-KLS = {  # of d = log pi_ref - log pi
-    "k1": lambda d: -d,
-    "k2": lambda d: d**2 / 2,
-    "k3": lambda d: d.exp() - d - 1,
-}
+KLS = {"k1": lambda d: -d, "k2": lambda d: d**2 / 2, "k3": lambda d: d.exp() - d - 1}  # of d = log pi_ref - log pi
 
 
 def token_weights(over, mask, counts, length):
@@ -300,15 +294,12 @@ class Learner:
 
         The teacher has P in its prompt: log-probabilities (n,R), hidden states (M,D), output weights (V,D).
         """
-        reference = teacher = None
-        if self.beta or self.opcd:
-            with torch.no_grad(), self.start() as start:
-                if self.beta:
-                    reference, *_ = self.read(start, data, rows)
-                if self.opcd:
-                    logp, _, hidden = self.read(start, data, rows, policy=True)
-                    teacher = logp, hidden, start.head_weight
-        return reference, teacher
+        if not (self.beta or self.opcd):
+            return None, None
+        with torch.no_grad(), self.start() as start:
+            reference = self.read(start, data, rows)[0] if self.beta else None
+            logp, _, hidden = self.read(start, data, rows, policy=True) if self.opcd else (None,) * 3
+            return reference, (logp, hidden, start.head_weight) if self.opcd else None
 
     @torch.no_grad()
     def logprobs(self, data, which):
@@ -334,12 +325,8 @@ def prepare(config, run):
 
     K = 0 if loss.advantage == "opcd" else config.policy_rollouts  # OPCD samples from pi(.|x) alone
     teach = bool(loss.advantage == "opcd" or config.opcd_weight)
-    samples = config.frozen_sampler == "start"
-    needs_start = teach or samples or (loss.beta if config.beta == -1 else config.beta)
-    whole = needs_start and (config.full or run.adapter or samples)  # else the adapter is switched off
-    frozen = run.load("start")[0] if whole else None
-    start = lambda: nullcontext(frozen) if frozen else qwen.adapter_off(model)
-    sampler = frozen if samples else run.load("base")[0] if config.frozen_sampler else None
+    referred = teach or (loss.beta if config.beta == -1 else config.beta)
+    start, sampler = start_models(config, run, model, referred)
     rollout = PolicyRollout(
         processor, policies, config.group_size, K, max_prompt=config.max_prompt, noise=config.noise, teach=teach,
         sampler=sampler, max_tokens=config.max_response, min_tokens=config.min_response,
@@ -367,12 +354,9 @@ def train(config):
             data, cursor = sampler(run.extra.get("cursor", 0))  # sample, judge
             if sampler.failed > config.max_failed * sampler.judged:
                 run.checkpoints.save(step, model, learner.optimizer, {"cursor": cursor}, None, wait=True)
-                found = f"{sampler.failed:.0f} of {sampler.judged:.0f} rewards raised, hung or were no number"
-                limit = f"expected at most --max-failed {config.max_failed}"
-                raise InputError(f"step {step}: {found}, {limit}; saved, --resume continues")
+                raise InputError(f"step {step}: {sampler.complaint()}; saved, --resume continues")
             if data is None:
-                report.say(f"rl: ends at step {step}: no {config.batch_size} groups with right and wrong responses in "
-                           f"{sampler.tries} batches (--dynamic-tries)")  # fmt: skip
+                report.say(f"rl: ends at step {step}: {sampler.complaint()}")
                 break
 
             rewards, A, kept = credit(config, run, data, sampler.rewards, step / steps)  # (N,) each

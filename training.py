@@ -85,6 +85,16 @@ def _dissolve_lora(model):
         setattr(model.get_submodule(owner), leaf, plain)
 
 
+def compile_blocks(model, backend="inductor"):
+    """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
+
+    Attention stays as it is: what its caches hold, and who reads it, changes from step to step.
+    """
+    for block in model.model.layers:
+        for part in "before_attention", "after_attention":
+            setattr(block, part, torch.compile(getattr(block, part), backend=backend, dynamic=True))
+
+
 # -- 2. the run -------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
@@ -303,8 +313,7 @@ class Run:
         if config.gradient_checkpointing and not frozen:
             model.enable_gradient_checkpointing()
         if config.compile:
-            for layer in model.model.layers:
-                layer.compile(dynamic=True)
+            compile_blocks(model)
         if self.fsdp:
             shard(model, self.device, self.dtype, self.rank, self.world)
         return model.train(not frozen), qwen.Processor.from_pretrained(self.base)

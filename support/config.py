@@ -64,7 +64,7 @@ class CommonConfig:
                                 " auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third"
                                                  " more time")
-    compile: bool = option(False, "torch.compile each layer: minutes at the start, faster steps on GPUs")
+    compile: bool = option(False, "torch.compile what is around attention, in learning and sampling: half a minute at the start")
     fsdp: str = option("auto", "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
                        choices=("auto", "on", "off"))
     save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run", least=0)

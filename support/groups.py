@@ -7,15 +7,29 @@
 Axes: N responses, n some of them, R their tokens, M tokens one after the other, F rewards, D width.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
+import model as qwen
 from data.rewards import guarded
 from kernels.logprob import linear_logprob
 from support.batching import batches, collate, lay_out, learned_hidden, replayed_items, rng
 from train_sft import Examples
 from training import likelihood
+
+
+def start_models(config, run, model, referred):
+    """-> (context with the start model, as a reference or teacher; who samples the policy-aware half, None: the model).
+
+    Where only LoRA is trained, on a base of its own, the start model is the model with its adapter switched off.
+    """
+    samples = config.frozen_sampler == "start"
+    whole = samples or referred and (config.full or run.adapter)
+    frozen = run.load("start")[0] if whole else None
+    sampler = frozen if samples else run.load("base")[0] if config.frozen_sampler else None
+    return lambda: nullcontext(frozen) if frozen else qwen.adapter_off(model), sampler
 
 
 class Sampler:
@@ -64,6 +78,15 @@ class Sampler:
             self.rollout.prefixes.clear()  # the weights are about to move
         full = found >= size
         return Responses(groups, places, len(self.rewards), run.device) if full else None, number + 1
+
+
+    def complaint(self):
+        """Why the run cannot go on from the last step's groups."""
+        if self.failed > self.config.max_failed * self.judged:
+            found = f"{self.failed:.0f} of {self.judged:.0f} rewards raised, hung or were no number"
+            return f"{found}, expected at most --max-failed {self.config.max_failed}"
+        found = f"no {self.config.batch_size} groups with right and wrong responses"
+        return f"{found} in {self.tries} batches (--dynamic-tries)"
 
 
 def judge(group, rewards, processor, seconds):

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import oracle, oracle_inputs, picture, question, tiny_checkpoint
+from torch._dynamo.testing import CompileCounter
 
 from support import cache
 from data import InputError
 from model import Processor, load_pretrained
 from rollout import PolicyRollout, sample, shared_prefixes
-from training import collate, pack, token_logprobs
+from training import collate, compile_blocks, pack, token_logprobs
 
 POLICY = "policy P1: if there is a red cube, answer A1, else go on to section 2. section 2: if blue, A2, else A3. "
 
@@ -48,6 +49,17 @@ def fresh(model, prompt, tokens, banned=(), temperature=1.0):
         logits = model.logits(model(ids, None, prompt.pixel_values, prompt.grid_thw))[0, len(prompt.input_ids) - 1 : -1]
     logits[:, list(banned)] = -torch.inf
     return (logits / temperature).log_softmax(-1)
+
+
+def test_compiled_layers_are_compiled_once_and_write_the_same(folder, processor, prompts):
+    """One graph a part serves all layers, and every step of sampling: prompts that grow, rows that end, two caches."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    models = [load_pretrained(folder).eval() for _ in range(2)]
+    compile_blocks(models[1], counter)
+    drawn = [sample(model, prompts, 3, max_tokens=12, stop_ids=processor.stop_ids, budget=400) for model in models]
+    assert drawn[0] == drawn[1] and len({len(r.tokens) for rs in drawn[0] for r in rs}) > 1
+    assert counter.frame_count <= 6, "a layer or a step has a graph of its own"
 
 
 def test_greedy_tokens_equal_transformers_generate(model, processor, prompts, folder):

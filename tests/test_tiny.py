@@ -150,7 +150,7 @@ def attention_of(model, layer, ids):
     hook = attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
     with torch.no_grad():
         model(ids)
-        x, cos, sin, *_ = seen[0]
+        x, cos, sin = seen[0]
         q, k = (rotate(p(x).view(1, -1, 4, 32).transpose(1, 2), cos, sin) for p in (attention.q_proj, attention.k_proj))
     hook.remove()
     return (q @ k.mT / 32**0.5 + torch.full((ids.shape[1],) * 2, -1e9).triu(1)).softmax(-1)[0]
