@@ -15,7 +15,7 @@ from data import InputError, rewards
 from data.dataset import load_items, load_policies, messages, target
 from data.referral import recall, referral, visits
 from model import Config, Processor, Qwen25VL, rotate
-from tiny import demo, report
+from tiny import demo, pretrain, report
 from tiny import data as tiny_data
 from tiny.pretrain import CONFIG, blocks, initialise, orthogonal, patches, predict, prepare, trunk
 from tiny.stream import CROP, PICTURE, Codes, Policy, Stream, coded, matches, planted, positions, rows
@@ -189,6 +189,32 @@ def test_patches_are_the_processors_and_labels_name_the_object_under_them(proces
     things = np.full((1, 112, 112), -1, np.int8)
     things[0, 14:28, 84:98] = 2  # patch row 1, column 6: merge block (0, 3), its third patch
     assert np.flatnonzero(blocks(things, 14, 30, 8)[0] == 2).tolist() == [4 * 3 + 2]
+
+
+def test_vision_stopped_between_two_saves_ends_where_it_would_have(tmp_path, monkeypatch):
+    """The batches are numbered and both optimisers are kept: the last step is the same, bit for bit."""
+    scenes = [picture(1, i) for i in range(12)]
+    image, index = (np.stack([scene[part] for scene in scenes]) for part in (1, 2))
+    table = np.zeros((12, 3, 4), np.int8)
+    spot = np.full((12, 3, 2), 56, np.uint8)
+    monkeypatch.setattr(pretrain, "HELD", 4)
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+
+    def train(folder, steps, stop=99):
+        folder.mkdir(exist_ok=True)
+        label, calls = pretrain.blocks, iter(range(stop))
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain, "blocks", lambda *arguments: label(*arguments) if next(calls, None) is not None else 1 / 0)
+            torch.manual_seed(0)
+            model = Qwen25VL(Config.from_json(CONFIG))
+            pretrain.train_vision(model, (image, index, table, spot), folder, steps, batch=4)
+        return model.state_dict()
+
+    whole = train(tmp_path / "whole", 5)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "stopped", 5, stop=3)
+    resumed = train(tmp_path / "stopped", 5)
+    assert all(torch.equal(resumed[name], p) for name, p in whole.items())
 
 
 def test_muon_moves_every_direction_alike():

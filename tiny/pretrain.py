@@ -37,6 +37,7 @@ from tiny.stream import Stream, crops_by_value, rows
 from tiny.world import ACTIONS, CROP, ID, NODES, POLICIES, SIDE, TOKENS, pictures, write_tokenizer
 
 HELD = 2000  # pictures that training never sees
+SAVE_EVERY = 250  # steps of the vision stage
 LAYERS, WIDTH, HEADS = 4, 128, 4
 THETA = 1e6  # slow rotary frequencies leave dimensions that compare words wherever they stand
 
@@ -190,7 +191,7 @@ def train_vision(model, world, out, steps, batch=128):
             optimizer.zero_grad()
         if step % 50 == 49:
             log(out, {"stage": "vision", "step": step + 1, "loss": round(loss.item(), 4), **{k: round(v, 4) for k, v in scores.items()}})
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(out / "vision.pt", both, step + 1, optimizers)
 
 
