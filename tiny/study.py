@@ -85,6 +85,7 @@ RUNS = {
     "frozen sampler": ("train_rl", "sft", rl(*PORO, "--frozen-sampler", "start")),
     "replay in RL": ("train_rl", "sft", rl(*PORO, "--replay", "OTHERS")),
     "frozen sampler, replay, long": ("train_rl", "sft", rl(*PORO, "--frozen-sampler", "start", "--replay", "OTHERS", steps=180)),
+    "trimpi, replay, long": ("train_rl", "cpt_response_sft", rl(*PORO, "--frozen-sampler", "base", "--replay", "OTHERS", steps=180)),
     # 3. what CPT is worth (items about single sections are not among them: the base knows no words to ask for one)
     "cpt documents": ("train_cpt", None, cpt("document")),
     "cpt documents, sft": ("train_sft", "cpt documents", SFT),
@@ -111,17 +112,18 @@ RUNS = {
 
 CORE = ["sft", "sft_grpo", "sft_poro"]
 MAIN = [*CORE, "trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_response_sft", "cpt_response_sft_grpo", "sft_dapo", "sft_poro_dapo"]
-HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long"]
-EXTRA = list(RUNS)[list(RUNS).index("trimpi") + 1 :]
-WIDE = "T3 a third left out"
+HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long", "trimpi, replay, long"]
+EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in HEAL[2:]]
 THIRD = " a third left out"
+WIDE = f"T3{THIRD}"
 SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
 PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)], ("T4", CORE, 5, 0), (WIDE, MAIN[3:], 5, 0), (f"M2{THIRD}", CORE, 5, 0),
-    *[(f"T{n}{THIRD}", CORE, 5, 1) for n in (3, 4, 2)], (WIDE, EXTRA, 3, 0), *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL],
-    (f"T6{THIRD}", HEAL[2:], 5, 0), *[(f"T{n}{THIRD}", CORE, 5, 2) for n in (3, 4, 2)], (f"M4{THIRD}", CORE, 3, 0), (f"T6{THIRD}", CORE, 3, 1),
-    (f"T4{THIRD}", HEAL, 3, 0), *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], (f"T6{THIRD}", CORE, 3, 2), (WIDE, MAIN[3:], 5, 1),
-    (f"M4{THIRD}", CORE, 5, 0), (f"T6{THIRD}", MAIN[3:], 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", MAIN[3:], 3, 0),
+    *[(f"T{n}{THIRD}", CORE, 3, 1) for n in (2, 3, 4)], (WIDE, EXTRA, 2, 0), (f"T6{THIRD}", HEAL[3:], 2, 0), (WIDE, EXTRA, 3, 0),
+    *[(f"T{n}{THIRD}", CORE, 3, 2) for n in (2, 3, 4)], *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"T6{THIRD}", HEAL[2:], 5, 0),
+    (f"M4{THIRD}", CORE, 5, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], (f"T4{THIRD}", HEAL, 3, 0),
+    *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], *[(f"T{n}{THIRD}", CORE, 5, seed) for seed in (1, 2) for n in (2, 3, 4)],
+    (WIDE, MAIN[3:], 5, 1), (f"T6{THIRD}", MAIN[3:], 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", MAIN[3:], 3, 0),
 ]  # fmt: skip
 
 
@@ -195,11 +197,12 @@ class Study:
             more["with_policy"] = self.evaluate(trained, data, place, f"{name} with P", short, True)["accuracy"]
         if world == WIDE and name != "no_policy":  # what else was learnt or lost: other policies in the prompt, a new one under the old name
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
-            changed = self.out / "data" / "override" / str(policy)
-            if not changed.exists():
-                override(data, changed, 1, Terse())
-            row = self.evaluate(trained, changed, place, f"{name} override", short, True)
-            more |= {"override": row["accuracy"], "follows_old": row["follows_old"]}
+            if name in ("in_context", *MAIN, *HEAL):
+                changed = self.out / "data" / "override" / str(policy)
+                if not changed.exists():
+                    override(data, changed, 1, Terse())
+                row = self.evaluate(trained, changed, place, f"{name} override", short, True)
+                more |= {"override": row["accuracy"], "follows_old": row["follows_old"]}
         row = {"world": world, "policy": policy, "seed": seed, "name": name, "seconds": round(time.time() - began, 1),
                **{key: found.get(key) for key in ("accuracy", "n", "exact_chain", "referral", "relative")},
                **{side: (found.get(side) or {}).get("accuracy") for side in ("seen", "unseen")}, **more}  # fmt: skip
