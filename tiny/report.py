@@ -21,7 +21,9 @@ PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474
 TITLES = {
     "in_context": "policy in the prompt, untrained", "no_policy": "untrained, without the policy", "sft": "CoT-SFT",
     "cpt_sft": "CPT + SFT", "sft_grpo": "SFT + GRPO", "sft_poro": "SFT + PolicyRollout", "cpt_sft_grpo": "CPT + SFT + GRPO",
-    "trimpi": "TriMPI (our CPT and sampler)", "trimpi_paper": "TriMPI (as in the paper)",
+    "trimpi": "TriMPI (our CPT and sampler)", "trimpi_paper": "TriMPI (as in the paper)", "sft_dapo": "SFT + DAPO",
+    "sft_poro_dapo": "SFT + PoRo-DAPO", "cpt": "CPT", "cpt_response": "CPT in response form",
+    "cpt_response_sft": "CPT in response form + SFT", "cpt_response_sft_grpo": "CPT in response form + SFT + GRPO",
 }  # fmt: skip
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 62rem; color: #1c2430; background: #fff }
