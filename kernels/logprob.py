@@ -31,7 +31,7 @@ from importlib.util import find_spec
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = 16        # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
+ROWS = 16         # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
 CPU_CHUNK = 2048  # rows at a time on a CPU, which holds a tile of their logits
 
 
