@@ -464,7 +464,7 @@ def stored(policy):
     """A policy as policies.json keeps it: without what only its making needed."""
     nodes = []
     for node in policy["nodes"]:
-        entry = {key: node[key] for key in ("id", "program", "question", "quote", "section", "branches") if key in node}
+        entry = {key: node[key] for key in ("id", "program", "question", "quote", "section", "recite", "branches") if key in node}
         if node["crop"]:
             entry["crop"] = dict([node["asked"]])
         nodes.append(entry)

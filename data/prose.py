@@ -96,6 +96,11 @@ class Prose:
         "Look at the picture and answer as policy {} requires.",
         "I need the response of policy {} for this picture.",
     )  # fmt: skip
+    RESTATE = ("What does {} of policy {} say?", "State {} of policy {} word for word.", "Quote {} as policy {} has it.")
+    NEXT = ("Under policy {}, the answer at {} is {}. What comes next?",
+            "Policy {}: at {} the answer was {}. Where does that lead?")  # fmt: skip
+    CASE = ("Suppose a picture shows {}, and nothing else. What is the response under policy {}?",
+            "A picture has only these objects: {}. Which response does policy {} give?")  # fmt: skip
     FORMAT = (
         "\nThink inside <think></think> first, condition by condition, then give only the response in \\boxed{}, "
         "for example \\boxed{Case 1}."
@@ -190,7 +195,20 @@ class Prose:
         )
 
     def query(self, policy, rng):
-        return self.QUERIES[int(rng.integers(len(self.QUERIES)))].format(policy["name"]) + self.FORMAT
+        return self.pick(self.QUERIES, rng).format(policy["name"]) + self.FORMAT
+
+    def pick(self, forms, rng):
+        return forms[int(rng.integers(len(forms)))]
+
+    def restate(self, policy, node, rng):
+        return self.pick(self.RESTATE, rng).format(node["id"], policy["name"])
+
+    def lead(self, policy, node, answer, rng):
+        return self.pick(self.NEXT, rng).format(policy["name"], node["id"], answer)
+
+    def case(self, policy, path, scene, rng):
+        objects = ", ".join(f"a {noun(o, plural=False)}" for o in scene["objects"])
+        return self.pick(self.CASE, rng).format(objects, policy["name"])
 
     def crop(self, image):
         """An example picture as the policy shows it: at least 56 pixels on a side, which Qwen needs for four tokens."""

@@ -7,18 +7,7 @@ Continual pre-training on restatements, questions about a section and simulated 
 from collections import Counter
 
 from data.clevr import execute, word
-from data.prose import noun
-
-RESTATE = ("What does {} of policy {} say?", "State {} of policy {} word for word.", "Quote {} as policy {} has it.")
-NEXT = ("Under policy {}, the answer at {} is {}. What comes next?",
-        "Policy {}: at {} the answer was {}. Where does that lead?")  # fmt: skip
-CASE = ("Suppose a picture shows {}, and nothing else. What is the response under policy {}?",
-        "A picture has only these objects: {}. Which response does policy {} give?")  # fmt: skip
-
-
-def _pick(rng, options):
-    return options[int(rng.integers(len(options)))]
-
+from data.prose import Prose
 
 def _item(policy, number, question, answer):
     return {"id": f"{policy['name']}-section-{number}", "policy": policy["name"], "kind": "section", "images": [],
@@ -26,18 +15,23 @@ def _item(policy, number, question, answer):
 
 
 def section_items(policy, style, rng, scenes=()):
-    """Every section restated, every branch asked for, and a simulated case for each scene given (objects in words).
+    """Every section restated, every branch asked for, and a simulated case for each scene given, in the style's words.
 
     Returns items of the kind "section", whose answer is the whole response. Scenes whose conditions speak of places
-    have no case: words do not say where things stand.
+    have no case: words do not say where things stand. A style without words for a question (None) has no such items.
     """
-    out, name = [], policy["name"]
+    out = []
     children = {node["id"]: node for node in policy["nodes"]}
+
+    def add(question, answer):
+        if question:
+            out.append(_item(policy, len(out), question, answer))
+
     for node in policy["nodes"]:
-        out.append(_item(policy, len(out), _pick(rng, RESTATE).format(node["id"], name), node["section"]))
+        add(style.restate(policy, node, rng), node["section"])
         for answer, child in node["branches"].items():
             goes = f"Go on to {child}." if child in children else f"The response is {child}."
-            out.append(_item(policy, len(out), _pick(rng, NEXT).format(name, node["id"], answer), goes))
+            add(style.lead(policy, node, answer, rng), goes)
     for scene in scenes:
         path, key = [], policy["root"]
         while key in children:
@@ -47,18 +41,18 @@ def section_items(policy, style, rng, scenes=()):
             path.append({"node": key, "answer": word(execute(program, scene))})
             key = children[key]["branches"][path[-1]["answer"]]
         else:
-            objects = ", ".join(f"a {noun(o, plural=False)}" for o in scene["objects"])
-            answer = f"<think>{style.chain(policy, path)}</think>\\boxed{{{key}}}"
-            out.append(_item(policy, len(out), _pick(rng, CASE).format(objects, name), answer))
+            add(style.case(policy, path, scene, rng), f"<think>{style.chain(policy, path)}</think>\\boxed{{{key}}}")
     return out
 
 
 def recitation_items(policies):
     """One question a section, "What does Condition 1.2 of policy L4-Beverga say?", without the policy in the prompt.
 
-    policies: {name: policy} as load_policies gives them. The answer is the section in words.
+    policies: {name: policy} as load_policies gives them; a section's own "recite" is the question where it has one. The
+    answer is the section in words.
     """
-    return [_item(policy, f"recite-{k}", RESTATE[0].format(node["id"], policy["name"]), node["section"])
+    asked = lambda policy, node: node.get("recite") or Prose.RESTATE[0].format(node["id"], policy["name"])
+    return [_item(policy, f"recite-{k}", asked(policy, node), node["section"])
             for policy in policies.values() for k, node in enumerate(policy["nodes"]) if "section" in node]  # fmt: skip
 
 

@@ -86,7 +86,10 @@ RUNS = {
     "replay in RL": ("train_rl", "sft", rl(*PORO, "--replay", "OTHERS")),
     "frozen sampler, replay, long": ("train_rl", "sft", rl(*PORO, "--frozen-sampler", "start", "--replay", "OTHERS", steps=180)),
     "trimpi, replay, long": ("train_rl", "cpt_response_sft", rl(*PORO, "--frozen-sampler", "base", "--replay", "OTHERS", steps=180)),
-    # 3. what CPT is worth (items about single sections are not among them: the base knows no words to ask for one)
+    # 3. what CPT is worth
+    "cpt sections": ("train_cpt", None, cpt("section")),
+    "cpt sections, sft": ("train_sft", "cpt sections", SFT),
+    "cpt sections, sft, poro": ("train_rl", "cpt sections, sft", rl(*PORO)),
     "cpt documents": ("train_cpt", None, cpt("document")),
     "cpt documents, sft": ("train_sft", "cpt documents", SFT),
     "cpt documents, sft, poro": ("train_rl", "cpt documents, sft", rl(*PORO)),
@@ -128,7 +131,7 @@ PLAN = [  # (world, rows, policies, seed), in this order
 
 
 COLUMNS = {"seen": "seen", "unseen": "unseen", "exact_chain": "exact chains", "referral": "sections", "relative": "branching error", "with_policy": "with P",
-           "others": "others with P", "override": "new P under the name", "follows_old": "follows the old"}  # fmt: skip
+           "others": "others with P", "recited": "sections recited", "override": "new P under the name", "follows_old": "follows the old"}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -166,7 +169,7 @@ class Study:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-            self.call("tiny.data", "--out", aside, "--overwrite", *flags, "--cpt", "applied,document,response")
+            self.call("tiny.data", "--out", aside, "--overwrite", *flags, "--cpt", "applied,document,section,response")
             aside.rename(folder) if not folder.exists() else shutil.rmtree(aside)
         return folder
 
@@ -195,8 +198,9 @@ class Study:
             more = {f"curve_{key}": curve for key in ("accuracy", "accuracy_aware") if (curve := windows(metrics, key))}
             found = self.evaluate(trained, data, place, name, short)
             more["with_policy"] = self.evaluate(trained, data, place, f"{name} with P", short, True)["accuracy"]
-        if world == WIDE and name != "no_policy":  # what else was learnt or lost: other policies in the prompt, a new one under the old name
+        if world == WIDE and name != "no_policy":  # what else was learnt or lost
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
+            more["recited"] = self.evaluate(trained, data, place, f"{name} recited", [*short, "--recite"])["accuracy"]
             if name in ("in_context", *MAIN, *HEAL):
                 changed = self.out / "data" / "override" / str(policy)
                 if not changed.exists():

@@ -152,12 +152,23 @@ class Terse:
         sentences = [f"policy {policy['name']} : start {policy['root']} ."]
         for node in policy["nodes"]:
             node["section"] = self.sentence(node, node["quote"]) + " ."
+            node["recite"] = self.restate(policy, node, rng)
         order = rng.permutation(len(policy["nodes"])).tolist()
         policy["nodes"] = [policy["nodes"][k] for k in order]  # pictures follow the order of the text
         return " ".join([*sentences, *[self.sentence(node, node["question"]) + " ." for node in policy["nodes"]]])
 
     def query(self, policy, rng):
         return f"apply {policy['name']} :"
+
+    def restate(self, policy, node, rng):
+        return f"recite {policy['name']} : {node['id']}"
+
+    def lead(self, policy, node, answer, rng):
+        return None  # the base has no words to ask for one branch
+
+    def case(self, policy, path, scene, rng):
+        """The answers instead of the picture: the base's own task of that name."""
+        return f"walk {policy['name']} : {' '.join(step['answer'] for step in path)}"
 
     def crop(self, image):
         return image.resize((CROP, CROP), Image.BICUBIC)
