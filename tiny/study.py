@@ -193,7 +193,8 @@ class Study:
             start = ["--init", place / before.replace(" ", "_")] if before else []
             flags = [others if flag == "OTHERS" else flag for flag in flags]
             replay = ["--replay", others] if script != "train_rl" else []
-            self.call(script, "--model", self.model, *start, "--data", data, "--out", trained, *replay, *COMMON, *flags, *short, "--seed", seed)
+            most = ["--max-response", 1000] if script == "train_cpt" else short  # a response-form item decides every section
+            self.call(script, "--model", self.model, *start, "--data", data, "--out", trained, *replay, *COMMON, *flags, *most, "--seed", seed)
             metrics = lines_of(trained / "metrics.jsonl")
             more = {f"curve_{key}": curve for key in ("accuracy", "accuracy_aware") if (curve := windows(metrics, key))}
             found = self.evaluate(trained, data, place, name, short)
