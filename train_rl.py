@@ -352,7 +352,7 @@ def train(config):
                 report.does_the_policy_help(sampler.items)
 
             data, cursor = sampler(run.extra.get("cursor", 0))  # sample, judge
-            if sampler.failed > config.max_failed * sampler.judged:
+            if sampler.too_many_failed:
                 run.checkpoints.save(step, model, learner.optimizer, {"cursor": cursor}, None, wait=True)
                 raise InputError(f"step {step}: {sampler.complaint()}; saved, --resume continues")
             if data is None:

@@ -10,7 +10,7 @@ import json
 import numpy as np
 
 from data.clevr import ATTRIBUTES, INVALID, RELATIONS
-from data.prose import noun
+from data.prose import noun, pick
 
 PLACES = {"left": "to the left of", "right": "to the right of", "behind": "behind", "front": "in front of"}
 NUMBERS = [str(n) for n in range(11)]  # a scene has ten objects at most
@@ -53,10 +53,6 @@ def _two(rng):
             return first, second
 
 
-def _pick(rng, options):
-    return options[int(rng.integers(len(options)))]
-
-
 # Each kind of condition draws one: (program, words, groups of answers). In the words {np} stands for `target`, the
 # kind of object asked about, so that variant M can show one of its values; `one` are the kinds known to be single.
 
@@ -70,7 +66,7 @@ def exist(rng, one):
 def count(rng, one):
     program, target = Program(), _values(rng)
     program.add("count", program.objects(target))
-    groups = _pick(rng, ([["1"], ["0", *NUMBERS[2:]]], [["0"], ["1"], NUMBERS[2:]], [["1"], ["0", *NUMBERS[2:]]]))
+    groups = pick(rng, ([["1"], ["0", *NUMBERS[2:]]], [["0"], ["1"], NUMBERS[2:]], [["1"], ["0", *NUMBERS[2:]]]))
     return program, f"How many {noun(target)} are in the picture?", None, groups
 
 
@@ -78,7 +74,7 @@ def compare(rng, one):
     program, (first, second) = Program(), _two(rng)
     left = program.add("count", program.objects(first))
     right = program.add("count", program.objects(second))
-    name = _pick(rng, ("greater_than", "less_than", "equal_integer"))
+    name = pick(rng, ("greater_than", "less_than", "equal_integer"))
     program.add(name, left, right)
     form = {"greater_than": "Are there more {} than {} in the picture?",
             "less_than": "Are there fewer {} than {} in the picture?",
@@ -96,14 +92,14 @@ def together(rng, one):
 
 
 def query(rng, one):
-    known, program = _pick(rng, one), Program()
-    attribute = _pick(rng, [name for name in ATTRIBUTES if name not in known])
+    known, program = pick(rng, one), Program()
+    attribute = pick(rng, [name for name in ATTRIBUTES if name not in known])
     program.add(f"query_{attribute}", program.the(known))
     values = list(ATTRIBUTES[attribute])
     groups = [[value] for value in values]
     if attribute == "color":  # eight ways are too many: two or three groups of colors
         order = [values[k] for k in rng.permutation(8)]
-        groups = _pick(rng, ([order[:4], order[4:]], [order[:3], order[3:6], order[6:]]))
+        groups = pick(rng, ([order[:4], order[4:]], [order[:3], order[3:6], order[6:]]))
     return program, f"What is the {attribute} of the {noun(known, plural=False)}?", None, groups
 
 
@@ -118,7 +114,7 @@ def _asked(rng, program, found, where):
 
 
 def relate(rng, one):
-    known, target, place, program = _pick(rng, one), _values(rng, 1), _pick(rng, RELATIONS), Program()
+    known, target, place, program = pick(rng, one), _values(rng, 1), pick(rng, RELATIONS), Program()
     found = program.objects(target, program.add("relate", program.the(known), value=place))
     words, groups = _asked(rng, program, found, f"{PLACES[place]} the {noun(known, plural=False)}")
     return program, words, target, groups
@@ -128,7 +124,7 @@ def between(rng, one):
     """Objects that lie one way of one object and another way of another."""
     first, second = [one[k] for k in rng.permutation(len(one))[:2]]
     target, program = _values(rng, 1), Program()
-    places = _pick(rng, RELATIONS), _pick(rng, RELATIONS)
+    places = pick(rng, RELATIONS), pick(rng, RELATIONS)
     sides = [program.add("relate", program.the(known), value=place) for known, place in zip((first, second), places)]
     found = program.objects(target, program.add("intersect", *sides))
     where = (f"both {PLACES[places[0]]} the {noun(first, plural=False)} "
@@ -138,7 +134,7 @@ def between(rng, one):
 
 
 def same(rng, one):
-    known, program, attribute = _pick(rng, one), Program(), _pick(rng, list(ATTRIBUTES))
+    known, program, attribute = pick(rng, one), Program(), pick(rng, list(ATTRIBUTES))
     target = _values(rng, 1, but=(attribute,))
     found = program.objects(target, program.add(f"same_{attribute}", program.the(known)))
     where = f"with the same {attribute} as the {noun(known, plural=False)}, not counting that one"
@@ -148,7 +144,7 @@ def same(rng, one):
 
 def alike(rng, one):
     first, second = [one[k] for k in rng.permutation(len(one))[:2]]
-    attribute, program = _pick(rng, list(ATTRIBUTES)), Program()
+    attribute, program = pick(rng, list(ATTRIBUTES)), Program()
     sides = [program.add(f"query_{attribute}", program.the(known)) for known in (first, second)]
     program.add(f"equal_{attribute}", *sides)
     words = f"Do the {noun(first, plural=False)} and the {noun(second, plural=False)} have the same {attribute}?"
@@ -174,7 +170,7 @@ def grow_full(rng, depth, table, tries=40, weighed=1200):
         best = (-1.0, None)
         for _ in range(tries if layer < depth else 0):
             known = len(one) if rng.random() < 0.65 else 0
-            kind = _pick(rng, (ANYWHERE, OF_ONE, OF_ONE + 2 * OF_TWO)[min(known, 2)])
+            kind = pick(rng, (ANYWHERE, OF_ONE, OF_ONE + 2 * OF_TWO)[min(known, 2)])
             program, words, target, groups = kind(rng, one)
             key = json.dumps(program.steps)
             if key in past:

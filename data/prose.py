@@ -24,6 +24,11 @@ SYLLABLES = ("ba be bi bo da del din do fa fen ga gor ha hel ka kel ko la lin lo
              "rel ri ro ru sa sel su ta tel ti to va ver vi za zen zu").split()  # fmt: skip
 
 
+def pick(rng, options):
+    """One of them at random."""
+    return options[int(rng.integers(len(options)))]
+
+
 def noun(held, plural=True):
     """The objects that conditions speak of: {"color": "red", "shape": "cube"} gives "red cubes"."""
     words = [held[a] for a in ("size", "color", "material") if a in held]
@@ -195,20 +200,17 @@ class Prose:
         )
 
     def query(self, policy, rng):
-        return self.pick(self.QUERIES, rng).format(policy["name"]) + self.FORMAT
-
-    def pick(self, forms, rng):
-        return forms[int(rng.integers(len(forms)))]
+        return pick(rng, self.QUERIES).format(policy["name"]) + self.FORMAT
 
     def restate(self, policy, node, rng):
-        return self.pick(self.RESTATE, rng).format(node["id"], policy["name"])
+        return pick(rng, self.RESTATE).format(node["id"], policy["name"])
 
     def lead(self, policy, node, answer, rng):
-        return self.pick(self.NEXT, rng).format(policy["name"], node["id"], answer)
+        return pick(rng, self.NEXT).format(policy["name"], node["id"], answer)
 
     def case(self, policy, path, scene, rng):
         objects = ", ".join(f"a {noun(o, plural=False)}" for o in scene["objects"])
-        return self.pick(self.CASE, rng).format(objects, policy["name"])
+        return pick(rng, self.CASE).format(objects, policy["name"])
 
     def crop(self, image):
         """An example picture as the policy shows it: at least 56 pixels on a side, which Qwen needs for four tokens."""

@@ -9,6 +9,7 @@ from collections import Counter
 from data.clevr import execute, word
 from data.prose import Prose
 
+
 def _item(policy, number, question, answer):
     return {"id": f"{policy['name']}-section-{number}", "policy": policy["name"], "kind": "section", "images": [],
             "question": question, "answer": answer}  # fmt: skip

@@ -79,10 +79,14 @@ class Sampler:
         full = found >= size
         return Responses(groups, places, len(self.rewards), run.device) if full else None, number + 1
 
+    @property
+    def too_many_failed(self):
+        """Did more of the last step's rewards fail than --max-failed allows?"""
+        return self.failed > self.config.max_failed * self.judged
 
     def complaint(self):
         """Why the run cannot go on from the last step's groups."""
-        if self.failed > self.config.max_failed * self.judged:
+        if self.too_many_failed:
             found = f"{self.failed:.0f} of {self.judged:.0f} rewards raised, hung or were no number"
             return f"{found}, expected at most --max-failed {self.config.max_failed}"
         found = f"no {self.config.batch_size} groups with right and wrong responses"
