@@ -2,7 +2,7 @@
 
     python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
 
-    1. pictures   48,000 scenes with the object that each pixel shows
+    1. pictures   96,000 scenes with the object that each pixel shows
     2. vision     size, colour, material and shape of every patch's object; full pictures and crops
     3. features   the frozen tower's view of every picture, kept
     4. words      the merger maps what a picture token shows to the sum of its words; two attention layers start as a lookup
@@ -155,7 +155,7 @@ def cut_out(image, index, spot, rng):
 
 
 def train_vision(model, world, out, steps, batch=128):
-    """Dense labels: every patch names the object it shows; every third batch are crops, and every other picture is mirrored."""
+    """Dense labels: every patch names the object it shows; every third batch are crops, the others shifted; half of all is mirrored."""
     image, index, table, spot = world
     visual, head = model.visual, nn.Linear(WIDTH, sum(LABELS.values()))
     matrices = [p for name, p in visual.blocks.named_parameters() if p.ndim == 2]
@@ -175,6 +175,10 @@ def train_vision(model, world, out, steps, batch=128):
             cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)[:2]
                     for b, k in enumerate(which)]  # fmt: skip
             x, shown = (np.stack(part) for part in zip(*cuts))
+        else:  # an object is what it is wherever the patches' edges cut it
+            down, right = rng.integers(15, size=2)
+            x, shown = (np.pad(a, [(0, 0), (7, 7), (7, 7)] + [(0, 0)] * (a.ndim - 3), "reflect")[:, down : down + SIDE, right : right + SIDE]
+                        for a in (x, shown))  # fmt: skip
         mirrored = rng.random(batch) < 0.5
         x, shown = (np.where(mirrored.reshape(-1, *[1] * (a.ndim - 1)), a[:, :, ::-1], a) for a in (x, shown))
         label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, N)
@@ -450,7 +454,7 @@ def train_text(rank, world, out, steps, batch, seed):
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     optimizers = Muon(matrices, 1.0), torch.optim.AdamW(rest, 1.0, betas=(0.9, 0.98), weight_decay=0.05)
     first = restore(out / "text.pt", model, optimizers)
-    full, crop = np.load(out / "full.npy"), np.load(out / "crop.npy")
+    full, crop = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("full", "crop"))  # one copy for all processes
     held, queue, worker, now = stream(out, 7, held=True), mp.get_context("spawn").Queue(6), None, None
     ends = np.cumsum([round(share * steps) for share, *_ in PHASES])
     for step in range(first, steps):
@@ -544,9 +548,9 @@ def draw_curve(out):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="working folder; stages that it holds are not done again (default runs/tiny)")
-    parser.add_argument("--pictures", type=int, default=48000, help="scenes to draw, 2000 of them held out (default 48000)")
+    parser.add_argument("--pictures", type=int, default=96000, help="scenes to draw, 2000 of them held out (default 96000)")
     parser.add_argument("--vision-steps", type=int, default=6000, help="batches of 128 pictures (default 6000)")
-    parser.add_argument("--text-steps", type=int, default=3600, help="updates of the text stage (default 3600)")
+    parser.add_argument("--text-steps", type=int, default=3300, help="updates of the text stage (default 3300)")
     parser.add_argument("--batch", type=int, default=8192, help="tokens an update, over all processes (default 8192)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
