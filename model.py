@@ -626,6 +626,9 @@ class LoRALinear(nn.Linear):
         narrow = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
         return y + self.scale * F.linear(narrow, self.lora_B.to(x.dtype))
 
+    def with_adapter(self):  # (out, in)
+        return (self.weight.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
     @torch.no_grad()
     def become(self, state):
         if state == self.state:
@@ -634,7 +637,7 @@ class LoRALinear(nn.Linear):
             self.weight.data = self.original
         elif state == "merged":
             self.original = self.weight.data  # kept: subtracting the product again would not give the same bits
-            self.weight.data = (self.original.float() + self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+            self.weight.data = self.with_adapter()
         self.state = state
 
 

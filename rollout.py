@@ -22,6 +22,7 @@ import model as qwen
 from data import InputError
 from data.dataset import messages
 from support.cache import Segment, Slots, padding_bias
+from support.prepacked import prepacked
 
 # -- 1. the next word --------------------------------------------------------------------------------------------------
 
@@ -193,9 +194,10 @@ def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0
     decoder = Decoder(model, prompts, seeds, max_tokens, budget, {} if prefixes is None else prefixes)
     stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))
     rules = Rules(temperature, top_k, top_p, min_tokens, stop_ids, banned_ids)
-    while decoder.waiting or decoder.alive.any():
-        decoder.admit()
-        decoder.write(rules)
+    with prepacked(model):
+        while decoder.waiting or decoder.alive.any():
+            decoder.admit()
+            decoder.write(rules)
     return decoder.responses
 
 

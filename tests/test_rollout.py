@@ -6,9 +6,9 @@ import torch
 from helpers import oracle, oracle_inputs, picture, question, tiny_checkpoint
 from torch._dynamo.testing import CompileCounter
 
-from support import cache
+from support import cache, prepacked
 from data import InputError
-from model import Processor, load_pretrained
+from model import Processor, add_lora, load_pretrained, lora_layers
 from rollout import PolicyRollout, sample, shared_prefixes
 from training import collate, compile_blocks, pack, token_logprobs
 
@@ -60,6 +60,30 @@ def test_compiled_layers_are_compiled_once_and_write_the_same(folder, processor,
     drawn = [sample(model, prompts, 3, max_tokens=12, stop_ids=processor.stop_ids, budget=400) for model in models]
     assert drawn[0] == drawn[1] and len({len(r.tokens) for rs in drawn[0] for r in rs}) > 1
     assert counter.frame_count <= 6, "a layer or a step has a graph of its own"
+
+
+@pytest.mark.parametrize("adapter", [None, "beside", "merged", "off"])
+def test_prepacked_weights_write_the_same(folder, processor, prompts, adapter, monkeypatch):
+    """A wide model on a CPU is sampled from copies in another order, with the adapter in them where it is in force."""
+    model = load_pretrained(folder)
+    if adapter:
+        add_lora(model, 4, 8)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+            layer.become(adapter)
+    write = lambda: [r for group in sample(model, prompts, 3, max_tokens=12, stop_ids=processor.stop_ids) for r in group]
+    plain, known = write(), {name: set(vars(module)) for name, module in model.named_modules()}
+    products, linear = [], prepacked.product
+    monkeypatch.setattr(prepacked, "NARROWEST", 1)
+    monkeypatch.setattr(prepacked, "product", lambda *args: products.append(args) or linear(*args))
+    blocked = write()
+    assert len(products) == 1 + 7 * model.config.num_hidden_layers
+    assert [r.tokens for r in blocked] == [r.tokens for r in plain]
+    for a, b in zip(blocked, plain):
+        assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() <= 1e-5
+    with pytest.raises(ZeroDivisionError), prepacked.prepacked(model):
+        1 / 0
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == known, "the model's own products are back"
 
 
 def test_greedy_tokens_equal_transformers_generate(model, processor, prompts, folder):
