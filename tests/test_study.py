@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from data import InputError
 from tiny import study
 
 
@@ -47,6 +48,13 @@ def test_what_is_done_is_not_done_again_and_time_ends_it(tmp_path, monkeypatch):
     assert ran[2:] == [("T4", 0, 0, "in_context"), ("T4", 0, 0, "no_policy")]
     study.column(tmp_path, "base", "T4", 4, 1, ["sft"], time.time() - 1)
     assert len(ran) == 4
+
+
+def test_runs_of_another_base_are_not_taken_up(tmp_path):
+    """Their rows would be averaged with those of this one."""
+    (tmp_path / "base.sha1").write_text("of another")
+    with pytest.raises(InputError, match="another base"):
+        study.main(["--out", str(tmp_path)])
 
 
 def test_the_tables_and_figures_are_written(tmp_path):

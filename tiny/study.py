@@ -10,6 +10,7 @@ mean (Student's t), and what the two halves of PolicyRollout's groups earned whi
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -314,6 +315,10 @@ def main(argv=None):
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
+    if mark.exists() and mark.read_text() != base:
+        raise InputError(f"{out}: found runs of another base, expected those of {args.model}; --fresh deletes them")
+    mark.write_text(base)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of each process: two share the cores
     work = [(out, Path(args.model).resolve(), world, policy, seed, names, ends) for world, names, policies, seed in PLAN
             if world in wanted and seed < args.seeds for policy in range(min(policies, args.policies))]  # fmt: skip
