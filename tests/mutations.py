@@ -95,7 +95,7 @@ MUTATIONS["loading"] = {
 MUTATIONS["lora"] = {
     "rslora scale as plain": ("(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
     "alpha of the file ignored": ("layer.alpha, layer.rslora = alpha, bool(", "layer.rslora = bool("),
-    "merging forgets the scale": ("self.original.float() + self.scale * self.lora_B", "self.original.float() + self.lora_B"),
+    "merging forgets the scale": ("self.weight.float() + self.scale * self.lora_B", "self.weight.float() + self.lora_B"),
     "unmerging subtracts": ("self.weight.data = self.original\n",
                             "self.weight.data = (self.weight.float() - self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)\n"),
     "adapter_off forgets merged adapters": ('if self.state == "merged":\n', 'if self.state == "merged" and state != "off":\n'),
