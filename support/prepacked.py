@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from model import LoRALinear
+
 NARROWEST = 512  # width of a model; below, the call itself takes longer than it saves
 LARGEST = 2 << 30  # bytes of weights; above, there may be no room for them twice
 
@@ -28,8 +30,9 @@ def prepacked(model):
     if not fits or not plain or compiled or not torch.backends.mkldnn.is_available():
         yield
         return
-    head, products = product(model.head_weight), [product(whole(layer), layer.bias) for layer in layers]
-    model.logits = head
+    beside = [isinstance(layer, LoRALinear) and layer.state == "beside" for layer in layers]
+    products = [product(layer.with_adapter() if on else layer.weight, layer.bias) for layer, on in zip(layers, beside)]
+    model.logits = product(model.head_weight)
     for layer, forward in zip(layers, products):
         layer.forward = forward
     try:
@@ -38,10 +41,6 @@ def prepacked(model):
         del model.logits
         for layer in layers:
             del layer.forward
-
-
-def whole(layer):
-    return layer.with_adapter() if getattr(layer, "state", None) == "beside" else layer.weight
 
 
 def product(weight, bias=None):

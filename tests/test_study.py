@@ -54,7 +54,7 @@ def test_runs_of_another_base_are_not_taken_up(tmp_path):
     """Their rows would be averaged with those of this one."""
     (tmp_path / "base.sha1").write_text("of another")
     with pytest.raises(InputError, match="another base"):
-        study.main(["--out", str(tmp_path)])
+        study.main(["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--hours", "1e-6"])
 
 
 def test_the_tables_and_figures_are_written(tmp_path):

@@ -312,10 +312,10 @@ def main(argv=None):
         raise InputError(f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, expected some of "
                          f"{', '.join(WORLDS)}, and numbers above 0")  # fmt: skip
     out, ends = Path(args.out).resolve(), time.time() + 3600 * args.hours
+    base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
     if mark.exists() and mark.read_text() != base:
         raise InputError(f"{out}: found runs of another base, expected those of {args.model}; --fresh deletes them")
     mark.write_text(base)
