@@ -63,12 +63,13 @@ DIRECTIONS = {  # fixed by the camera before its jitter, as in the official scen
 # -- 1. scenes ---------------------------------------------------------------------------------------------------------
 
 
-def sample_scene(rng, objects=(3, 10), size=(480, 320), area=3.0, zoom=1.0, index=0, split="train"):
+def sample_scene(rng, objects=(3, 10), size=(480, 320), area=3.0, zoom=1.0, visible=0.45, index=0, split="train"):
     """Draw one scene as the official generator does: objects apart from each other, none hidden, all in the picture.
 
     rng: numpy Generator; objects: (fewest, most); size: (W, H) pixels that `pixel_coords` refer to; area: objects lie
     within +-area of the origin, in scene units (a large object is 1.4 wide); zoom: focal length against the official
-    one. Returns a dict with the official keys and, besides, `camera` and `lamps` (jittered by 0.5 and 1 unit).
+    one; visible: the share of each object's disc that no nearer one may hide. Returns a dict with the official keys and,
+    besides, `camera` and `lamps` (jittered by 0.5 and 1 unit).
     """
     filename = f"CLEVR_{split}_{index:06d}.png"
     while True:  # an arrangement that cannot be completed is thrown away whole, so positions stay unbiased
@@ -79,7 +80,7 @@ def sample_scene(rng, objects=(3, 10), size=(480, 320), area=3.0, zoom=1.0, inde
             continue
         centres = np.array([(x, y, r) for x, y, r, _ in placed])
         pixels = project(centres, camera, size)
-        if not _all_visible(pixels, centres[:, 2], size, zoom):
+        if not _all_visible(pixels, centres[:, 2], size, zoom, visible):
             continue
         kinds = zip(rng.integers(3, size=wanted).tolist(), rng.integers(8, size=wanted).tolist(),
                     rng.integers(2, size=wanted).tolist(), rng.uniform(0, 360, wanted).tolist())  # fmt: skip
@@ -125,7 +126,7 @@ _DISC = np.stack(
 )
 
 
-def _all_visible(pixels, radii, size, zoom, share=0.45):
+def _all_visible(pixels, radii, size, zoom, share):
     """Whether each object is inside the picture and at least `share` of its disc is not behind a nearer object."""
     reach = FOCAL * zoom * max(size) * radii / pixels[:, 2]  # radius in pixels
     u, v = pixels[:, 0], pixels[:, 1]

@@ -52,6 +52,19 @@ def test_no_object_is_hidden(scenes):
         assert seen.min() > 60, scene["image_filename"]
 
 
+@pytest.mark.parametrize("visible, least", [(0.45, 0.3), (0.99, 0.8)])  # a cube's corners stand out of its disc
+def test_the_share_of_an_object_that_must_be_seen(visible, least):
+    """Counted against the same object drawn alone; a bound that did not bind would let some hide more at either setting."""
+    rng, shares = np.random.default_rng(3), []
+    for _ in range(25):
+        scene = sample_scene(rng, (3, 3), (112, 112), area=1.9, zoom=1.6, visible=visible)
+        together = render(scene, (112, 112))[1]
+        for k, thing in enumerate(scene["objects"]):
+            alone = render({**scene, "objects": [thing]}, (112, 112))[1]
+            shares.append((together == k).sum() / (alone == 0).sum())
+    assert min(shares) > least and (min(shares) < 0.6) == (visible < 0.5)
+
+
 def test_pixel_coordinates_are_where_the_object_is_drawn(scenes):
     for scene in scenes[:10]:
         _, index = render(scene, (480, 320))

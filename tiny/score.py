@@ -3,8 +3,8 @@
     python -m tiny.score --out runs/score           20 policies of 48 pictures for every depth and variant: minutes
 
 Besides, at N = 3: the policy missing; every query's picture exchanged for one that calls for another answer (right answers then
-would have to come from elsewhere); scenes from another distance, in other light; pictures of a folder in the official CLEVR
-layout (--clevr-root), scaled down. Writes <out>/scores.json and scores.md.
+would have to come from elsewhere); scenes in which no object hides another, from another distance, in other light; pictures of a
+folder in the official CLEVR layout (--clevr-root), scaled down. Writes <out>/scores.json and scores.md.
 """
 
 import argparse
@@ -93,6 +93,7 @@ def main(argv=None):
     rows = [(name, usual, int(name[-1]), name[0].replace("N", "T"), {}) for name in AIMS]
     rows += [("N = 3, without the policy", usual, 3, "T", {"policy_in_context": False}),
              ("N = 3, a wrong picture", usual, 3, "T", {"change": swapped}),
+             ("N = 3, no object behind another", scenes_of(seed + 3, count, {**LOOK, "visible": 0.99}), 3, "T", {}),
              ("N = 3, from farther away (focal length 1.3 for 1.6)", scenes_of(seed, count, {**LOOK, "zoom": 1.3}), 3, "T", {}),
              ("N = 3, from nearer (1.8)", scenes_of(seed + 1, count, {"area": 1.6, "zoom": 1.8}), 3, "T", {}),
              ("N = 3, lamps moved by up to 3 units more", scenes_of(seed + 2, count, lamps=3.0), 3, "T", {})]  # fmt: skip
