@@ -99,6 +99,8 @@ RUNS = {
     "cpt all forms, sft, poro": ("train_rl", "cpt all forms, sft", rl(*PORO)),
     "cpt half masked": ("train_cpt", None, cpt("applied", "--mask-visual", 0.5)),
     "cpt half masked, sft": ("train_sft", "cpt half masked", SFT),
+    "cpt unmasked": ("train_cpt", None, cpt("applied", "--mask-visual", 0)),
+    "cpt unmasked, sft": ("train_sft", "cpt unmasked", SFT),
     "sft, as long as cpt and sft": ("train_sft", None, [*SFT, "--steps", 100]),
     # 4. without SFT; more SFT; answers only; LoRA; the policy in the prompt, removed at test
     "base, poro": ("train_rl", None, rl(*PORO, steps=120)),
@@ -118,6 +120,7 @@ CORE = ["sft", "sft_grpo", "sft_poro"]
 MAIN = [*CORE, "trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_response_sft", "cpt_response_sft_grpo", "sft_dapo", "sft_poro_dapo"]
 HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long", "trimpi, replay, long"]
 EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in HEAL[2:]]
+UNMASKED = ["cpt half masked, sft", "cpt unmasked, sft"]
 THIRD = " a third left out"
 WIDE = f"T3{THIRD}"
 SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
@@ -126,7 +129,7 @@ PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"T{n}{THIRD}", CORE, 3, 1) for n in (2, 3, 4)], (WIDE, EXTRA, 3, 0), *[(f"T{n}{THIRD}", CORE, 3, 2) for n in (2, 3, 4)],
     (f"T6{THIRD}", HEAL[3:], 2, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], *[(f"T{n}{THIRD}", MAIN[3:9], 3, 0) for n in (4, 2)],
     *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"T6{THIRD}", HEAL[2:3], 5, 0),
-    (f"M2{THIRD}", [*MAIN[3:7], "cpt half masked, sft"], 3, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T6{THIRD}", HEAL[3:], 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
+    (f"M2{THIRD}", [*MAIN[3:7], *UNMASKED], 3, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T6{THIRD}", HEAL[3:], 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
     *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], *[(f"T{n}{THIRD}", CORE, 5, seed) for seed in (1, 2) for n in (2, 3, 4)],
     (WIDE, MAIN[3:], 5, 1), (f"T6{THIRD}", MAIN[3:], 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", MAIN[3:], 3, 0),
 ]  # fmt: skip
