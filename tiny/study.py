@@ -127,7 +127,7 @@ SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
 PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)], ("T4", CORE, 5, 0), (WIDE, MAIN[3:], 5, 0), (f"M2{THIRD}", CORE, 5, 0),
     *[(f"T{n}{THIRD}", CORE, 3, 1) for n in (2, 3, 4)], (WIDE, EXTRA, 3, 0), *[(f"T{n}{THIRD}", CORE, 3, 2) for n in (2, 3, 4)],
-    (f"T6{THIRD}", HEAL[3:], 2, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], *[(f"T{n}{THIRD}", MAIN[3:9], 3, 0) for n in (4, 2)],
+    (f"T6{THIRD}", HEAL[3:], 2, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], *[(f"T{n}{THIRD}", MAIN[3:9], 3, 0) for n in (4, 2, 6)],
     *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"T6{THIRD}", HEAL[2:3], 5, 0),
     (f"M2{THIRD}", [*MAIN[3:7], *UNMASKED], 3, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T6{THIRD}", HEAL[3:], 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
     *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], *[(f"T{n}{THIRD}", CORE, 5, seed) for seed in (1, 2) for n in (2, 3, 4)],
