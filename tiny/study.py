@@ -102,6 +102,7 @@ RUNS = {
     "cpt unmasked": ("train_cpt", None, cpt("applied", "--mask-visual", 0)),
     "cpt unmasked, sft": ("train_sft", "cpt unmasked", SFT),
     "sft, as long as cpt and sft": ("train_sft", None, [*SFT, "--steps", 100]),
+    "sft, as long, poro": ("train_rl", "sft, as long as cpt and sft", rl(*PORO)),
     # 4. without SFT; more SFT; answers only; LoRA; the policy in the prompt, removed at test
     "base, poro": ("train_rl", None, rl(*PORO, steps=120)),
     "cpt, poro": ("train_rl", "cpt_response", rl(*PORO)),
@@ -120,6 +121,7 @@ CORE = ["sft", "sft_grpo", "sft_poro"]
 MAIN = [*CORE, "trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_response_sft", "cpt_response_sft_grpo", "sft_dapo", "sft_poro_dapo"]
 HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long", "trimpi, replay, long"]
 EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in HEAL[2:]]
+LONGER = ["sft, as long as cpt and sft", "sft, as long, poro"]
 UNMASKED = ["cpt half masked, sft", "cpt unmasked, sft"]
 THIRD = " a third left out"
 WIDE = f"T3{THIRD}"
@@ -128,8 +130,8 @@ PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)], ("T4", CORE, 5, 0), (WIDE, MAIN[3:], 5, 0), (f"M2{THIRD}", CORE, 5, 0),
     *[(f"T{n}{THIRD}", CORE, 3, 1) for n in (2, 3, 4)], (WIDE, EXTRA, 3, 0), *[(f"T{n}{THIRD}", CORE, 3, 2) for n in (2, 3, 4)],
     (f"T6{THIRD}", HEAL[3:], 2, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], *[(f"T{n}{THIRD}", MAIN[3:9], 3, 0) for n in (4, 2, 6)],
-    *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"T6{THIRD}", HEAL[2:3], 5, 0),
-    (f"M2{THIRD}", [*MAIN[3:7], *UNMASKED], 3, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T6{THIRD}", HEAL[3:], 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
+    (f"T6{THIRD}", LONGER, 3, 0), *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"M2{THIRD}", [*MAIN[3:7], *UNMASKED], 3, 0),
+    (f"M4{THIRD}", CORE, 3, 0), (f"T6{THIRD}", MAIN[3:9], 5, 0), (f"T6{THIRD}", HEAL[2:], 5, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
     *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], *[(f"T{n}{THIRD}", CORE, 5, seed) for seed in (1, 2) for n in (2, 3, 4)],
     (WIDE, MAIN[3:], 5, 1), (f"T6{THIRD}", MAIN[3:], 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", MAIN[3:], 3, 0),
 ]  # fmt: skip
