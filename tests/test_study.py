@@ -62,7 +62,7 @@ def test_the_tables_and_figures_are_written(tmp_path):
     curves = [row("T4", p, 0, "frozen sampler", 0.5 + p / 10, curve_accuracy=[0.2, 0.3], curve_accuracy_aware=[0.5 + p / 10, 0.8]) for p in range(4)]
     plain = [row("T4", 4, 0, "sft_grpo", 0.9, curve_accuracy=[0.9], curve_accuracy_aware=[0.0])]  # has no such half
     study.write(ROWS + curves + plain, tmp_path)
-    assert (tmp_path / "study_halves.png").stat().st_size > 10_000 and (tmp_path / "study.png").stat().st_size > 10_000
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("study", "study_depths", "study_halves"))
     text, kept = (tmp_path / "study.md").read_text(), json.loads((tmp_path / "study.json").read_text())
     assert "| T4 | +0.500 | 0.248 | 3 |" in text and "| sft_poro | 1.000 | – |" in text
     assert kept["correlations"] == {"runs": 4, "aware_half": pytest.approx(1), "gap": pytest.approx(1)} and len(kept["rows"]) == len(ROWS) + 5

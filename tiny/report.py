@@ -238,3 +238,29 @@ def draw_study(worlds, path):
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def draw_depths(worlds, path):
+    """The main rows of tiny.study beside each other at every depth, with the intervals of their means, as a PNG."""
+    colors = {"sft": "#dfe5ec", "sft_grpo": "#8d9aab", "sft_poro": BLUE, "cpt_sft_grpo": "#e3b7ae", "trimpi_paper": "#8cc4a3", "trimpi": "#14713d"}
+    found = {world[:2]: {row["name"]: row for row in rows} for world, rows in worlds.items() if world.endswith("a third left out")}
+    worlds = {f"{name[0]}, N = {name[1]}": rows for name, rows in found.items() if "sft_poro" in rows}
+    if not worlds or not (pyplot := plotting()):
+        return
+    figure, axis = pyplot.subplots(figsize=(11, 4))
+    width = 0.8 / len(colors)
+    for place, rows in enumerate(worlds.values()):
+        for k, (name, color) in enumerate(colors.items()):
+            if row := rows.get(name):
+                axis.bar(place + (k - (len(colors) - 1) / 2) * width, row["accuracy"], width * 0.94, yerr=row["half_interval"] or 0, color=color,
+                         ecolor="#1c2430", error_kw={"elinewidth": 1}, label=TITLES.get(name, name))  # fmt: skip
+        if row := rows.get("in_context"):
+            axis.hlines(row["accuracy"], place - 0.42, place + 0.42, colors="#1c2430", linestyles="dotted", label=TITLES["in_context"])
+    entries = {label: entry for entry, label in zip(*axis.get_legend_handles_labels())}
+    axis.legend(entries.values(), entries.keys(), ncol=4, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+    axis.set_xticks(range(len(worlds)), worlds)
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("accuracy without the policy in the prompt", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

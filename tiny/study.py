@@ -3,9 +3,9 @@
     python -m tiny.study --out runs/study --hours 6           stop it at any time; the same command goes on
 
 Every experiment runs for several policies, and the main ones for three training seeds, the most telling first, so that a study
-cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not
-done again. Writes results/study.json, study.md and two figures: means over policies and seeds with a 95 % interval of the
-mean (Student's t), and what the two halves of PolicyRollout's groups earned while it trained.
+cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not done again. Writes
+results/study.json, study.md and three figures: means over policies and seeds with a 95 % interval of the mean (Student's t),
+of the main rows and of all, and what the two halves of PolicyRollout's groups earned while it trained.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import InputError, command
 from data.override import override
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
-from tiny.report import PAPER, draw_halves, draw_study, lines_of, provenance
+from tiny.report import PAPER, draw_depths, draw_halves, draw_study, lines_of, provenance
 from tiny.world import Terse
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)  # Student's t, 1 to 14 degrees of freedom
@@ -278,11 +278,12 @@ def correlations(rows):
 
 
 def write(rows, folder):
-    """results/study.json, study.md, study.png and study_halves.png."""
+    """results/study.json, study.md, study.png, study_depths.png and study_halves.png."""
     folder.mkdir(parents=True, exist_ok=True)
     worlds, made, pairs, tied = summary(rows), provenance(), differences(rows), correlations(rows)
     share = lambda x: "–" if x is None else f"{x:.3f}"
     (folder / "study.json").write_text(json.dumps({**made, "worlds": worlds, "poro_less_grpo": pairs, "correlations": tied, "rows": rows}, indent=1) + "\n")
+    draw_depths(worlds, folder / "study_depths.png")
     draw_study(worlds, folder / "study.png")
     draw_halves(rows, folder / "study_halves.png")
     lines = ["# The study on the tiny base", "", "Mean accuracy without the policy in the prompt over policies and seeds, ± half of the 95 % interval of that mean; "
