@@ -38,7 +38,7 @@ code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
 .case img { width: 168px; height: 168px; image-rendering: auto } .case div { flex: 1 1 18rem; min-width: 0 }
 .right { color: #14713d } .wrong { color: #b3261e } small { color: #556273 }
 """
-BLUE, PALE, GREY, RED = "#2a5bd7", "#9db7f2", "#c3cad4", "#c4462f"
+BLUE, PALE, GREY, RED, GREEN, INK = "#2a5bd7", "#9db7f2", "#c3cad4", "#c4462f", "#14713d", "#1c2430"
 
 
 def cpu_name():
@@ -67,6 +67,13 @@ def plotting():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def keep(figure, path, rect=(0, 0, 1, 1), dpi=130):
+    """Write a figure, its axes laid out within rect, and let go of it."""
+    figure.tight_layout(rect=rect)
+    figure.savefig(path, dpi=dpi)
+    plotting().close(figure)
 
 
 def lines_of(path):
@@ -172,7 +179,7 @@ Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task.
     place = range(len(rows))
     accuracy = [row["accuracy"] for row in rows]
     errors = [[max(0, a - row["interval"][0]) for a, row in zip(accuracy, rows)], [max(0, row["interval"][1] - a) for a, row in zip(accuracy, rows)]]
-    axis.barh(place, accuracy, 0.5, xerr=errors, color=BLUE, ecolor="#1c2430", label="all paths")
+    axis.barh(place, accuracy, 0.5, xerr=errors, color=BLUE, ecolor=INK, label="all paths")
     unseen = [(row.get("unseen") or {}).get("accuracy") or 0 for row in rows]
     axis.barh([p + 0.36 for p in place], unseen, 0.2, color=PALE, label="paths with a section that SFT never showed")
     axis.plot([PAPER[r["name"]] / 100 for r in rows if r["name"] in PAPER], [k for k, r in enumerate(rows) if r["name"] in PAPER], "o",
@@ -182,9 +189,7 @@ Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task.
     axis.set_xlim(0, 1.02)
     axis.set_xlabel("accuracy without the policy in the prompt (first row: with it)")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=3, frameon=False)
-    figure.tight_layout()
-    figure.savefig(out / "report.png", dpi=150)
-    pyplot.close(figure)
+    keep(figure, out / "report.png", dpi=150)
 
 
 def draw_halves(rows, path):
@@ -192,7 +197,7 @@ def draw_halves(rows, path):
 
     rows: of tiny.study, with "curve_accuracy" and, of PolicyRollout, "curve_accuracy_aware": means of ten steps each.
     """
-    names = {"sft_grpo": GREY, "sft_poro": BLUE, "frozen sampler": RED, "trimpi": "#14713d"}
+    names = {"sft_grpo": GREY, "sft_poro": BLUE, "frozen sampler": RED, "trimpi": GREEN}
     worlds = sorted({row["world"] for row in rows if row["name"] in names})
     if not worlds or not (pyplot := plotting()):
         return
@@ -215,9 +220,7 @@ def draw_halves(rows, path):
     figure.supylabel("share of right responses", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("RL step", fontsize=8)
-    figure.tight_layout(rect=(0.01, 0.3 / figure.get_figheight() + 0.03, 1, 1))
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    keep(figure, path, rect=(0.01, 0.3 / figure.get_figheight() + 0.03, 1, 1))
 
 
 def draw_study(worlds, path):
@@ -229,22 +232,19 @@ def draw_study(worlds, path):
     for axis, (world, rows) in zip(axes[:, 0], worlds.items()):
         names = [f"{TITLES.get(row['name'], row['name'])} ({row['runs']})" for row in rows]
         errors = [row["half_interval"] or 0 for row in rows]
-        axis.barh(names, [row["accuracy"] for row in rows], 0.65, xerr=errors, color=BLUE, ecolor="#1c2430")
+        axis.barh(names, [row["accuracy"] for row in rows], 0.65, xerr=errors, color=BLUE, ecolor=INK)
         axis.set_title(world, loc="left", fontsize=10)
         axis.tick_params(labelsize=8)
         axis.invert_yaxis()
     axes[-1, 0].set_xlim(0, 1.02)
     axes[-1, 0].set_xlabel("accuracy without the policy in the prompt: mean (number of runs), 95 % interval of the mean", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    keep(figure, path)
 
 
 def draw_depths(worlds, path):
-    """The main rows of tiny.study beside each other at every depth, with the intervals of their means, as a PNG."""
-    colors = {"sft": "#dfe5ec", "sft_grpo": "#8d9aab", "sft_poro": BLUE, "cpt_sft_grpo": "#e3b7ae", "trimpi_paper": "#8cc4a3", "trimpi": "#14713d"}
-    found = {world[:2]: {row["name"]: row for row in rows} for world, rows in worlds.items() if world.endswith("a third left out")}
-    worlds = {f"{name[0]}, N = {name[1]}": rows for name, rows in found.items() if "sft_poro" in rows}
+    """The main rows of tiny.study beside each other in each of the worlds {label: rows}, with the intervals of their means, as a PNG."""
+    colors = {"sft": "#dfe5ec", "sft_grpo": "#8d9aab", "sft_poro": BLUE, "cpt_sft_grpo": "#e3b7ae", "trimpi_paper": "#8cc4a3", "trimpi": GREEN}
+    worlds = {label: found for label, rows in worlds.items() if "sft_poro" in (found := {row["name"]: row for row in rows})}
     if not worlds or not (pyplot := plotting()):
         return
     figure, axis = pyplot.subplots(figsize=(11, 4))
@@ -253,14 +253,12 @@ def draw_depths(worlds, path):
         for k, (name, color) in enumerate(colors.items()):
             if row := rows.get(name):
                 axis.bar(place + (k - (len(colors) - 1) / 2) * width, row["accuracy"], width * 0.94, yerr=row["half_interval"] or 0, color=color,
-                         ecolor="#1c2430", error_kw={"elinewidth": 1}, label=TITLES.get(name, name))  # fmt: skip
+                         ecolor=INK, error_kw={"elinewidth": 1}, label=TITLES.get(name, name))  # fmt: skip
         if row := rows.get("in_context"):
-            axis.hlines(row["accuracy"], place - 0.42, place + 0.42, colors="#1c2430", linestyles="dotted", label=TITLES["in_context"])
+            axis.hlines(row["accuracy"], place - 0.42, place + 0.42, colors=INK, linestyles="dotted", label=TITLES["in_context"])
     entries = {label: entry for entry, label in zip(*axis.get_legend_handles_labels())}
     axis.legend(entries.values(), entries.keys(), ncol=4, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     axis.set_xticks(range(len(worlds)), worlds)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy without the policy in the prompt", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    keep(figure, path)

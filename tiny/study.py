@@ -118,7 +118,8 @@ RUNS = {
 }  # fmt: skip
 
 CORE = ["sft", "sft_grpo", "sft_poro"]
-MAIN = [*CORE, "trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_response_sft", "cpt_response_sft_grpo", "sft_dapo", "sft_poro_dapo"]
+WITH_CPT = ["trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_response_sft", "cpt_response_sft_grpo"]
+REST = [*WITH_CPT, "sft_dapo", "sft_poro_dapo"]  # of the paper's rows, beside CORE
 HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long", "trimpi, replay, long"]
 EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in HEAL[2:]]
 LONGER = ["sft, as long as cpt and sft", "sft, as long, poro"]
@@ -127,13 +128,13 @@ THIRD = " a third left out"
 WIDE = f"T3{THIRD}"
 SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
 PLAN = [  # (world, rows, policies, seed), in this order
-    *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)], ("T4", CORE, 5, 0), (WIDE, MAIN[3:], 5, 0), (f"M2{THIRD}", CORE, 5, 0),
+    *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)], ("T4", CORE, 5, 0), (WIDE, REST, 5, 0), (f"M2{THIRD}", CORE, 5, 0),
     *[(f"T{n}{THIRD}", CORE, 3, 1) for n in (2, 3, 4)], (WIDE, EXTRA, 3, 0), *[(f"T{n}{THIRD}", CORE, 3, 2) for n in (2, 3, 4)],
-    (f"T6{THIRD}", HEAL[3:], 2, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], *[(f"T{n}{THIRD}", MAIN[3:9], 3, 0) for n in (4, 2, 6)],
-    (f"T6{THIRD}", LONGER, 3, 0), *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"M2{THIRD}", [*MAIN[3:7], *UNMASKED], 3, 0),
-    (f"M4{THIRD}", CORE, 3, 0), (f"T6{THIRD}", MAIN[3:9], 5, 0), (f"T6{THIRD}", HEAL[2:], 5, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
-    *[(f"T{n}{THIRD}", MAIN[3:], 3, 0) for n in (2, 4)], *[(f"T{n}{THIRD}", CORE, 5, seed) for seed in (1, 2) for n in (2, 3, 4)],
-    (WIDE, MAIN[3:], 5, 1), (f"T6{THIRD}", MAIN[3:], 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", MAIN[3:], 3, 0),
+    (f"T6{THIRD}", HEAL[3:], 2, 0), *[(f"T6{THIRD}", CORE, 3, seed) for seed in (1, 2)], *[(f"T{n}{THIRD}", WITH_CPT, 3, 0) for n in (4, 2, 6)],
+    (f"T6{THIRD}", LONGER, 3, 0), *[(world, [*CORE, HEAL[2]], 2, 0) for world in SEVERAL], (f"M2{THIRD}", [*WITH_CPT[:4], *UNMASKED], 3, 0),
+    (f"M4{THIRD}", CORE, 3, 0), (f"T6{THIRD}", WITH_CPT, 5, 0), (f"T6{THIRD}", HEAL[2:], 5, 0), (f"M4{THIRD}", CORE, 5, 0), (f"T4{THIRD}", HEAL, 3, 0),
+    *[(f"T{n}{THIRD}", REST, 3, 0) for n in (2, 4)], *[(f"T{n}{THIRD}", CORE, 5, seed) for seed in (1, 2) for n in (2, 3, 4)],
+    (WIDE, REST, 5, 1), (f"T6{THIRD}", REST, 3, 0), *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)], (f"M2{THIRD}", REST, 3, 0),
 ]  # fmt: skip
 
 
@@ -209,7 +210,7 @@ class Study:
         if world == WIDE and name != "no_policy":  # what else was learnt or lost
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
             more["recited"] = self.evaluate(trained, data, place, f"{name} recited", [*short, "--recite"])["accuracy"]
-            if name in ("in_context", *MAIN, *HEAL):
+            if name in ("in_context", *CORE, *REST, *HEAL):
                 changed = self.out / "data" / "override" / str(policy)
                 if not changed.exists():
                     override(data, changed, 1, Terse())
@@ -283,7 +284,7 @@ def write(rows, folder):
     worlds, made, pairs, tied = summary(rows), provenance(), differences(rows), correlations(rows)
     share = lambda x: "–" if x is None else f"{x:.3f}"
     (folder / "study.json").write_text(json.dumps({**made, "worlds": worlds, "poro_less_grpo": pairs, "correlations": tied, "rows": rows}, indent=1) + "\n")
-    draw_depths(worlds, folder / "study_depths.png")
+    draw_depths({f"{world[0]}, N = {world[1]}": found for world, found in worlds.items() if world.endswith(THIRD)}, folder / "study_depths.png")
     draw_study(worlds, folder / "study.png")
     draw_halves(rows, folder / "study_halves.png")
     lines = ["# The study on the tiny base", "", "Mean accuracy without the policy in the prompt over policies and seeds, ± half of the 95 % interval of that mean; "
