@@ -21,7 +21,9 @@ demo: $(VENV)/ready            ## the whole method on the tiny base, with a repo
 demo-real: $(VENV)/ready       ## the same path on a folder in the official CLEVR layout: make demo-real CLEVR=FOLDER
 	$(PY) -m tiny.demo --out runs/demo-real --seed $(SEED) --clevr-root '$(CLEVR)' --overwrite
 
-test: $(VENV)/ready            ## all tests
+test: $(VENV)/ready            ## format, lint and all tests
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
 	$(PY) -m pytest
 
 study: $(VENV)/ready           ## the paper's ablation and more on the tiny base; hours, resumable: results/

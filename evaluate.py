@@ -45,8 +45,9 @@ class Config:
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
     batch: int = option(256, "prompts that are read and answered together; lower it when memory runs out", least=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs",
-                        choices=("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto", "of the weights; auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16")
+    )
 
 
 VERDICTS = ("format", "exact_chain", "referral", "tool", "arguments", "call", "f1", "follows_old")
@@ -81,8 +82,15 @@ def sections(items):
 
 def respond(model, processor, prompts, max_response):
     """Greedy responses [(text, tokens, finished)] to encoded prompts."""
-    groups = sample(model, prompts, 1, max_tokens=max_response, temperature=0.0, stop_ids=processor.stop_ids,
-                    banned_ids=processor.banned_ids)
+    groups = sample(
+        model,
+        prompts,
+        1,
+        max_tokens=max_response,
+        temperature=0.0,
+        stop_ids=processor.stop_ids,
+        banned_ids=processor.banned_ids,
+    )
     return [(processor.decode(r.tokens), len(r.tokens), r.finished) for (r,) in groups]
 
 
@@ -91,8 +99,11 @@ def judge(text, item, policy):
     if item.get("kind") == "section":  # recited, without a box
         said = recitation(text, item)
         return {"parsed": text, "correct": said["exact"], "f1": said["f1"]}
-    verdict = {"parsed": rewards.parse(text), "correct": rewards.accuracy(None, text, item),
-               "format": rewards.format(None, text, item)}
+    verdict = {
+        "parsed": rewards.parse(text),
+        "correct": rewards.accuracy(None, text, item),
+        "format": rewards.format(None, text, item),
+    }
     if gta_score.read_call(item["answer"]):
         verdict |= gta_score.parts(text, item)
         verdict["correct"] = verdict["exact"]
@@ -106,8 +117,19 @@ def judge(text, item, policy):
     return verdict
 
 
-def evaluate(model, processor, items, policies, *, policy_in_context=False, seen=None, max_prompt=65536,
-             max_response=2048, batch=256, progress=False):
+def evaluate(
+    model,
+    processor,
+    items,
+    policies,
+    *,
+    policy_in_context=False,
+    seen=None,
+    max_prompt=65536,
+    max_response=2048,
+    batch=256,
+    progress=False,
+):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
@@ -116,7 +138,7 @@ def evaluate(model, processor, items, policies, *, policy_in_context=False, seen
     began, records, asked = time.perf_counter(), [], []
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
-        part = [items[i] for i in order[start:start + batch]]
+        part = [items[i] for i in order[start : start + batch]]
         prompts = []
         for item in part:
             policy = policies[item["policy"]] if policy_in_context else None
@@ -124,9 +146,17 @@ def evaluate(model, processor, items, policies, *, policy_in_context=False, seen
             check_length(item, "prompt", prompts[-1].input_ids, max_prompt)
         responses = respond(model, processor, prompts, max_response)
         for item, prompt, (text, tokens, finished) in zip(part, prompts, responses):
-            record = {"id": item["id"], "policy": item["policy"], "depth": len(item.get("path", [])),
-                      "answer": item["answer"], **judge(text, item, policies[item["policy"]]), "finished": finished,
-                      "prompt_tokens": len(prompt.input_ids), "tokens": tokens, "response": text}
+            record = {
+                "id": item["id"],
+                "policy": item["policy"],
+                "depth": len(item.get("path", [])),
+                "answer": item["answer"],
+                **judge(text, item, policies[item["policy"]]),
+                "finished": finished,
+                "prompt_tokens": len(prompt.input_ids),
+                "tokens": tokens,
+                "response": text,
+            }
             if seen is not None:
                 record["seen"] = sections([item]) <= seen
             records.append(record)
@@ -180,15 +210,24 @@ def main(argv=None):
     earlier_rows(config.out)  # better refused now than after an hour
     policies = load_policies(config.data)
     items = recitation_items(policies) if config.recite else load_items(config.data, config.split, policies)
-    items = items[:config.limit or None]
+    items = items[: config.limit or None]
     if not items:
         raise InputError(f"{config.data}: found no policy with sections, expected some to recite")
     path = Path(config.seen)
     seen = sections(load_items(path.parent, path.name, policies)) if config.seen else None
     model, processor = load(config.model, config.adapter, config.device, config.dtype)
-    row, records = evaluate(model, processor, items, policies, policy_in_context=config.policy_in_context, seen=seen,
-                            max_prompt=config.max_prompt, max_response=config.max_response, batch=config.batch,
-                            progress=True)
+    row, records = evaluate(
+        model,
+        processor,
+        items,
+        policies,
+        policy_in_context=config.policy_in_context,
+        seen=seen,
+        max_prompt=config.max_prompt,
+        max_response=config.max_response,
+        batch=config.batch,
+        progress=True,
+    )
     name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
     row = {"name": config.name or name, **row, "model": config.model}
     save(config.out, row, records)

@@ -419,8 +419,17 @@ class Qwen25VL(nn.Module):
         """Compute every block again in the backward pass instead of keeping its activations."""
         self.visual.checkpointing = self.model.checkpointing = flag
 
-    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None, position_ids=None,
-                cache=None, *, image_embeds=None):  # fmt: skip
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        position_ids=None,
+        cache=None,
+        *,
+        image_embeds=None,
+    ):
         """Hidden states (B, T, D) after the final norm.
 
         input_ids: (B, T), with every picture as a run of image tokens. `pixel_values` (N, 1176) and `image_grid_thw`

@@ -174,8 +174,22 @@ def shared_prefixes(keys, known=()):
 
 
 @torch.no_grad()
-def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0, min_tokens=0, stop_ids=(),
-           banned_ids=(), seeds=None, budget=BUDGET, prefixes=None):  # fmt: skip
+def sample(
+    model,
+    prompts,
+    n,
+    *,
+    max_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_tokens=0,
+    stop_ids=(),
+    banned_ids=(),
+    seeds=None,
+    budget=BUDGET,
+    prefixes=None,
+):
     """n responses to each prompt -> [[Response]], in the order of the prompts.
 
     prompts: model.Encoded each; n: int, or one for each prompt.
@@ -189,8 +203,10 @@ def sample(model, prompts, n, *, max_tokens, temperature=1.0, top_k=0, top_p=1.0
     seeds = seeds or [[(p << 32) + i for i in range(count)] for p, count in enumerate(counts)]
     if [len(s) for s in seeds] != counts or max_tokens < 1 or temperature < 0:
         found = f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds"
-        raise InputError(f"{found}, max_tokens {max_tokens}, temperature {temperature}; expected a seed a response, a "
-                         "positive length, no negative temperature")  # fmt: skip
+        raise InputError(
+            f"{found}, max_tokens {max_tokens}, temperature {temperature}; expected a seed a response, a "
+            "positive length, no negative temperature"
+        )
     decoder = Decoder(model, prompts, seeds, max_tokens, budget, {} if prefixes is None else prefixes)
     stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))
     rules = Rules(temperature, top_k, top_p, min_tokens, stop_ids, banned_ids)
@@ -263,7 +279,7 @@ class Decoder:
             segment, hidden, position = self.forward(members, self.prefixes.get(name), length, None)
             for b, p in enumerate(members):
                 self.ready[p] = segment, b, hidden[b], int(position[b])
-            new = new[len(members):]
+            new = new[len(members) :]
 
     def forward(self, members, parent, first, last):
         """Read tokens first..last of some prompts -> (Segment, last hidden states (B,D), next positions (B,))."""
@@ -361,8 +377,9 @@ class PolicyRollout:
     noise: instead of the policy, the other half sees Gaussian noise of this deviation on its pictures (NoisyRollout).
     """
 
-    def __init__(self, processor, policies, G, K, *, max_prompt=1 << 30, sampler=None, noise=0.0, teach=False,
-                 **sampling):  # fmt: skip
+    def __init__(
+        self, processor, policies, G, K, *, max_prompt=1 << 30, sampler=None, noise=0.0, teach=False, **sampling
+    ):
         self.processor, self.policies, self.G, self.K, self.max_prompt = processor, policies, G, K, max_prompt
         self.sampler, self.noise, self.teach, self.sampling = sampler, noise, teach, sampling
         self.prefixes = {}  # what has been read of the policies; to be emptied when the weights move

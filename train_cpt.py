@@ -31,8 +31,13 @@ class Config(CommonConfig):
     split: str = redefault(CommonConfig, "split", "cpt.jsonl")
     epochs: float = redefault(CommonConfig, "epochs", 5.0)
     kinds: str = option("applied", f"kinds of items to learn, by commas: {', '.join(KINDS)}")
-    mask_visual: float = option(1.0, "share of the visual tokens that m_t masks, drawn anew for each update; 1 is the"
-                                     " paper's, 0 predicts every picture token", least=0, most=1)
+    mask_visual: float = option(
+        1.0,
+        "share of the visual tokens that m_t masks, drawn anew for each update; 1 is the"
+        " paper's, 0 predicts every picture token",
+        least=0,
+        most=1,
+    )
 
 
 # -- 2. what is learned -----------------------------------------------------------------------------------------------
@@ -73,7 +78,7 @@ class Sequences:
         response = response_ids(self.processor, text) if text else []
         check_length(item, "prompt", prompt.input_ids, self.config.max_prompt)
         check_length(item, "response", response, self.config.max_response)
-        x = torch.cat([prompt.input_ids, torch.tensor(response, dtype=torch.long)])         # (T,)
+        x = torch.cat([prompt.input_ids, torch.tensor(response, dtype=torch.long)])  # (T,)
         return prompt, response, self.mask(x, step, i)
 
     def mask(self, x, step, i):
@@ -100,7 +105,7 @@ def train(config):
             with run.phase("read"):
                 parts = read(step)
             with run.phase("learn"):
-                loss, tokens, seen = likelihood(run, model, parts)          # L and sum_t m_t, over all ranks
+                loss, tokens, seen = likelihood(run, model, parts)  # L and sum_t m_t, over all ranks
                 run.reduce_gradients(model)
                 grad_norm = run.update(model, optimizer, step, steps)
             run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)

@@ -121,13 +121,16 @@ class Config(CommonConfig):
 
     algorithm: str = option("grpo", "what is optimised", choices=tuple(LOSSES))
     group_size: int = option(5, "G, responses a query, sampled without the policy", least=0)
-    policy_rollouts: int = option(5, "K, responses a query besides, sampled with the policy in the prompt; 0: none; "
-                                  "the paper: K = G", least=0)  # fmt: skip
+    policy_rollouts: int = option(
+        5, "K, responses a query besides, sampled with the policy in the prompt; 0: none; the paper: K = G", least=0
+    )
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", above=0)
     min_response: int = option(0, "words before a response may end", least=0)
     budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
-    reward: str = option("accuracy=0.9,format=0.1", "names of data.rewards or module:function, with weights; the first "
-                         "tells right from wrong")  # fmt: skip
+    reward: str = option(
+        "accuracy=0.9,format=0.1",
+        "names of data.rewards or module:function, with weights; the first tells right from wrong",
+    )
     reward_seconds: float = option(5.0, "after which a reward function is given up", above=0)
     max_failed: float = option(0.5, "share of rewards that may raise, hang or be NaN", least=0, most=1)
     overlong: int = option(0, "tokens before --max-response over which the reward falls to -1; 0: no penalty", least=0)
@@ -139,22 +142,37 @@ class Config(CommonConfig):
     inner_epochs: int = option(1, "passes over each step's responses", least=1)
     mini_batch: int = option(0, "queries an update, over all ranks; 0: all of the step", least=0)
     importance_cap: float = option(0.0, "cap of a token's weight pi_trainer / pi_sampler; 0: no weight", least=0)
-    dynamic_tries: int = option(-1, "DAPO's dynamic sampling: batches drawn at most for --batch-size groups with right "
-                                "and wrong ones, else the run ends; 0: off; -1: 20 for dapo", least=-1)  # fmt: skip
+    dynamic_tries: int = option(
+        -1,
+        "DAPO's dynamic sampling: batches drawn at most for --batch-size groups with right "
+        "and wrong ones, else the run ends; 0: off; -1: 20 for dapo",
+        least=-1,
+    )
     shared_prefix: str = option("auto", "responses share their query's forward pass", choices=("auto", "on", "off"))
 
     separate_halves: bool = option(False, "group statistics of the standard and the policy-aware responses apart")
     standard_only: bool = option(False, "gradients from the standard responses only")
-    aware_loss: str = option("same", "loss of policy-aware responses; truncated: against pi_old(o|P,x), capped at 5; "
-                             "shaped: that ratio as r / (r + 0.01)", choices=tuple(AWARE))  # fmt: skip
+    aware_loss: str = option(
+        "same",
+        "loss of policy-aware responses; truncated: against pi_old(o|P,x), capped at 5; "
+        "shaped: that ratio as r / (r + 0.01)",
+        choices=tuple(AWARE),
+    )
     aware_right_only: bool = option(False, "keep policy-aware responses only where they are right")
     aware_bonus: float = option(0.0, "added to the reward of right policy-aware responses, falling to 0", least=0)
-    frozen_sampler: str = option("", "who samples the policy-aware half; empty: the model itself; start: it as it was "
-                                 "before this run; base: --model without --init, if the stages before wore away its "
-                                 "reading of policies. A frozen one reads each policy once",
-                                 choices=("", "start", "base"))  # fmt: skip
-    noise: float = option(0.0, "NoisyRollout: instead of the policy the other half sees pictures with noise of this "
-                          "deviation, in normalised pixels", least=0)  # fmt: skip
+    frozen_sampler: str = option(
+        "",
+        "who samples the policy-aware half; empty: the model itself; start: it as it was "
+        "before this run; base: --model without --init, if the stages before wore away its "
+        "reading of policies. A frozen one reads each policy once",
+        choices=("", "start", "base"),
+    )
+    noise: float = option(
+        0.0,
+        "NoisyRollout: instead of the policy the other half sees pictures with noise of this "
+        "deviation, in normalised pixels",
+        least=0,
+    )
     opcd_weight: float = option(0.0, "weight of OPCD's token advantage beside the algorithm's own", least=0)
     opcd_words: int = option(0, "OPCD as a KL over so many likeliest words; 0: log-ratio of the sampled word", least=0)
 
@@ -264,8 +282,17 @@ class Learner:
             loss = loss + self.opcd * data.spread(rows, words)
         loss = (weights * loss).sum()
         loss.backward()
-        tally.add(loss, mask * (weights > 0), aware, A, self.clip, log_ratio=logp - before, kl=kl,
-                  entropy=data.spread(rows, entropy), difference=before - sampled)  # fmt: skip
+        tally.add(
+            loss,
+            mask * (weights > 0),
+            aware,
+            A,
+            self.clip,
+            log_ratio=logp - before,
+            kl=kl,
+            entropy=data.spread(rows, entropy),
+            difference=before - sampled,
+        )
 
     def objective(self, logp, before, sampled, A, mask, aware, reference):
         """The loss of each token and its KL, (n,R): the algorithm's own, and what the options add to it.
@@ -328,11 +355,21 @@ def prepare(config, run):
     referred = teach or (loss.beta if config.beta == -1 else config.beta)
     start, sampler = start_models(config, run, model, referred)
     rollout = PolicyRollout(
-        processor, policies, config.group_size, K, max_prompt=config.max_prompt, noise=config.noise, teach=teach,
-        sampler=sampler, max_tokens=config.max_response, min_tokens=config.min_response,
-        temperature=config.temperature, budget=config.budget, stop_ids=processor.stop_ids,
+        processor,
+        policies,
+        config.group_size,
+        K,
+        max_prompt=config.max_prompt,
+        noise=config.noise,
+        teach=teach,
+        sampler=sampler,
+        max_tokens=config.max_response,
+        min_tokens=config.min_response,
+        temperature=config.temperature,
+        budget=config.budget,
+        stop_ids=processor.stop_ids,
         banned_ids=processor.banned_ids,
-    )  # fmt: skip
+    )
     replay = Replay(config, run, processor) if config.replay else None
     learner = Learner(config, run, model, start, run.optimizer(model), replay, processor.pad_id)
     tries = config.dynamic_tries if config.dynamic_tries >= 0 else 20 * (config.algorithm == "dapo")

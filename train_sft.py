@@ -89,7 +89,7 @@ def train(config):
             with run.phase("read"):
                 parts = read(step)
             with run.phase("learn"):
-                loss, tokens, seen = likelihood(run, model, parts)          # L and |O|, over all ranks
+                loss, tokens, seen = likelihood(run, model, parts)  # L and |O|, over all ranks
                 run.reduce_gradients(model)
                 grad_norm = run.update(model, optimizer, step, steps)
             run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)

@@ -40,8 +40,22 @@ from tqdm import tqdm
 
 import model as qwen
 from data import InputError, command
-from support.batching import (Ahead, Batch, batches, collate, is_fsdp, learned_hidden, mixture, pack, packing_pays,
-                              replayed_items, response_logprobs, rng, share, token_logprobs)  # noqa: F401
+from support.batching import (
+    Ahead,
+    Batch,
+    batches,
+    collate,
+    is_fsdp,
+    learned_hidden,
+    mixture,
+    pack,
+    packing_pays,
+    replayed_items,
+    response_logprobs,
+    rng,
+    share,
+    token_logprobs,
+)  # noqa: F401
 from support.checkpoint import Checkpoints, cut_logs, trainable, write_json
 from support.config import CommonConfig, option, parse, redefault  # noqa: F401
 from support.sharding import shard, unsharded, whole
@@ -98,9 +112,21 @@ def compile_blocks(model, backend="inductor"):
 # -- 2. the run -------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
-    "out", "resume", "overwrite", "save_every", "async_save", "keep", "workers", "micro_batch", "fsdp", "timeout",
-    "device", "gradient_checkpointing", "compile", "max_skipped",
-}  # fmt: skip
+    "out",
+    "resume",
+    "overwrite",
+    "save_every",
+    "async_save",
+    "keep",
+    "workers",
+    "micro_batch",
+    "fsdp",
+    "timeout",
+    "device",
+    "gradient_checkpointing",
+    "compile",
+    "max_skipped",
+}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
 
@@ -135,8 +161,9 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():  # one group for all the runs of a process
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    timeout=timedelta(minutes=self.config.timeout))
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=self.config.timeout)
+            )
             atexit.register(dist.destroy_process_group)
         try:
             self.on_main(self._open)
@@ -190,11 +217,16 @@ class Run:
             shutil.rmtree(path)
         before = _run_config(self.out)
         if before and self.config.resume:
-            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in dataclasses.asdict(self.config).items()
-                       if k not in MAY_CHANGE and before.get(k) != v]
+            changed = [
+                f"{k} {before.get(k)!r} -> {v!r}"
+                for k, v in dataclasses.asdict(self.config).items()
+                if k not in MAY_CHANGE and before.get(k) != v
+            ]
             if changed or before["stage"] != self.stage:
-                raise InputError(f"--resume {self.out}: the run was started as {before['stage']} with another config "
-                                 f"({', '.join(changed[:5])}), expected the same")
+                raise InputError(
+                    f"--resume {self.out}: the run was started as {before['stage']} with another config "
+                    f"({', '.join(changed[:5])}), expected the same"
+                )
         elif (before or (self.out / "model").exists() or (self.out / "adapter").exists()) and not self.config.overwrite:
             raise InputError(f"--out {self.out}: holds another run, expected a new folder, --resume or --overwrite")
 
@@ -262,7 +294,7 @@ class Run:
         others would wait for it for ever.
         """
         size = self.config.micro_batch
-        parts = [(rows[i:i + size], 1.0) for i in range(0, len(rows), size)]
+        parts = [(rows[i : i + size], 1.0) for i in range(0, len(rows), size)]
         if self.fsdp:
             self._spare = rows[:1] or self._spare
             if not self._spare:
@@ -343,8 +375,10 @@ class Run:
     def optimizer(self, model):
         """AdamW on what is trainable; weight decay on matrices only."""
         parameters = list(trainable(model).values())
-        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.config.weight_decay},
-                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=not self.fsdp)
 
@@ -389,8 +423,14 @@ class Run:
     def steps(self, model, optimizer, total):
         """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
         first = self.restore(model, optimizer)
-        self._bar = tqdm(initial=first, total=total, desc=self.stage, unit="step", leave=True,
-                         disable=not (self.is_main and sys.stderr.isatty()))
+        self._bar = tqdm(
+            initial=first,
+            total=total,
+            desc=self.stage,
+            unit="step",
+            leave=True,
+            disable=not (self.is_main and sys.stderr.isatty()),
+        )
         self._total = total
         for self.step in range(first, total):
             torch.manual_seed(int(rng(self.config.seed, self.step, self.rank).integers(2**62)))  # dropout

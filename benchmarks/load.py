@@ -39,13 +39,15 @@ with open(folder + "/model.safetensors", "rb", buffering=0) as file:
 PROGRAMS = {
     "reading the file": COMMON + READ,
     "reading it into memory for fp32": COMMON + READ + "more = torch.zeros(size, dtype=torch.uint8)\nsize *= 2\n",
-    "model.load_pretrained": COMMON + """
+    "model.load_pretrained": COMMON
+    + """
 from model import load_pretrained
 before, start, cpu = high_water(), time.perf_counter(), time.process_time()
 model = load_pretrained(folder, "cpu", dtype)
 size = sum(p.nbytes for p in model.parameters())
 """,
-    "transformers": COMMON + """
+    "transformers": COMMON
+    + """
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 logging.disable_progress_bar()
@@ -54,7 +56,7 @@ model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
 size = sum(p.nbytes for p in model.parameters())
 touched = sum(float(p.flatten()[::512].float().sum()) for p in model.parameters())  # it maps pages lazily: read them
 """,
-}  # fmt: skip
+}
 REPORT = """
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 peak = high_water() - before
@@ -80,6 +82,7 @@ def main():
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
     from helpers import tiny_config
+
     from model import Config, Qwen25VL, save_pretrained
 
     load = os.getloadavg()[0]

@@ -53,6 +53,7 @@ def planted(N, D, V, dtype, device):
 
 # -- the rivals: each takes h, W, y and returns logp (N,), or a number for losses that have nothing per token ----------
 
+
 def ours(h, W, y):
     return linear_logprob(h, W, y)[0]
 
@@ -64,35 +65,49 @@ def eager(h, W, y):
 def torch_own(reduction):
     def rival(h, W, y):
         rows = None if h.is_cuda else 256  # of a chunk; on a CPU its own choice takes twenty times as long
-        chunked = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)  # without it all logits are held, as in eager
+        chunked = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=rows
+        )  # without it all logits are held, as in eager
         return F.linear_cross_entropy(h, W, y, reduction=reduction, options=chunked)
+
     return rival
 
 
 def liger(h, W, y):
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
     return LigerFusedLinearCrossEntropyFunction.apply(h, W, y, None, None, -100, 0.0, 0.0, "none")[0]
 
 
 def liger_grpo(h, W, y):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
     B, T = 8, len(y) // 8
     ones = torch.ones(B, T, device=h.device)
     return LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)(
-        h.view(B, T, -1), W, y.view(B, T), ones, torch.linspace(-1, 1, B, device=h.device))[0]
+        h.view(B, T, -1), W, y.view(B, T), ones, torch.linspace(-1, 1, B, device=h.device)
+    )[0]
 
 
 def cut_cross_entropy(filter_eps):
     def rival(h, W, y):
         from cut_cross_entropy import linear_cross_entropy
+
         return linear_cross_entropy(h, W, y, reduction="none", filter_eps=filter_eps)
+
     return rival
 
 
-RIVALS = {"ours": ours, "eager": eager, "torch linear_cross_entropy mean": torch_own("mean"),
-          "torch linear_cross_entropy none": torch_own("none"), "Liger fused linear CE": liger,
-          "Liger fused GRPO": liger_grpo,
-          "cut-cross-entropy, filtered": cut_cross_entropy("auto"), "cut-cross-entropy, exact": cut_cross_entropy(None)}
+RIVALS = {
+    "ours": ours,
+    "eager": eager,
+    "torch linear_cross_entropy mean": torch_own("mean"),
+    "torch linear_cross_entropy none": torch_own("none"),
+    "Liger fused linear CE": liger,
+    "Liger fused GRPO": liger_grpo,
+    "cut-cross-entropy, filtered": cut_cross_entropy("auto"),
+    "cut-cross-entropy, exact": cut_cross_entropy(None),
+}
 
 
 def step(rival, h, W, y, backward):
@@ -105,6 +120,7 @@ def step(rival, h, W, y, backward):
 
 
 # -- a CPU: one process per row ----------------------------------------------------------------------------------------
+
 
 class Peak:
     """Bytes of resident memory beyond those at the start, at their highest, from a thread that looks every 5 ms."""
@@ -158,8 +174,13 @@ def measure_cpu(name, N, D, V, trainable, repeats):
 def run_cpu(sizes, repeats):
     """The rows so far, after each: a run that is stopped leaves what it has, the comparison that matters first."""
     rows = []
-    order = [(name, size, trainable) for names in (("eager", "ours"), ("torch linear_cross_entropy none",))
-             for trainable in (False, True) for size in sizes for name in names]
+    order = [
+        (name, size, trainable)
+        for names in (("eager", "ours"), ("torch linear_cross_entropy none",))
+        for trainable in (False, True)
+        for size in sizes
+        for name in names
+    ]
     for name, (N, D, V), trainable in order:
         sleepy = {**os.environ, "KMP_BLOCKTIME": "0"}  # a waiting thread sleeps: spinning is no CPU time of the rival
         row = json.dumps([name, N, D, V, trainable, repeats])
@@ -167,16 +188,21 @@ def run_cpu(sizes, repeats):
         failed = {"name": name, "N": N, "D": D, "V": V, "head": "trainable" if trainable else "frozen"}
         try:
             done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=sleepy, timeout=PATIENCE)
-            rows.append(json.loads(done.stdout.splitlines()[-1]) if not done.returncode else
-                        {**failed, "not run": (done.stderr.strip().splitlines() or ["killed"])[-1]})
+            rows.append(
+                json.loads(done.stdout.splitlines()[-1])
+                if not done.returncode
+                else {**failed, "not run": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+            )
         except subprocess.TimeoutExpired:
             rows.append({**failed, "not run": f"stopped after {PATIENCE} s"})
         yield sorted(rows, key=lambda row: (row["N"], row["head"]))
 
 
 def cpu_table(rows):
-    lines = ["| tokens x width x vocabulary | head | | time | CPU time | peak extra memory |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| tokens x width x vocabulary | head | | time | CPU time | peak extra memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     base = {}
     for row in rows:
         size = (row["N"], row["D"], row["V"], row["head"])
@@ -194,6 +220,7 @@ def cpu_table(rows):
 
 
 # -- a GPU -------------------------------------------------------------------------------------------------------------
+
 
 def milliseconds(function, seconds=0.4):
     """Best of the runs that fit in so much time, after one that compiles."""
@@ -237,14 +264,23 @@ def errors_gpu(name, h, W, y):
 
 def run_gpu(sizes):
     from kernels.logprob import default_chunk
+
     rows = []
     for N, D, V in sizes:
         h, W, y = planted(N, D, V, torch.bfloat16, "cuda")
         h.requires_grad_()
         chunk = default_chunk(h)
         products = {both: milliseconds(lambda: bare_products(h.detach(), W, chunk, both)) for both in (False, True)}
-        rows.append({"name": "bare products", "N": N, "D": D, "V": V, "forward ms": products[False],
-                     "forward+backward ms": products[True]})
+        rows.append(
+            {
+                "name": "bare products",
+                "N": N,
+                "D": D,
+                "V": V,
+                "forward ms": products[False],
+                "forward+backward ms": products[True],
+            }
+        )
         for name, rival in RIVALS.items():
             row = {"name": name, "N": N, "D": D, "V": V}
             try:
@@ -270,6 +306,7 @@ def run_gpu(sizes):
 def sweep_gpu():
     """Time of the row sweep by block and warps, and of the whole by chunk; prints the best block's line for BLOCKS."""
     import kernels.logprob_triton as kernel
+
     device = torch.cuda.get_device_name()
     logits, y = torch.randn(1152, 152064, device="cuda") * 3, torch.randint(152064, (1152,), device="cuda")
     blocks = {}
@@ -278,7 +315,8 @@ def sweep_gpu():
             if 4 <= block // (32 * warps) <= 32:
                 kernel.BLOCKS[device] = (block, warps)
                 blocks[f"{block} x {warps}"] = milliseconds(
-                    lambda: kernel.sweep_rows(logits, y, 1.0, torch.bfloat16, True, True), 0.1)
+                    lambda: kernel.sweep_rows(logits, y, 1.0, torch.bfloat16, True, True), 0.1
+                )
     best = min(blocks, key=blocks.get)
     kernel.BLOCKS[device] = tuple(int(n) for n in best.split(" x "))
     print(f'kernels/logprob_triton.py, BLOCKS: "{device}": {kernel.BLOCKS[device]},')
@@ -289,7 +327,8 @@ def sweep_gpu():
         h.requires_grad_()
         for chunk in 512, 1024, 1152, 1536, 2048, 2304, 4096:
             chunks[f"D {D}, chunk {chunk}"] = milliseconds(
-                lambda: step(lambda *a: linear_logprob(*a, chunk=chunk)[0], h, W, y, True), 0.2)
+                lambda: step(lambda *a: linear_logprob(*a, chunk=chunk)[0], h, W, y, True), 0.2
+            )
     return {"sweep of 1152 x 152064, ms by block x warps": blocks, "8192 tokens, ms by chunk": chunks}
 
 
@@ -302,14 +341,22 @@ def gpu_table(rows):
         size = (row["N"], row["D"], row["V"])
         if row["name"] == "bare products":
             bare[size] = row
-        cells = [row["not run"]] + [""] * (len(columns) - 1) if "not run" in row else [
-            "" if key not in row else f"{row[key]:.3g}"
-            + (f" ({row[key] / bare[size][key]:.2f}x)" if key in columns[:2] else "") for key in columns]
+        cells = (
+            [row["not run"]] + [""] * (len(columns) - 1)
+            if "not run" in row
+            else [
+                ""
+                if key not in row
+                else f"{row[key]:.3g}" + (f" ({row[key] / bare[size][key]:.2f}x)" if key in columns[:2] else "")
+                for key in columns
+            ]
+        )
         lines.append(f"| {row['N']} x {row['D']} x {row['V']} | {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
+
 
 def machine():
     commit = ["git", "rev-parse", "--short", "HEAD"]
@@ -319,14 +366,21 @@ def machine():
     else:
         hardware = f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     from importlib.metadata import PackageNotFoundError, version
+
     versions = {}
     for package in "torch", "triton", *PEERS:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {"hardware": hardware, "python": platform.python_version(), "versions": versions, "commit": commit,
-            "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+    return {
+        "hardware": hardware,
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def write(name, result, table, notes):
@@ -336,18 +390,26 @@ def write(name, result, table, notes):
     versions = ", ".join(f"{package} {v}" for package, v in facts["versions"].items())
     (RESULTS / f"{name}.md").write_text(
         f"# linear_logprob, {facts['hardware']}\n\n{versions}; commit {facts['commit']}, {facts['date']}. {notes}\n\n"
-        f"{table}\n")
+        f"{table}\n"
+    )
     print(f"\n{table}\n\nwritten to benchmarks/results/{name}.md and .json")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpu", action="store_true",
-                        help="kernel tests, sweep and table on a CUDA machine (default: the CPU's table)")
-    parser.add_argument("--sizes", nargs="+", default=None, metavar="N,D,V",
-                        help="tokens, width, vocabulary (default: those of the table)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N",
-                        help="runs of which the best counts, on a CPU (default: 3)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="kernel tests, sweep and table on a CUDA machine (default: the CPU's table)"
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=None,
+        metavar="N,D,V",
+        help="tokens, width, vocabulary (default: those of the table)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="runs of which the best counts, on a CPU (default: 3)"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one row of the CPU's table, in this process
     args = parser.parse_args()
     if args.row:
@@ -361,8 +423,12 @@ def main():
         tests = subprocess.run([sys.executable, "-m", "pytest", *files], cwd=ROOT)
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *PEERS])  # those that will
         sweep = sweep_gpu()
-        result = {"machine": machine(), "tests passed": tests.returncode == 0, "sweep": sweep,
-                  "rows": run_gpu(sizes or GPU_SIZES)}
+        result = {
+            "machine": machine(),
+            "tests passed": tests.returncode == 0,
+            "sweep": sweep,
+            "rows": run_gpu(sizes or GPU_SIZES),
+        }
         verdict = "passed" if tests.returncode == 0 else "FAILED"
         note = f"Tests {verdict}. bf16; ratios to the bare products; the head is frozen."
         write("logprob_gpu", result, gpu_table(result["rows"]), note)
@@ -370,10 +436,12 @@ def main():
     facts, load = machine(), os.getloadavg()[0]
     for rows in run_cpu(sizes or CPU_SIZES, args.repeats):
         result = {"machine": facts, "load at the start": load, "rows": rows}
-        notes = (f"Forward + backward, fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
-                 f"the same run. At the start {load:.1f} other tasks wanted the cores: CPU time is what they cannot change "
-                 "much. With a trainable head W's own gradient, V x D x 4 bytes, is in every peak, and ours makes the "
-                 "logits twice, as a token's gradient from above is not known in the forward pass. GPU rows: not run, `make gpu` makes them.")
+        notes = (
+            f"Forward + backward, fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
+            f"the same run. At the start {load:.1f} other tasks wanted the cores: CPU time is what they cannot change "
+            "much. With a trainable head W's own gradient, V x D x 4 bytes, is in every peak, and ours makes the "
+            "logits twice, as a token's gradient from above is not known in the forward pass. GPU rows: not run, `make gpu` makes them."
+        )
         write("logprob_cpu", result, cpu_table(rows), notes)
 
 

@@ -41,8 +41,14 @@ QUICK = {
     "transformers": dict(width=256, layers=4, vocab=8_000, prompts=4, length=250, responses=8, tokens=32, policy=0),
     "policy": dict(width=512, layers=2, vocab=8_000, prompts=8, length=150, responses=8, tokens=64, policy=1500),
 }
-CASES = {"ours": "transformers", "compiled": "transformers", "transformers": "transformers",  # case: its sizes
-         "grpo": "policy", "poro": "policy", "unshared": "policy"}  # fmt: skip
+CASES = {
+    "ours": "transformers",
+    "compiled": "transformers",
+    "transformers": "transformers",  # case: its sizes
+    "grpo": "policy",
+    "poro": "policy",
+    "unshared": "policy",
+}
 RATIOS = {  # case over case, goal
     "speedup_vs_transformers": ("transformers", "ours", ">= 4"),
     "compiled_speedup": ("ours", "compiled", ""),
@@ -56,20 +62,46 @@ def config(width, layers, vocab, **_):
     """A config.json with the proportions of the official 3B model: 5.4 widths in the MLP, heads of 64, few for keys."""
     heads = width // 64
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",
-        "hidden_size": width, "intermediate_size": round(5.375 * width / 64) * 64, "num_attention_heads": heads,
-        "num_key_value_heads": max(heads // 8, 2), "num_hidden_layers": layers, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "tie_word_embeddings": False, "vocab_size": vocab, "max_position_embeddings": 32768, "torch_dtype": "float32",
-        "bos_token_id": 1, "eos_token_id": 2, "image_token_id": IMAGE,
-        "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6, "use_sliding_window": False,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": round(5.375 * width / 64) * 64,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 8, 2),
+        "num_hidden_layers": layers,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "vocab_size": vocab,
+        "max_position_embeddings": 32768,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "image_token_id": IMAGE,
+        "video_token_id": 4,
+        "vision_start_token_id": 5,
+        "vision_end_token_id": 6,
+        "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
         "vision_config": {
-            "model_type": "qwen2_5_vl", "depth": 2, "hidden_act": "silu", "hidden_size": 128, "intermediate_size": 256,
-            "num_heads": 4, "in_chans": 3, "out_hidden_size": width, "patch_size": 14, "spatial_merge_size": 2,
-            "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2,
+            "model_type": "qwen2_5_vl",
+            "depth": 2,
+            "hidden_act": "silu",
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "in_chans": 3,
+            "out_hidden_size": width,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
             "temporal_patch_size": 2,
         },
-    }  # fmt: skip
+    }
 
 
 def write_checkpoint(folder, size):
@@ -110,9 +142,13 @@ def measure(case, folder, size):
 
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         ids = torch.stack([p.input_ids for p in plain])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
-                  "pixel_values": torch.cat([p.pixel_values for p in plain]),
-                  "image_grid_thw": torch.cat([p.grid_thw for p in plain])}  # fmt: skip
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+            "pixel_values": torch.cat([p.pixel_values for p in plain]),
+            "image_grid_thw": torch.cat([p.grid_thw for p in plain]),
+        }
         options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=n, eos_token_id=2)
         options["pad_token_id"] = 2
         work = lambda tokens: model.generate(**inputs, **options, min_new_tokens=tokens, max_new_tokens=tokens)
@@ -131,21 +167,34 @@ def measure(case, folder, size):
     work(size["tokens"])
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     tokens, peak = size["prompts"] * n * size["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens, "tokens_per_second": tokens / wall,
-            "peak_gb": peak / 2**20, "loaded_gb": before / 2**20}  # fmt: skip
+    return {
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "tokens": tokens,
+        "tokens_per_second": tokens / wall,
+        "peak_gb": peak / 2**20,
+        "loaded_gb": before / 2**20,
+    }
 
 
 def ratios(rows):
     """{name: (of wall clocks, of CPU seconds)} of RATIOS, as far as both cases were measured; rows: {case: record}."""
     of = lambda over, under, key: round(rows[over][key] / rows[under][key], 3)
-    return {name: (of(over, under, "seconds"), of(over, under, "cpu_seconds"))
-            for name, (over, under, _) in RATIOS.items() if over in rows and under in rows}  # fmt: skip
+    return {
+        name: (of(over, under, "seconds"), of(over, under, "cpu_seconds"))
+        for name, (over, under, _) in RATIOS.items()
+        if over in rows and under in rows
+    }
 
 
 def table(results):
     """The results as Markdown."""
-    lines = ["# Sampling groups of responses", "", "Random weights of seed 0, fp32. Load: how many tasks wanted the "
-             "cores at the start; with others about, trust the ratios of CPU seconds."]  # fmt: skip
+    lines = [
+        "# Sampling groups of responses",
+        "",
+        "Random weights of seed 0, fp32. Load: how many tasks wanted the "
+        "cores at the start; with others about, trust the ratios of CPU seconds.",
+    ]
     for setting, rows in results.items():
         lines += ["", f"## {setting}", ""]
         lines += ["| | wall s | CPU s | tokens/s | peak GB | of it the model | load |", "|---" * 7 + "|"]

@@ -75,8 +75,13 @@ def theirs(case, folder, size):
     prompts, responses = batch_of(size)
     rows = [(prompt, tokens) for prompt, group in zip(prompts, responses) for tokens in group]
     ids = torch.stack([torch.cat([prompt.input_ids, tokens]) for prompt, tokens in rows])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.cat([p.pixel_values for p, _ in rows]),
-              "image_grid_thw": torch.cat([p.grid_thw for p, _ in rows]), "mm_token_type_ids": (ids == IMAGE).int()}  # fmt: skip
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.cat([p.pixel_values for p, _ in rows]),
+        "image_grid_thw": torch.cat([p.grid_thw for p, _ in rows]),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
     R = size["tokens"]
     if case == "sft":
         pattern = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -124,15 +129,29 @@ def measure(case, side, folder, size, ranks):
         optimizer.zero_grad()
     wall, cpu = (time.perf_counter() - wall) / REPEATS, (time.process_time() - cpu) / REPEATS
     tokens = size["prompts"] * size["responses"] * (size["length"] + size["tokens"])  # as one row a response reads them
-    return {"loss": first, "seconds": wall, "cpu_seconds": cpu, "tokens": tokens, "tokens_per_second": tokens / wall,
-            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # fmt: skip
+    return {
+        "loss": first,
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "tokens": tokens,
+        "tokens_per_second": tokens / wall,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
 
 
 def run(case, side, folder, size, threads, ranks=1):
     """One measurement in a process of its own, or in one a rank -> the first one's figures."""
     words = [sys.executable, "-m", "benchmarks.train", "--measure", json.dumps([case, side, str(folder), size, ranks])]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
-    children = [subprocess.Popen(words, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(ranks)]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+    }
+    children = [
+        subprocess.Popen(words, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(ranks)
+    ]
     outputs = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
         sys.exit(f"{case} {side} failed")
@@ -150,24 +169,41 @@ def main():
         print(json.dumps(measure(*json.loads(args.measure))))
         return
     base = {**SIZE, **(dict(width=128, layers=2, vocab=16_000) if args.quick else {})}
-    result = {"machine": f"{cpu_name()}, {args.threads} threads", "commit": code_version(), "quick": args.quick, "load": os.getloadavg()[0],
-              **{name: version(name) for name in ("torch", "transformers", "peft")}}  # fmt: skip
+    result = {
+        "machine": f"{cpu_name()}, {args.threads} threads",
+        "commit": code_version(),
+        "quick": args.quick,
+        "load": os.getloadavg()[0],
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_checkpoint(folder, {**base, **CASES["sft"]})
         versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "transformers", "peft"))
-        lines = [f"{parameters / 1e6:.0f} M parameters, fp32, {result['machine']}, load {result['load']:.1f} before it began; {versions}; "
-                 f"commit {result['commit'][:7]}. What the steps are: benchmarks/train.py.\n",
-                 "| step | | tokens/s | cpu s a step | peak GB |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
+        lines = [
+            f"{parameters / 1e6:.0f} M parameters, fp32, {result['machine']}, load {result['load']:.1f} before it began; {versions}; "
+            f"commit {result['commit'][:7]}. What the steps are: benchmarks/train.py.\n",
+            "| step | | tokens/s | cpu s a step | peak GB |",
+            "| --- | --- | --- | --- | --- |",
+        ]
         for case, extra in CASES.items():
             size = {**base, **extra}
             sides = {side: run(case, side, folder, size, args.threads) for side in ("ours", "theirs")}
             a, b = sides["ours"], sides["theirs"]
             assert abs(a["loss"] - b["loss"]) < 1e-4 * max(1, abs(b["loss"])), (a["loss"], b["loss"])
-            result[case] = {**sides, "speedup": a["tokens_per_second"] / b["tokens_per_second"], "memory": a["peak_gb"] / b["peak_gb"],
-                            "speedup_cpu": b["cpu_seconds"] / a["cpu_seconds"]}  # fmt: skip
-            lines += [f"| {case} | {'trimpi' if side == 'ours' else 'transformers + PEFT'} | {x['tokens_per_second']:.0f} "
-                      f"| {x['cpu_seconds']:.2f} | {x['peak_gb']:.2f} |" for side, x in sides.items()]  # fmt: skip
-            lines.append(f"| {case} | ratio | {result[case]['speedup']:.2f} | {result[case]['speedup_cpu']:.2f} | {result[case]['memory']:.2f} |")
+            result[case] = {
+                **sides,
+                "speedup": a["tokens_per_second"] / b["tokens_per_second"],
+                "memory": a["peak_gb"] / b["peak_gb"],
+                "speedup_cpu": b["cpu_seconds"] / a["cpu_seconds"],
+            }
+            lines += [
+                f"| {case} | {'trimpi' if side == 'ours' else 'transformers + PEFT'} | {x['tokens_per_second']:.0f} "
+                f"| {x['cpu_seconds']:.2f} | {x['peak_gb']:.2f} |"
+                for side, x in sides.items()
+            ]
+            lines.append(
+                f"| {case} | ratio | {result[case]['speedup']:.2f} | {result[case]['speedup_cpu']:.2f} | {result[case]['memory']:.2f} |"
+            )
         size = {**base, **CASES["sft"]}
         one, two = run("sft", "ours", folder, size, 1), run("sft", "ours", folder, size, 1, ranks=2)
         result["ranks"] = {"one": one, "two": two, "scaling": 2 * two["tokens_per_second"] / one["tokens_per_second"]}

@@ -54,10 +54,13 @@ EDGE = 0.11  # width of the rounded edges of cubes and cylinders, in radii
 _behind = -CAMERA[:2] / np.linalg.norm(CAMERA[:2])
 _right = np.array([-_behind[1], _behind[0]]) * -1
 DIRECTIONS = {  # fixed by the camera before its jitter, as in the official scenes
-    "right": [*_right.tolist(), 0.0], "left": [*(-_right).tolist(), 0.0],
-    "behind": [*_behind.tolist(), 0.0], "front": [*(-_behind).tolist(), 0.0],
-    "above": [0.0, 0.0, 1.0], "below": [0.0, 0.0, -1.0],
-}  # fmt: skip
+    "right": [*_right.tolist(), 0.0],
+    "left": [*(-_right).tolist(), 0.0],
+    "behind": [*_behind.tolist(), 0.0],
+    "front": [*(-_behind).tolist(), 0.0],
+    "above": [0.0, 0.0, 1.0],
+    "below": [0.0, 0.0, -1.0],
+}
 
 
 # -- 1. scenes ---------------------------------------------------------------------------------------------------------
@@ -82,19 +85,35 @@ def sample_scene(rng, objects=(3, 10), size=(480, 320), area=3.0, zoom=1.0, visi
         pixels = project(centres, camera, size)
         if not _all_visible(pixels, centres[:, 2], size, zoom, visible):
             continue
-        kinds = zip(rng.integers(3, size=wanted).tolist(), rng.integers(8, size=wanted).tolist(),
-                    rng.integers(2, size=wanted).tolist(), rng.uniform(0, 360, wanted).tolist())  # fmt: skip
+        kinds = zip(
+            rng.integers(3, size=wanted).tolist(),
+            rng.integers(8, size=wanted).tolist(),
+            rng.integers(2, size=wanted).tolist(),
+            rng.uniform(0, 360, wanted).tolist(),
+        )
         return {
-            "image_index": index, "image_filename": filename, "split": split,
-            "directions": DIRECTIONS, "camera": camera, "lamps": (LAMPS + rng.uniform(-1, 1, (3, 3))).tolist(),
+            "image_index": index,
+            "image_filename": filename,
+            "split": split,
+            "directions": DIRECTIONS,
+            "camera": camera,
+            "lamps": (LAMPS + rng.uniform(-1, 1, (3, 3))).tolist(),
             "objects": [
-                {"shape": SHAPES[shape], "color": COLORS[color], "size": size_name, "material": MATERIALS[material],
-                 "3d_coords": [x, y, r], "rotation": rotation, "pixel_coords": [int(u), int(v), depth]}
-                for (x, y, r, size_name), (shape, color, material, rotation), (u, v, depth)
-                in zip(placed, kinds, pixels.tolist())
+                {
+                    "shape": SHAPES[shape],
+                    "color": COLORS[color],
+                    "size": size_name,
+                    "material": MATERIALS[material],
+                    "3d_coords": [x, y, r],
+                    "rotation": rotation,
+                    "pixel_coords": [int(u), int(v), depth],
+                }
+                for (x, y, r, size_name), (shape, color, material, rotation), (u, v, depth) in zip(
+                    placed, kinds, pixels.tolist()
+                )
             ],
             "relationships": relationships(centres),
-        }  # fmt: skip
+        }
 
 
 def _place(rng, wanted, area, apart=0.25, margin=0.4):

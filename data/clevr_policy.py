@@ -137,12 +137,24 @@ def build_policy(rng, depth, variant, table, style=None, conditions="existence",
                 node["asked"] = (attribute, node["target"][attribute])
     shown = [k for k, node in enumerate(nodes) if "asked" in node] if variant == "M" else []
     shown = set(rng.permutation(shown)[: max(1, round(crop_share * len(shown)))].tolist()) if shown else set()
-    policy = {"name": name or style.name(rng, depth, taken), "root": "n0", "depth": depth, "variant": variant,
-              "conditions": conditions,
-              "nodes": [{**node, "id": f"n{k}", "crop": k in shown, "blind": variant == "M",
-                         "branches": {answer: f"{kind[0]}{c}" for answer, (kind, c) in node["branches"].items()}}
-                        for k, node in enumerate(nodes)],
-              "leaves": [{"id": f"l{k}", "response": ""} for k in range(leaves)]}  # fmt: skip
+    policy = {
+        "name": name or style.name(rng, depth, taken),
+        "root": "n0",
+        "depth": depth,
+        "variant": variant,
+        "conditions": conditions,
+        "nodes": [
+            {
+                **node,
+                "id": f"n{k}",
+                "crop": k in shown,
+                "blind": variant == "M",
+                "branches": {answer: f"{kind[0]}{c}" for answer, (kind, c) in node["branches"].items()},
+            }
+            for k, node in enumerate(nodes)
+        ],
+        "leaves": [{"id": f"l{k}", "response": ""} for k in range(leaves)],
+    }
     style.label(policy, rng)
     for node in policy["nodes"]:
         style.ask(node, rng)
@@ -217,10 +229,18 @@ def make_items(policy, style, table, rows, answers, rng, split):
     for number, row in enumerate(rows.tolist()):
         path, response = walk(policy, answers, row)
         scene = table.scenes[row]
-        items.append({"id": f"{policy['name']}-{split}-{number}", "policy": policy["name"],
-                      "scene": scene["image_filename"], "images": [picture_name(scene)],
-                      "question": style.query(policy, rng), "answer": response, "path": path,
-                      "cot": style.chain(policy, path)})  # fmt: skip
+        items.append(
+            {
+                "id": f"{policy['name']}-{split}-{number}",
+                "policy": policy["name"],
+                "scene": scene["image_filename"],
+                "images": [picture_name(scene)],
+                "question": style.query(policy, rng),
+                "answer": response,
+                "path": path,
+                "cot": style.chain(policy, path),
+            }
+        )
     return items
 
 
@@ -313,8 +333,10 @@ def read_clevr(folder):
 
 def _sample_range(job):
     seed, split, start, end, options = job
-    return [sample_scene(np.random.default_rng([seed, {"train": 0, "val": 1}[split], k]), index=k, split=split, **options)
-            for k in range(start, end)]  # fmt: skip
+    return [
+        sample_scene(np.random.default_rng([seed, {"train": 0, "val": 1}[split], k]), index=k, split=split, **options)
+        for k in range(start, end)
+    ]
 
 
 def sample_scenes(seed, counts, run=map, **options):
@@ -399,8 +421,24 @@ class NewFolder:
             shutil.rmtree(self.draft, ignore_errors=True)
 
 
-def make_dataset(out, scenes, *, depth, variant, policies, queries, sft, test, seed, style=None, conditions="existence",
-                 cpt=("applied", "document"), size=(480, 320), run=map, overwrite=False):  # fmt: skip
+def make_dataset(
+    out,
+    scenes,
+    *,
+    depth,
+    variant,
+    policies,
+    queries,
+    sft,
+    test,
+    seed,
+    style=None,
+    conditions="existence",
+    cpt=("applied", "document"),
+    size=(480, 320),
+    run=map,
+    overwrite=False,
+):
     """Write a whole data folder: policies.json, the four JSONL files, scenes/ and images/.
 
     scenes: {"train", "test"} as read_clevr or sample_scenes give them; counts (queries, sft, test) are per policy;
@@ -426,8 +464,10 @@ def make_dataset(out, scenes, *, depth, variant, policies, queries, sft, test, s
                 answers, leaf = route(policy, tables[split])
                 rows = choose(leaf, len(policy["leaves"]), wanted, rng, used[split])
                 if len(rows) < wanted:
-                    raise InputError(f"policy {policy['name']}: {wanted} {split} queries asked for, the folder's scenes "
-                                     f"supply {len(rows)}")  # fmt: skip
+                    raise InputError(
+                        f"policy {policy['name']}: {wanted} {split} queries asked for, the folder's scenes "
+                        f"supply {len(rows)}"
+                    )
                 used[split][rows] += 1
                 items[split] = make_items(policy, style, tables[split], rows, answers, rng, split)
                 if split == "train":
@@ -454,9 +494,13 @@ def make_dataset(out, scenes, *, depth, variant, policies, queries, sft, test, s
             jobs = [(scene, size, os.path.join(draft, picture_name(scene))) for scene in kept]
             for _ in run(_write_picture, jobs):
                 pass
-            write_json(os.path.join(draft, "scenes", f"CLEVR_{official}_scenes.json"),
-                       {"info": {"split": official, "version": "1.0"},
-                        "scenes": [{k: v for k, v in scene.items() if k != "file"} for scene in kept]})  # fmt: skip
+            write_json(
+                os.path.join(draft, "scenes", f"CLEVR_{official}_scenes.json"),
+                {
+                    "info": {"split": official, "version": "1.0"},
+                    "scenes": [{k: v for k, v in scene.items() if k != "file"} for scene in kept],
+                },
+            )
     return report
 
 
@@ -464,23 +508,37 @@ def stored(policy):
     """A policy as policies.json keeps it: without what only its making needed."""
     nodes = []
     for node in policy["nodes"]:
-        entry = {key: node[key] for key in ("id", "program", "question", "quote", "section", "recite", "branches") if key in node}
+        entry = {
+            key: node[key]
+            for key in ("id", "program", "question", "quote", "section", "recite", "branches")
+            if key in node
+        }
         if node["crop"]:
             entry["crop"] = dict([node["asked"]])
         nodes.append(entry)
     keys = ("name", "root", "depth", "variant", "conditions")
-    return {**{key: policy[key] for key in keys}, "nodes": nodes, "leaves": policy["leaves"],
-            "text": policy["text"], "images": policy["images"]}  # fmt: skip
+    return {
+        **{key: policy[key] for key in keys},
+        "nodes": nodes,
+        "leaves": policy["leaves"],
+        "text": policy["text"],
+        "images": policy["images"],
+    }
 
 
 def figures(policy, items):
     """What a report says of a policy: sizes, and the share of the most frequent answer, which is a guesser's score."""
     answers = [item["answer"] for item in items]
     counts = {leaf["response"]: answers.count(leaf["response"]) for leaf in policy["leaves"]}
-    return {"name": policy["name"], "nodes": len(policy["nodes"]), "responses": len(policy["leaves"]),
-            "words": len(policy["text"].split()), "pictures": len(policy["images"]),
-            "most frequent": max(counts.values()) / max(1, len(items)),
-            "unreached": sum(count == 0 for count in counts.values())}  # fmt: skip
+    return {
+        "name": policy["name"],
+        "nodes": len(policy["nodes"]),
+        "responses": len(policy["leaves"]),
+        "words": len(policy["text"].split()),
+        "pictures": len(policy["images"]),
+        "most frequent": max(counts.values()) / max(1, len(items)),
+        "unreached": sum(count == 0 for count in counts.values()),
+    }
 
 
 def cpt_items(policy, style, items, scenes, kinds, rng):
@@ -495,8 +553,16 @@ def cpt_items(policy, style, items, scenes, kinds, rng):
         out += [{**item, "id": f"{item['id']}-applied", "kind": "applied"} for item in items]
     if "document" in kinds:
         for k in range(max(1, len(items) // 10)):
-            out.append({"id": f"{policy['name']}-document-{k}", "policy": policy["name"], "kind": "document",
-                        "images": [], "question": "", "answer": ""})  # fmt: skip
+            out.append(
+                {
+                    "id": f"{policy['name']}-document-{k}",
+                    "policy": policy["name"],
+                    "kind": "document",
+                    "images": [],
+                    "question": "",
+                    "answer": "",
+                }
+            )
     if "response" in kinds:
         for item, scene in zip(items, scenes):
             path = []
@@ -504,16 +570,27 @@ def cpt_items(policy, style, items, scenes, kinds, rng):
                 node = policy["nodes"][k]
                 found = word(execute(node["program"], scene))
                 path += [{"node": node["id"], "answer": found}] if found in node["branches"] else []
-            out.append({**item, "id": f"{item['id']}-response", "kind": "response", "path": path,
-                        "answer": f"<think>{style.chain(policy, path)}</think>", "cot": ""})  # fmt: skip
+            out.append(
+                {
+                    **item,
+                    "id": f"{item['id']}-response",
+                    "kind": "response",
+                    "path": path,
+                    "answer": f"<think>{style.chain(policy, path)}</think>",
+                    "cot": "",
+                }
+            )
     if "section" in kinds:
         out += section_items(policy, style, rng, scenes[: len(policy["leaves"])])
     return out
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="python -m data.clevr_policy", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m data.clevr_policy",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the data folder to write")
     add("--depth", type=int, default=4, metavar="N", help="layers of decisions; the paper has 2, 4 and 6")
@@ -523,18 +600,38 @@ def arguments():
     add("--sft", type=int, metavar="Q", help="of these with a chain of thought, per policy; default queries / 8")
     add("--test", type=int, metavar="Q", help="test queries per policy, on unseen scenes; default queries / 10")
     add("--seed", type=int, default=0, help="the same seed writes the same bytes")
-    add("--clevr-root", metavar="FOLDER", help="scenes and pictures of a folder in the official CLEVR v1.0 layout; "
-        "without it the project draws its own")  # fmt: skip
-    add("--conditions", choices=("existence", "full"), default="existence",
-        help="existence: the paper's; full: counts, relations, comparisons, several-way branches")  # fmt: skip
-    add("--cpt", default="applied,document", metavar="KINDS",
-        help="kinds of VM-CPT items, of applied (the paper's form), document, section, response")  # fmt: skip
+    add(
+        "--clevr-root",
+        metavar="FOLDER",
+        help="scenes and pictures of a folder in the official CLEVR v1.0 layout; without it the project draws its own",
+    )
+    add(
+        "--conditions",
+        choices=("existence", "full"),
+        default="existence",
+        help="existence: the paper's; full: counts, relations, comparisons, several-way branches",
+    )
+    add(
+        "--cpt",
+        default="applied,document",
+        metavar="KINDS",
+        help="kinds of VM-CPT items, of applied (the paper's form), document, section, response",
+    )
     add("--size", default="480x320", metavar="WxH", help="pixels of the pictures that the project draws")
     add("--objects", default="3-10", metavar="A-B", help="objects in the scenes that the project draws")
-    add("--scenes", type=int, metavar="S", help="training scenes that the project draws to choose from, and a quarter more "
-        "for the test; default: enough that rare responses have queries and that policies need not share pictures")  # fmt: skip
-    add("--paper", action="store_true", help="the paper's sizes: 10 policies, 2000 queries, 250 of them with chains, "
-        "200 for the test, kinds of VM-CPT: applied")  # fmt: skip
+    add(
+        "--scenes",
+        type=int,
+        metavar="S",
+        help="training scenes that the project draws to choose from, and a quarter more "
+        "for the test; default: enough that rare responses have queries and that policies need not share pictures",
+    )
+    add(
+        "--paper",
+        action="store_true",
+        help="the paper's sizes: 10 policies, 2000 queries, 250 of them with chains, "
+        "200 for the test, kinds of VM-CPT: applied",
+    )
     add("--processes", type=int, default=1, metavar="N", help="processes that draw scenes and pictures")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
@@ -579,15 +676,32 @@ def main(argv=None):
             count = args.scenes or max(2000, 4 * args.queries, args.policies * args.queries * 6 // 5)
             counts = {"train": count, "test": max(count // 4, 8 * args.test, args.policies * args.test * 6 // 5)}
             scenes = sample_scenes(args.seed, counts, run, size=size, objects=objects)
-        report = make_dataset(args.out, scenes, depth=args.depth, variant=args.variant, policies=args.policies,
-                              queries=args.queries, sft=args.sft, test=args.test, seed=args.seed, cpt=kinds,
-                              conditions=args.conditions, size=size, run=run, overwrite=args.overwrite)  # fmt: skip
+        report = make_dataset(
+            args.out,
+            scenes,
+            depth=args.depth,
+            variant=args.variant,
+            policies=args.policies,
+            queries=args.queries,
+            sft=args.sft,
+            test=args.test,
+            seed=args.seed,
+            cpt=kinds,
+            conditions=args.conditions,
+            size=size,
+            run=run,
+            overwrite=args.overwrite,
+        )
     for row in report:
-        print(f"{row['name']:16} {row['nodes']:4} conditions {row['responses']:4} responses {row['words']:6} words "
-              f"{row['pictures']:3} pictures   most frequent answer {row['most frequent']:.3f}"
-              + (f"   {row['unreached']} responses that no scene reaches" if row["unreached"] else ""))  # fmt: skip
-    print(f"{args.out}: {args.policies * args.queries} training queries, {args.policies * args.sft} with chains, "
-          f"{args.policies * args.test} test queries")  # fmt: skip
+        print(
+            f"{row['name']:16} {row['nodes']:4} conditions {row['responses']:4} responses {row['words']:6} words "
+            f"{row['pictures']:3} pictures   most frequent answer {row['most frequent']:.3f}"
+            + (f"   {row['unreached']} responses that no scene reaches" if row["unreached"] else "")
+        )
+    print(
+        f"{args.out}: {args.policies * args.queries} training queries, {args.policies * args.sft} with chains, "
+        f"{args.policies * args.test} test queries"
+    )
 
 
 if __name__ == "__main__":

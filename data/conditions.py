@@ -76,9 +76,11 @@ def compare(rng, one):
     right = program.add("count", program.objects(second))
     name = pick(rng, ("greater_than", "less_than", "equal_integer"))
     program.add(name, left, right)
-    form = {"greater_than": "Are there more {} than {} in the picture?",
-            "less_than": "Are there fewer {} than {} in the picture?",
-            "equal_integer": "Are there exactly as many {} as {} in the picture?"}[name]  # fmt: skip
+    form = {
+        "greater_than": "Are there more {} than {} in the picture?",
+        "less_than": "Are there fewer {} than {} in the picture?",
+        "equal_integer": "Are there exactly as many {} as {} in the picture?",
+    }[name]
     return program, form.format(noun(first), noun(second)), None, [["yes"], ["no"]]
 
 
@@ -127,8 +129,10 @@ def between(rng, one):
     places = pick(rng, RELATIONS), pick(rng, RELATIONS)
     sides = [program.add("relate", program.the(known), value=place) for known, place in zip((first, second), places)]
     found = program.objects(target, program.add("intersect", *sides))
-    where = (f"both {PLACES[places[0]]} the {noun(first, plural=False)} "
-             f"and {PLACES[places[1]]} the {noun(second, plural=False)}")  # fmt: skip
+    where = (
+        f"both {PLACES[places[0]]} the {noun(first, plural=False)} "
+        f"and {PLACES[places[1]]} the {noun(second, plural=False)}"
+    )
     words, groups = _asked(rng, program, found, where)
     return program, words, target, groups
 

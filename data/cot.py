@@ -54,8 +54,16 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
             processor.encode(m, add_generation_prompt=True) for m in prompts([items[k] for k in part], policies, mode)
         ]
         seeds = [[(seed * 1_000_003 + k) * 1009 + a for a in range(attempts)] for k in part]
-        groups = sample(model, encoded, attempts, max_tokens=max_response, temperature=temperature, seeds=seeds,
-                        stop_ids=processor.stop_ids, banned_ids=processor.banned_ids)  # fmt: skip
+        groups = sample(
+            model,
+            encoded,
+            attempts,
+            max_tokens=max_response,
+            temperature=temperature,
+            seeds=seeds,
+            stop_ids=processor.stop_ids,
+            banned_ids=processor.banned_ids,
+        )
         for k, group in zip(part, groups):
             chain = keep(items[k], [processor.decode(response.tokens) for response in group], mode)
             if chain is not None:
@@ -86,8 +94,10 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
     args = parser.parse_args(argv)
     if args.attempts < 1 or args.max_response < 1 or not 0 <= args.temperature < 100:
-        raise InputError(f"--attempts {args.attempts} --max-response {args.max_response} --temperature {args.temperature} found, "
-                         "expected at least 1, at least 1 and 0 or more")  # fmt: skip
+        raise InputError(
+            f"--attempts {args.attempts} --max-response {args.max_response} --temperature {args.temperature} found, "
+            "expected at least 1, at least 1 and 0 or more"
+        )
     if args.mode != "gold" and not args.model:
         raise InputError(f"--mode {args.mode} found without --model, expected the model that writes the chains")
     policies = load_policies(args.data)
@@ -111,8 +121,10 @@ def main(argv=None):
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
     os.replace(f"{args.out}.draft", args.out)
     quoted, on_path = quality(made, policies)
-    print(f"{args.out}: kept {len(made)} of {len(items)} ({args.mode}); sections quoted rightly {100 * quoted:.1f} %, "
-          f"chains on the gold path {100 * on_path:.1f} %")  # fmt: skip
+    print(
+        f"{args.out}: kept {len(made)} of {len(items)} ({args.mode}); sections quoted rightly {100 * quoted:.1f} %, "
+        f"chains on the gold path {100 * on_path:.1f} %"
+    )
     if args.mode != "gold" and all(item.get("cot") for item in items):
         quoted, on_path = quality(items, policies)
         print(

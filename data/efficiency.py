@@ -66,14 +66,16 @@ class Lengths:
             raise InputError(f"{folder}/{split}: found no items that apply a policy, expected at least one")
         self.count, items = len(everything), everything[:: max(1, len(everything) // SAMPLED)][:SAMPLED]
         plain = [processor.encode(messages(item), add_generation_prompt=True) for item in items]
-        aware = [processor.encode(messages(item, policies[item["policy"]]), add_generation_prompt=True)
-                 for item in items]
+        aware = [
+            processor.encode(messages(item, policies[item["policy"]]), add_generation_prompt=True) for item in items
+        ]
         self.query = mean(len(e.input_ids) for e in plain)
         self.policy = mean(len(e.input_ids) for e in aware) - self.query
         self.response = mean(len(processor.tokenizer.encode(target(item)).ids) + 1 for item in items)
         self.query_grids = [grid for e in plain for grid in grids_of(e)]
-        self.policy_grids = [grid for e, p in zip(aware, plain)
-                             for grid in grids_of(e)[: len(grids_of(e)) - len(grids_of(p))]]
+        self.policy_grids = [
+            grid for e, p in zip(aware, plain) for grid in grids_of(e)[: len(grids_of(e)) - len(grids_of(p))]
+        ]
         self.sampled = len(items)
 
     def vision(self, config, policy):
@@ -144,14 +146,28 @@ def price(config, processor, runs, data):
         lengths = lengths_of(run["data"], run.get("split") or f"{run['stage']}.jsonl")
         response = sampled or lengths.response
         flops = training_flops(config, run, lengths, steps, run["batch_size"], response)
-        stages.append({"stage": run["stage"], "run": folder, "items": steps * run["batch_size"],
-                       "response_tokens": response, "flops": flops})
+        stages.append(
+            {
+                "stage": run["stage"],
+                "run": folder,
+                "items": steps * run["batch_size"],
+                "response_tokens": response,
+                "flops": flops,
+            }
+        )
     for run in () if runs else RECIPE:
         lengths = lengths_of(data, run["split"])
         items = lengths.count * run["epochs"]
         flops = training_flops(config, run, lengths, 1, items, lengths.response)
-        stages.append({"stage": run["stage"], "run": "recipe", "items": items, "response_tokens": lengths.response,
-                       "flops": flops})
+        stages.append(
+            {
+                "stage": run["stage"],
+                "run": "recipe",
+                "items": items,
+                "response_tokens": lengths.response,
+                "flops": flops,
+            }
+        )
     return stages
 
 
@@ -220,13 +236,21 @@ def measure(model, processor, items, policies, new_tokens):
             fresh[item["policy"]] = kept_policy(model, processor, policy, aware)
         cache, length, pictures = fresh[item["policy"]]
         kept = time_query(model, aware, new_tokens, cache(), length, pictures)
-        rows = [(len(plain.input_ids), *time_query(model, plain, new_tokens)),
-                (len(aware.input_ids), *time_query(model, aware, new_tokens)),
-                (len(aware.input_ids) - length, *kept)]  # fmt: skip
+        rows = [
+            (len(plain.input_ids), *time_query(model, plain, new_tokens)),
+            (len(aware.input_ids), *time_query(model, aware, new_tokens)),
+            (len(aware.input_ids) - length, *kept),
+        ]
         for way, row in zip(seen, rows):
             seen[way] += [row] if number else []
-    return {way: {"prompt_tokens": mean(r[0] for r in rows), "first_token_ms": 1000 * median(r[1] for r in rows),
-                  "tokens_per_second": median(r[2] for r in rows)} for way, rows in seen.items()}  # fmt: skip
+    return {
+        way: {
+            "prompt_tokens": mean(r[0] for r in rows),
+            "first_token_ms": 1000 * median(r[1] for r in rows),
+            "tokens_per_second": median(r[2] for r in rows),
+        }
+        for way, rows in seen.items()
+    }
 
 
 # -- 3. the report -----------------------------------------------------------------------------------------------------
@@ -238,31 +262,46 @@ def report(model, processor, data, runs=(), split="test.jsonl", queries=16, new_
     items = load_items(data, split, policies)
     ways = measure(model, processor, items[:queries], policies, new_tokens)
     lengths = Lengths(processor, data, split)
-    flops = {"without P": query_flops(model.config, lengths, lengths.response, False),
-             "with P": query_flops(model.config, lengths, lengths.response, True),
-             "with P, kept": query_flops(model.config, lengths, lengths.response, True, kept=True)}  # fmt: skip
+    flops = {
+        "without P": query_flops(model.config, lengths, lengths.response, False),
+        "with P": query_flops(model.config, lengths, lengths.response, True),
+        "with P, kept": query_flops(model.config, lengths, lengths.response, True, kept=True),
+    }
     for way, count in flops.items():
         ways[way]["flops_per_query"] = count
     stages = price(model.config, processor, runs, data)
     cost = sum(stage["flops"] for stage in stages)
     saved = lambda key: 1 - ways["without P"][key] / ways["with P"][key]
-    return {"ways": ways, "saved": {key: saved(key) for key in ("prompt_tokens", "first_token_ms", "flops_per_query")},
-            "training": stages, "training_flops": cost,
-            "paid_after_queries": {way: cost / (flops[way] - flops["without P"]) for way in ("with P", "with P, kept")
-                                   if flops[way] > flops["without P"]}}  # fmt: skip
+    return {
+        "ways": ways,
+        "saved": {key: saved(key) for key in ("prompt_tokens", "first_token_ms", "flops_per_query")},
+        "training": stages,
+        "training_flops": cost,
+        "paid_after_queries": {
+            way: cost / (flops[way] - flops["without P"])
+            for way in ("with P", "with P, kept")
+            if flops[way] > flops["without P"]
+        },
+    }
 
 
 def table(result):
     """The report as lines of text."""
     lines = [f"{'':14}{'prompt tokens':>15}{'first token':>14}{'tokens/s':>10}{'FLOPs a query':>16}"]
     for way, row in result["ways"].items():
-        lines.append(f"{way:14}{row['prompt_tokens']:15.1f}{row['first_token_ms']:11.1f} ms"
-                     f"{row['tokens_per_second']:10.1f}{row['flops_per_query']:16.3e}")  # fmt: skip
+        lines.append(
+            f"{way:14}{row['prompt_tokens']:15.1f}{row['first_token_ms']:11.1f} ms"
+            f"{row['tokens_per_second']:10.1f}{row['flops_per_query']:16.3e}"
+        )
     saved = result["saved"]
-    lines.append(f"saved without P: {saved['prompt_tokens']:.1%} of the prompt tokens, "
-                 f"{saved['first_token_ms']:.1%} of the time to the first token")  # fmt: skip
-    lines += [f"training, {stage['stage']} ({stage['run']}): {stage['items']:.0f} items, {stage['flops']:.3e} FLOPs"
-              for stage in result["training"]]
+    lines.append(
+        f"saved without P: {saved['prompt_tokens']:.1%} of the prompt tokens, "
+        f"{saved['first_token_ms']:.1%} of the time to the first token"
+    )
+    lines += [
+        f"training, {stage['stage']} ({stage['run']}): {stage['items']:.0f} items, {stage['flops']:.3e} FLOPs"
+        for stage in result["training"]
+    ]
     for way, count in result["paid_after_queries"].items():
         lines.append(f"paid after {count:,.0f} queries, against serving {way}")
     return "\n".join(lines)
@@ -270,20 +309,29 @@ def table(result):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.efficiency", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, metavar="M",
-                        help="checkpoint, hub id, or the folder of a finished run")
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="checkpoint, hub id, or the folder of a finished run"
+    )
     parser.add_argument("--adapter", default="", metavar="A", help="LoRA adapter on top of --model")
     parser.add_argument("--data", required=True, metavar="DIR", help="data folder whose policies and queries are timed")
-    parser.add_argument("--split", default="test.jsonl", metavar="FILE",
-                        help="its file of queries (default test.jsonl)")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="RUN",
-                        help="training runs to pay for (default: the paper's recipe on --data)")
+    parser.add_argument(
+        "--split", default="test.jsonl", metavar="FILE", help="its file of queries (default test.jsonl)"
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="*",
+        default=[],
+        metavar="RUN",
+        help="training runs to pay for (default: the paper's recipe on --data)",
+    )
     parser.add_argument("--queries", type=int, default=16, help="queries to time (default 16)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens written to each query (default 32)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="where to compute (default auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="of the weights (default auto)")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default auto)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights (default auto)"
+    )
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(argv)
     for flag, least in (("queries", 1), ("new_tokens", 2)):

@@ -12,8 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = (448, 336)  # 16 x 12 visual tokens of 28 px
 PAPER, INK = (252, 250, 244), (24, 24, 28)
-COLORS = {"red": (205, 45, 45), "blue": (45, 85, 200), "green": (40, 140, 70), "orange": (235, 140, 30),
-          "purple": (125, 60, 165), "yellow": (240, 205, 50)}  # fmt: skip
+COLORS = {
+    "red": (205, 45, 45),
+    "blue": (45, 85, 200),
+    "green": (40, 140, 70),
+    "orange": (235, 140, 30),
+    "purple": (125, 60, 165),
+    "yellow": (240, 205, 50),
+}
 KINDS = ("mug", "apple", "star", "kite", "fish", "book")
 
 
@@ -79,9 +85,13 @@ def draw_receipt(rng):
     page.write((60, bottom + 12), "Total", 24)
     page.write((388, bottom + 12), f"{sum(prices) / 100:.2f}", 24, anchor="ra")
     facts = {"title": shop, "prices": dict(zip(goods, prices)), "total": sum(prices)}
-    return Picture("receipt", page.image, f"A till receipt from {shop} with {len(goods)} items and a total.",
-                   page.texts,
-                   facts=facts)  # fmt: skip
+    return Picture(
+        "receipt",
+        page.image,
+        f"A till receipt from {shop} with {len(goods)} items and a total.",
+        page.texts,
+        facts=facts,
+    )
 
 
 def draw_prices(rng):
@@ -97,19 +107,29 @@ def draw_prices(rng):
         page.write((50, 74 + 40 * row), name, 23, chalk)
         page.write((398, 74 + 40 * row), f"{cents / 100:.2f}", 23, chalk, "ra")
     facts = {"title": shop, "prices": dict(zip(goods, prices))}
-    return Picture("prices", page.image, f"A dark price board headed {shop} prices, with {len(goods)} goods.",
-                   page.texts,
-                   facts=facts)  # fmt: skip
+    return Picture(
+        "prices",
+        page.image,
+        f"A dark price board headed {shop} prices, with {len(goods)} goods.",
+        page.texts,
+        facts=facts,
+    )
 
 
 SIGNS = (
-    ("Museum of Clocks", "Open 9:00 to 17:30", "Closed on Mondays"), ("Lake Ferry", "Next boat 14:20", "Pier 3"),
-    ("Quiet Zone", "No phones", "Reading room 2"), ("Trail Head", "Summit 6.4 km", "Hut 2.1 km"),
-    ("Platform 7", "Train to Utrecht", "Departs 08:45"), ("City Library", "Returns on floor 1", "Open until 20:00"),
-    ("Botanic Garden", "Palm house 26 C", "Please close the door"), ("Car Park B", "Free spaces 128", "Height 2.10 m"),
-    ("Swimming Hall", "Water 27 C", "Lanes 1 to 4 reserved"), ("Tower Tour", "312 steps", "Last entry 16:45"),
-    ("Bakers Lane", "One way", "Bicycles allowed"), ("Night Bus 61", "Every 20 minutes", "From 23:30"),
-)  # fmt: skip
+    ("Museum of Clocks", "Open 9:00 to 17:30", "Closed on Mondays"),
+    ("Lake Ferry", "Next boat 14:20", "Pier 3"),
+    ("Quiet Zone", "No phones", "Reading room 2"),
+    ("Trail Head", "Summit 6.4 km", "Hut 2.1 km"),
+    ("Platform 7", "Train to Utrecht", "Departs 08:45"),
+    ("City Library", "Returns on floor 1", "Open until 20:00"),
+    ("Botanic Garden", "Palm house 26 C", "Please close the door"),
+    ("Car Park B", "Free spaces 128", "Height 2.10 m"),
+    ("Swimming Hall", "Water 27 C", "Lanes 1 to 4 reserved"),
+    ("Tower Tour", "312 steps", "Last entry 16:45"),
+    ("Bakers Lane", "One way", "Bicycles allowed"),
+    ("Night Bus 61", "Every 20 minutes", "From 23:30"),
+)
 
 
 def draw_sign(rng):
@@ -131,11 +151,15 @@ def draw_sign(rng):
 # -- 2. charts ---------------------------------------------------------------------------------------------------------
 
 CHARTS = (
-    ("Visitors a day", ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat")), ("Rain in mm", ("Jan", "Feb", "Mar", "Apr", "May")),
-    ("Books lent", ("Art", "Maps", "Poems", "Comics")), ("Bikes counted", ("North", "East", "South", "West")),
-    ("Trees planted", ("Oak", "Elm", "Ash", "Lime", "Beech")), ("Cups sold", ("Tea", "Coffee", "Cocoa", "Milk")),
-    ("Power in kWh", ("Roof", "Barn", "Shed", "Wall")), ("Letters sent", ("Anna", "Ben", "Carla", "Dario", "Eve")),
-)  # fmt: skip
+    ("Visitors a day", ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat")),
+    ("Rain in mm", ("Jan", "Feb", "Mar", "Apr", "May")),
+    ("Books lent", ("Art", "Maps", "Poems", "Comics")),
+    ("Bikes counted", ("North", "East", "South", "West")),
+    ("Trees planted", ("Oak", "Elm", "Ash", "Lime", "Beech")),
+    ("Cups sold", ("Tea", "Coffee", "Cocoa", "Milk")),
+    ("Power in kWh", ("Roof", "Barn", "Shed", "Wall")),
+    ("Letters sent", ("Anna", "Ben", "Carla", "Dario", "Eve")),
+)
 
 
 def draw_chart(rng):
@@ -154,8 +178,9 @@ def draw_chart(rng):
         page.write(((left + right) / 2, 298), label, 19, anchor="ma")
         objects.append({"kind": "bar", "color": color, "box": (left, top, right, 290)})
     about = f"A bar chart titled {title} with {len(labels)} {color} bars."
-    return Picture("chart", page.image, about, page.texts, objects,
-                   {"title": title, "values": dict(zip(labels, values))})
+    return Picture(
+        "chart", page.image, about, page.texts, objects, {"title": title, "values": dict(zip(labels, values))}
+    )
 
 
 # -- 3. formulas -------------------------------------------------------------------------------------------------------
@@ -261,8 +286,14 @@ def draw_scene(rng):
         objects.append({"kind": kind, "color": color, "box": BRUSHES[kind](page.pen, x, y, COLORS[color])})
     objects.sort(key=lambda thing: thing["box"][0])
     listing = " and ".join(f"{count} {plural(kind, count)}" for kind, count in zip(kinds, counts))
-    return Picture("scene", page.image, f"A table seen from above with {listing}.", [], objects,
-                   {"counts": dict(zip(kinds, counts)), "single": kinds[0]})  # fmt: skip
+    return Picture(
+        "scene",
+        page.image,
+        f"A table seen from above with {listing}.",
+        [],
+        objects,
+        {"counts": dict(zip(kinds, counts)), "single": kinds[0]},
+    )
 
 
 def plural(kind, count=2):
@@ -270,5 +301,11 @@ def plural(kind, count=2):
     return kind if count == 1 or kind == "fish" else kind + "s"
 
 
-DRAWERS = {"receipt": draw_receipt, "prices": draw_prices, "chart": draw_chart, "sign": draw_sign,
-           "formula": draw_formula, "scene": draw_scene}  # fmt: skip
+DRAWERS = {
+    "receipt": draw_receipt,
+    "prices": draw_prices,
+    "chart": draw_chart,
+    "sign": draw_sign,
+    "formula": draw_formula,
+    "scene": draw_scene,
+}

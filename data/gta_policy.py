@@ -22,15 +22,28 @@ from data import InputError, command
 from data.clevr_policy import NewFolder, write_json, write_jsonl
 from data.dataset import picture_path
 from data.gta_draw import COLORS, draw, plural
-from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, failed, full_name, next_step,
-                            open_ended, policy, version_reason)  # fmt: skip
+from data.gta_rules import (
+    NAME,
+    TOOLS,
+    VERSIONS,
+    bare_name,
+    changed_versions,
+    failed,
+    full_name,
+    next_step,
+    open_ended,
+    policy,
+    version_reason,
+)
 from data.gta_score import evaluate
 
 ALBUMS, ALBUM = 11, ("receipt", "receipt", "scene", "scene", "prices", "chart", "sign", "formula")
 TEST_SHARE = 106 / 557  # the paper's split of the official set
 FAILURES = 0.06  # share of calls that fail once
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")  # fmt: skip
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
 @dataclass
@@ -55,10 +68,13 @@ def made_up_profile(seed, key):
     """The user of dialogue `key`; every fourth value stands at an edge of the version rules."""
     rng = random.Random(f"profile-{seed}-{key}")
     edge = lambda values, low, high: rng.choice(values) if rng.random() < 0.25 else rng.randint(low, high)
-    return {"account_type": rng.choice("ABCD"), "age": edge([20, 21, 59, 60], 12, 85),
-            "credits": edge([249, 250, 251, 499, 500, 501, 749, 750, 751], 0, 1000),
-            "member_since": rng.randint(2009, 2025),
-            "language": rng.choice(["English", "German", "Spanish", "Hindi"])}  # fmt: skip
+    return {
+        "account_type": rng.choice("ABCD"),
+        "age": edge([20, 21, 59, 60], 12, 85),
+        "credits": edge([249, 250, 251, 499, 500, 501, 749, 750, 751], 0, 1000),
+        "member_since": rng.randint(2009, 2025),
+        "language": rng.choice(["English", "German", "Spanish", "Hindi"]),
+    }
 
 
 def least_tokens(text):
@@ -69,44 +85,76 @@ def least_tokens(text):
 # -- 2. our own requests -----------------------------------------------------------------------------------------------
 # Each maker gets a random.Random, the picture's file name and its facts, and returns (wordings, wants).
 
-CORNERS = {"top left": "lt", "top right": "rt", "bottom left": "lb", "bottom right": "rb", "top middle": "mt",
-           "bottom middle": "mb", "left middle": "lm", "right middle": "rm"}  # fmt: skip
-MANNERS = ("turn it into a watercolour", "make it look like a pencil sketch", "make it look like a mosaic",
-           "turn it into a woodcut", "make it look like pixel art", "turn it into a chalk drawing")  # fmt: skip
+CORNERS = {
+    "top left": "lt",
+    "top right": "rt",
+    "bottom left": "lb",
+    "bottom right": "rb",
+    "top middle": "mt",
+    "bottom middle": "mb",
+    "left middle": "lm",
+    "right middle": "rm",
+}
+MANNERS = (
+    "turn it into a watercolour",
+    "make it look like a pencil sketch",
+    "make it look like a mosaic",
+    "turn it into a woodcut",
+    "make it look like pixel art",
+    "turn it into a chalk drawing",
+)
 
 
 def read_total(rng, name, p):
     item, other = rng.sample(list(p.facts["prices"]), 2)
-    sums = [("{0} and {1} together", "[0] + [1]"), ("three {0} and one {1}", "3 * [0] + [1]"),
-            ("two of each, {0} and {1}", "2 * [0] + 2 * [1]")]  # fmt: skip
+    sums = [
+        ("{0} and {1} together", "[0] + [1]"),
+        ("three {0} and one {1}", "3 * [0] + [1]"),
+        ("two of each, {0} and {1}", "2 * [0] + 2 * [1]"),
+    ]
     words, expression = rng.choice(sums)
-    return ([f"What do I pay for {words.format(item, other)}?",
-             f"How much would {words.format(item, other)} cost here?"],
-            [{"want": "text", "image": name},
-             {"want": "compute", "expression": expression,
-              "slots": [({"image": name}, item), ({"image": name}, other)]}])  # fmt: skip
+    return (
+        [f"What do I pay for {words.format(item, other)}?", f"How much would {words.format(item, other)} cost here?"],
+        [
+            {"want": "text", "image": name},
+            {"want": "compute", "expression": expression, "slots": [({"image": name}, item), ({"image": name}, other)]},
+        ],
+    )
 
 
 def tip(rng, name, p):
     share = rng.choice([5, 8, 10, 12, 15])
-    return ([f"I want to leave a tip of {share} percent on the total. How much is that?",
-             f"How many euros are {share} % of the total of this bill?"],
-            [{"want": "text", "image": name},
-             {"want": "compute", "expression": f"[0] * {share} / 100",
-              "slots": [({"image": name}, "Total")]}])  # fmt: skip
+    return (
+        [
+            f"I want to leave a tip of {share} percent on the total. How much is that?",
+            f"How many euros are {share} % of the total of this bill?",
+        ],
+        [
+            {"want": "text", "image": name},
+            {"want": "compute", "expression": f"[0] * {share} / 100", "slots": [({"image": name}, "Total")]},
+        ],
+    )
 
 
 def split_bill(rng, name, p):
     people = rng.randint(2, 6)
-    return ([f"{people} of us share this bill. What does each one pay?",
-             f"Split the total evenly between {people} people, please."],
-            [{"want": "text", "image": name},
-             {"want": "compute", "expression": f"[0] / {people}", "slots": [({"image": name}, "Total")]}])  # fmt: skip
+    return (
+        [
+            f"{people} of us share this bill. What does each one pay?",
+            f"Split the total evenly between {people} people, please.",
+        ],
+        [
+            {"want": "text", "image": name},
+            {"want": "compute", "expression": f"[0] / {people}", "slots": [({"image": name}, "Total")]},
+        ],
+    )
 
 
 def transcribe(rng, name, p):
-    wordings = ["Please type out everything that is written here.",
-                "What is written in the picture? I need it as text."]  # fmt: skip
+    wordings = [
+        "Please type out everything that is written here.",
+        "What is written in the picture? I need it as text.",
+    ]
     return wordings, [{"want": "text", "image": name}]
 
 
@@ -116,19 +164,35 @@ def chart_of(rng, name, p):
     want = {"want": "plot", "image": name, "labels": labels, **({"kind": chart} if chart else {})}
     what = "single prices, without the total" if "total" in p.facts else "numbers in the picture"
     chart = f"{chart} chart" if chart else "chart"
-    return ([f"Make a {chart} of the {what}.", f"Draw a {chart} of the {what}, in the same order."],
-            [{"want": "text", "image": name}, want])  # fmt: skip
+    return (
+        [f"Make a {chart} of the {what}.", f"Draw a {chart} of the {what}, in the same order."],
+        [{"want": "text", "image": name}, want],
+    )
 
 
 def chart_gap(rng, name, p):
     first, second = rng.sample(list(p.facts["values"]), 2)
-    words, expression = rng.choice([("sum of {0} and {1}", "[0] + [1]"), ("mean of {0} and {1}", "([0] + [1]) / 2"),
-                                    ("product of {0} and {1}", "[0] * [1]")])  # fmt: skip
-    return ([f"What is the {words.format(first, second)} in this chart?",
-             f"Work out the {words.format(first, second)} from the diagram."],
-            [{"want": "text", "image": name},
-             {"want": "compute", "expression": expression,
-              "slots": [({"image": name}, first), ({"image": name}, second)]}])  # fmt: skip
+    words, expression = rng.choice(
+        [
+            ("sum of {0} and {1}", "[0] + [1]"),
+            ("mean of {0} and {1}", "([0] + [1]) / 2"),
+            ("product of {0} and {1}", "[0] * [1]"),
+        ]
+    )
+    return (
+        [
+            f"What is the {words.format(first, second)} in this chart?",
+            f"Work out the {words.format(first, second)} from the diagram.",
+        ],
+        [
+            {"want": "text", "image": name},
+            {
+                "want": "compute",
+                "expression": expression,
+                "slots": [({"image": name}, first), ({"image": name}, second)],
+            },
+        ],
+    )
 
 
 def describe(rng, name, p):
@@ -145,19 +209,32 @@ def count(rng, name, p):
 def count_price(rng, name, p):
     kind = rng.choice([kind for kind, n in p.facts["counts"].items() if n > 1])
     cents = rng.randrange(105, 995, 5)
-    return ([f"Each {kind} costs {cents / 100:.2f}. What do all the {plural(kind)} cost together?",
-             f"I sell every {kind} in the picture for {cents / 100:.2f}. How much do I take?"],
-            [{"want": "count", "image": name, "object": kind},
-             {"want": "compute", "expression": f"{cents / 100:.2f} * [0]",
-              "slots": [({"want": "count", "image": name, "object": kind}, None)]}])  # fmt: skip
+    return (
+        [
+            f"Each {kind} costs {cents / 100:.2f}. What do all the {plural(kind)} cost together?",
+            f"I sell every {kind} in the picture for {cents / 100:.2f}. How much do I take?",
+        ],
+        [
+            {"want": "count", "image": name, "object": kind},
+            {
+                "want": "compute",
+                "expression": f"{cents / 100:.2f} * [0]",
+                "slots": [({"want": "count", "image": name, "object": kind}, None)],
+            },
+        ],
+    )
 
 
 def colour_of(rng, name, p):
     kind = p.facts["single"]
     attribute, verb = rng.choice([("colour", "is"), ("colour", "is"), ("condition", "does")])
-    return ([f"What {attribute} {verb} the {kind}{' have' if verb == 'does' else ''}?",
-             f"Tell me the {attribute} of the {kind}."],
-            [{"want": "attribute", "image": name, "object": kind, "attribute": attribute}])  # fmt: skip
+    return (
+        [
+            f"What {attribute} {verb} the {kind}{' have' if verb == 'does' else ''}?",
+            f"Tell me the {attribute} of the {kind}.",
+        ],
+        [{"want": "attribute", "image": name, "object": kind, "attribute": attribute}],
+    )
 
 
 def locate(rng, name, p):
@@ -171,8 +248,10 @@ def mark(rng, name, p):
     kind = p.facts["single"]
     label = rng.choice([None, "here", f"my {kind}", "sold"])
     tail = f' and label it "{label}"' if label else ""
-    return ([f"Put a frame around the {kind}{tail}.", f"Draw a box round the {kind}{tail}, please."],
-            [{"want": "mark", "image": name, "object": kind, **({"label": label} if label else {})}])  # fmt: skip
+    return (
+        [f"Put a frame around the {kind}{tail}.", f"Draw a box round the {kind}{tail}, please."],
+        [{"want": "mark", "image": name, "object": kind, **({"label": label} if label else {})}],
+    )
 
 
 def restyle(rng, name, p):
@@ -185,8 +264,13 @@ def caption(rng, name, p):
     corner, color = rng.choice(list(CORNERS)), rng.choice([None, None, *COLORS])
     line = rng.choice(["Sunday", "For Ana", "Page 3", "Draft", "Summer fair", "Checked"])
     tail = f" in {color}" if color else ""
-    want = {"want": "caption", "image": name, "text": line, "position": CORNERS[corner],
-            **({"color": color} if color else {})}
+    want = {
+        "want": "caption",
+        "image": name,
+        "text": line,
+        "position": CORNERS[corner],
+        **({"color": color} if color else {}),
+    }
     return [f'Write "{line}" at the {corner}{tail}.', f'Add the words "{line}"{tail}, placed {corner}.'], [want]
 
 
@@ -203,30 +287,43 @@ def latex(rng, name, p):
 
 def look_up(rng, name, p):
     title = p.facts["title"]
-    asked, query, wide = rng.choice([("When was this place founded", f"{title} founding year", False),
-                                     ("Which town is this in", f"{title} town", False),
-                                     ("What do visitors think of this place", f"{title} reviews", True),
-                                     ("Any advice for a visit here", f"{title} visit tips", True)])  # fmt: skip
-    return ([f"{asked}? Its name is in the picture.",
-             f"Read the name at the top first: {asked[0].lower() + asked[1:]}?"],
-            [{"want": "text", "image": name}, {"want": "search", "query": query, "open": wide}])  # fmt: skip
+    asked, query, wide = rng.choice(
+        [
+            ("When was this place founded", f"{title} founding year", False),
+            ("Which town is this in", f"{title} town", False),
+            ("What do visitors think of this place", f"{title} reviews", True),
+            ("Any advice for a visit here", f"{title} visit tips", True),
+        ]
+    )
+    return (
+        [f"{asked}? Its name is in the picture.", f"Read the name at the top first: {asked[0].lower() + asked[1:]}?"],
+        [{"want": "text", "image": name}, {"want": "search", "query": query, "open": wide}],
+    )
 
 
-MAKERS = {"receipt": (read_total, tip, split_bill, transcribe, chart_of),
-          "prices": (read_total, chart_of, transcribe, look_up),
-          "chart": (chart_gap, chart_of, describe, transcribe),
-          "sign": (transcribe, look_up, restyle, describe, caption),
-          "formula": (solve, latex, solve, caption),
-          "scene": (count, count_price, colour_of, locate, mark, restyle, caption, describe)}  # fmt: skip
+MAKERS = {
+    "receipt": (read_total, tip, split_bill, transcribe, chart_of),
+    "prices": (read_total, chart_of, transcribe, look_up),
+    "chart": (chart_gap, chart_of, describe, transcribe),
+    "sign": (transcribe, look_up, restyle, describe, caption),
+    "formula": (solve, latex, solve, caption),
+    "scene": (count, count_price, colour_of, locate, mark, restyle, caption, describe),
+}
 
 
 def compare_bills(rng, names, pictures):
     (a, b) = names
-    words, expression = rng.choice([("What do both bills come to together?", "[0] + [1]"),
-                                    ("What is the mean of the two totals?", "([0] + [1]) / 2")])
-    return [words], [{"want": "text", "image": a}, {"want": "text", "image": b},
-                     {"want": "compute", "expression": expression,
-                      "slots": [({"image": a}, "Total"), ({"image": b}, "Total")]}]  # fmt: skip
+    words, expression = rng.choice(
+        [
+            ("What do both bills come to together?", "[0] + [1]"),
+            ("What is the mean of the two totals?", "([0] + [1]) / 2"),
+        ]
+    )
+    return [words], [
+        {"want": "text", "image": a},
+        {"want": "text", "image": b},
+        {"want": "compute", "expression": expression, "slots": [({"image": a}, "Total"), ({"image": b}, "Total")]},
+    ]
 
 
 def count_both(rng, names, pictures):
@@ -235,9 +332,10 @@ def count_both(rng, names, pictures):
     sources = [{"want": "count", "image": name, "object": kind} for name, kind in zip(names, kinds)]
     first, second = map(plural, kinds)
     what = f"{first} in both pictures" if shared else f"{first} in the first and {second} in the second picture"
-    return ([f"How many are there altogether, {what}?"],
-            [*sources, {"want": "compute", "expression": "[0] + [1]",
-                        "slots": [(source, None) for source in sources]}])  # fmt: skip
+    return (
+        [f"How many are there altogether, {what}?"],
+        [*sources, {"want": "compute", "expression": "[0] + [1]", "slots": [(source, None) for source in sources]}],
+    )
 
 
 def restyle_second(rng, names, pictures):
@@ -250,25 +348,39 @@ def read_first(rng, names, pictures):
     return ["Please type out what is written in the first picture."], [{"want": "text", "image": names[0]}]
 
 
-TOGETHER = ((("receipt", "receipt"), compare_bills), (("scene", "scene"), count_both),
-            (("sign", "scene"), restyle_second),
-            (("prices", "chart", "sign"), read_first), (("chart", "scene"), restyle_second))  # fmt: skip
-NEW_PICTURES = ("a lighthouse, evening, calm sea", "two foxes, snow, birch trees", "a red tram, rainy street, night",
-                "a tea house, garden, spring",
-                "an old globe, desk, warm light", "a rowing boat, reeds, morning mist",
-                "a market stall, pumpkins, autumn", "a paper crane, blue table",
-                "a castle, hill, storm clouds", "three kites, beach, wind", "a cat, window, winter")  # fmt: skip
-QUESTIONS = (("Who designed the Sydney Opera House?", "Sydney Opera House architect", False),
-             ("Give me ideas for a rainy day with children.", "ideas rainy day with children", True),
-             ("How high is Mont Blanc?", "Mont Blanc height", False),
-             ("I need advice on growing tomatoes on a balcony.", "advice growing tomatoes balcony", True),
-             ("In which year did the Titanic sink?", "Titanic sinking year", False),
-             ("How do I get wax out of a tablecloth?", "how to remove wax from tablecloth", True),
-             ("What is the capital of Bhutan?", "capital of Bhutan", False),
-             ("Which recipes use up stale bread?", "recipes for stale bread", True),
-             ("When did the Berlin Wall fall?", "Berlin Wall fall date", False),
-             ("Recommend walks near a lake for beginners.", "recommended lake walks for beginners", True),
-             ("How long is the river Nile?", "Nile length", False))  # fmt: skip
+TOGETHER = (
+    (("receipt", "receipt"), compare_bills),
+    (("scene", "scene"), count_both),
+    (("sign", "scene"), restyle_second),
+    (("prices", "chart", "sign"), read_first),
+    (("chart", "scene"), restyle_second),
+)
+NEW_PICTURES = (
+    "a lighthouse, evening, calm sea",
+    "two foxes, snow, birch trees",
+    "a red tram, rainy street, night",
+    "a tea house, garden, spring",
+    "an old globe, desk, warm light",
+    "a rowing boat, reeds, morning mist",
+    "a market stall, pumpkins, autumn",
+    "a paper crane, blue table",
+    "a castle, hill, storm clouds",
+    "three kites, beach, wind",
+    "a cat, window, winter",
+)
+QUESTIONS = (
+    ("Who designed the Sydney Opera House?", "Sydney Opera House architect", False),
+    ("Give me ideas for a rainy day with children.", "ideas rainy day with children", True),
+    ("How high is Mont Blanc?", "Mont Blanc height", False),
+    ("I need advice on growing tomatoes on a balcony.", "advice growing tomatoes balcony", True),
+    ("In which year did the Titanic sink?", "Titanic sinking year", False),
+    ("How do I get wax out of a tablecloth?", "how to remove wax from tablecloth", True),
+    ("What is the capital of Bhutan?", "capital of Bhutan", False),
+    ("Which recipes use up stale bread?", "recipes for stale bread", True),
+    ("When did the Berlin Wall fall?", "Berlin Wall fall date", False),
+    ("Recommend walks near a lake for beginners.", "recommended lake walks for beginners", True),
+    ("How long is the river Nile?", "Nile length", False),
+)
 
 
 def answer(call, pictures, rng):
@@ -353,11 +465,18 @@ def own_dialogues(seed):
 
 def to_official(dialogues):
     """Dialogues as (dataset.json, toolmeta.json) of the official folder: tools without versions, no profiles."""
-    meta = {tool: {"name": tool, "description": purpose, "outputs": [],
-                   "inputs": [{"type": kind.rstrip("?"), "name": name, "description": holds,
-                               "optional": kind.endswith("?")}
-                              for name, (kind, holds) in given.items()]}
-            for tool, (purpose, given, _) in TOOLS.items()}  # fmt: skip
+    meta = {
+        tool: {
+            "name": tool,
+            "description": purpose,
+            "outputs": [],
+            "inputs": [
+                {"type": kind.rstrip("?"), "name": name, "description": holds, "optional": kind.endswith("?")}
+                for name, (kind, holds) in given.items()
+            ],
+        }
+        for tool, (purpose, given, _) in TOOLS.items()
+    }
     dataset = {}
     for number, dialogue in enumerate(dialogues):
         lines, used = [], []
@@ -368,12 +487,16 @@ def to_official(dialogues):
             _, call, result, thought = turn
             used.append(bare_name(call["name"]))
             function = {"name": used[-1], "arguments": call["arguments"]}
-            lines.append({"role": "assistant", "tool_calls": [{"type": "function", "function": function}],
-                          "thought": thought})
+            lines.append(
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": function}], "thought": thought}
+            )
             lines.append({"role": "tool", "name": used[-1], "content": {"type": "text", "content": result}})
-        dataset[str(number)] = {"tools": [meta[tool] for tool in dict.fromkeys(used)],
-                                "files": [{"type": "image", "path": name, "url": ""} for name in dialogue.pictures],
-                                "dialogs": lines, "gt_answer": {"whitelist": [], "blacklist": None}}  # fmt: skip
+        dataset[str(number)] = {
+            "tools": [meta[tool] for tool in dict.fromkeys(used)],
+            "files": [{"type": "image", "path": name, "url": ""} for name in dialogue.pictures],
+            "dialogs": lines,
+            "gt_answer": {"whitelist": [], "blacklist": None},
+        }
     return dataset, meta
 
 
@@ -446,8 +569,10 @@ def official_call(function, profile, where):
     except ValueError as error:
         raise InputError(f"{where}: arguments of {name!r} are not JSON ({error})") from None
     if name not in TOOLS or not isinstance(given, dict):
-        raise InputError(f"{where}: call of {name!r} with {type(given).__name__} found, expected a tool of the policy "
-                         f"with an object: {', '.join(TOOLS)}")  # fmt: skip
+        raise InputError(
+            f"{where}: call of {name!r} with {type(given).__name__} found, expected a tool of the policy "
+            f"with an object: {', '.join(TOOLS)}"
+        )
     given = dict(given)
     if name == "GoogleSearch":
         given["k"] = 4 if open_ended(str(given.get("query", ""))) else 1
@@ -463,8 +588,10 @@ def result_text(content, where):
 
 # -- 4. items ----------------------------------------------------------------------------------------------------------
 
-ASK = ("Give the next tool call only. Think inside <think></think>, then write the call as one JSON object with the "
-       "keys name and arguments inside \\boxed{}.")  # fmt: skip
+ASK = (
+    "Give the next tool call only. Think inside <think></think>, then write the call as one JSON object with the "
+    "keys name and arguments inside \\boxed{}."
+)
 
 
 def call_text(call):
@@ -494,8 +621,11 @@ def call_text(call):
 def question(dialogue, turns):
     """What the model is asked after `turns`: policy's name, profile, pictures' names, the conversation so far."""
     profile = ", ".join(f"{key} {value}" for key, value in dialogue.profile.items())
-    lines = [f"Policy {NAME} applies.", f"User profile: {profile}",
-             f"Pictures: {', '.join(dialogue.pictures) or 'none'}"]
+    lines = [
+        f"Policy {NAME} applies.",
+        f"User profile: {profile}",
+        f"Pictures: {', '.join(dialogue.pictures) or 'none'}",
+    ]
     step = 0
     for turn in turns:
         if turn[0] == "call":
@@ -521,10 +651,19 @@ def make_items(dialogue):
         why = version_reason(bare_name(call["name"]), dialogue.profile, VERSIONS)
         if why not in thought and not (history and failed(history[-1]["result"])):  # an official thought
             thought = f"{thought} {why}".strip()
-        item = {"id": f"{NAME}-{dialogue.key}-{len(history)}", "policy": NAME, "scene": (dialogue.pictures or [""])[0],
-                "images": dialogue.pictures, "question": question(dialogue, before), "answer": call_text(call),
-                "path": [],
-                "cot": thought, "profile": dialogue.profile, "history": history, "dialogue": dialogue.key}  # fmt: skip
+        item = {
+            "id": f"{NAME}-{dialogue.key}-{len(history)}",
+            "policy": NAME,
+            "scene": (dialogue.pictures or [""])[0],
+            "images": dialogue.pictures,
+            "question": question(dialogue, before),
+            "answer": call_text(call),
+            "path": [],
+            "cot": thought,
+            "profile": dialogue.profile,
+            "history": history,
+            "dialogue": dialogue.key,
+        }
         if not dialogue.pictures:
             del item["scene"]
         if failed(result):
@@ -594,10 +733,17 @@ def make_dataset(out, seed, gta_root=None, overwrite=False):
     train, test = split(dialogues, seed)
     train_items, test_items = ([item for d in half for item in make_items(d)] for half in (train, test))
     if not train_items or not test_items:
-        raise InputError(f"{gta_root}: {len(train_items)} training and {len(test_items)} test items found, expected "
-                         "some of each")  # fmt: skip
-    document = {"id": f"{NAME}-document", "policy": NAME, "kind": "document", "images": [], "question": "",
-                "answer": ""}
+        raise InputError(
+            f"{gta_root}: {len(train_items)} training and {len(test_items)} test items found, expected some of each"
+        )
+    document = {
+        "id": f"{NAME}-document",
+        "policy": NAME,
+        "kind": "document",
+        "images": [],
+        "question": "",
+        "answer": "",
+    }
     versions = changed_versions(random.Random(f"override-{seed}"))
     renewed = override_items(test, versions)
     with place_for_it as draft:
@@ -620,20 +766,26 @@ def make_dataset(out, seed, gta_root=None, overwrite=False):
             dataset, meta = to_official(dialogues)
             write_json(os.path.join(draft, "dataset.json"), dataset)
             write_json(os.path.join(draft, "toolmeta.json"), meta)
-            facts = {name: {"family": p.family, "about": p.about, "texts": p.texts, "objects": p.objects,
-                            "facts": p.facts}
-                     for name, p in drawn.items()}  # fmt: skip
+            facts = {
+                name: {"family": p.family, "about": p.about, "texts": p.texts, "objects": p.objects, "facts": p.facts}
+                for name, p in drawn.items()
+            }
             write_json(os.path.join(draft, "pictures.json"), facts)
         place([name for item in renewed for name in item["images"]], os.path.join(draft, "override"))
         os.makedirs(os.path.join(draft, "override"), exist_ok=True)
         write_json(os.path.join(draft, "override", "policies.json"), [policy(versions, updated=True)])
         write_jsonl(os.path.join(draft, "override", "test.jsonl"), renewed)
     answers = Counter(json.loads(item["answer"])["name"] for item in test_items)
-    return {"dialogues": len(dialogues), "pictures": len({name for d in dialogues for name in d.pictures}),
-            "train": len(train_items),
-            "test": len(test_items), "override": len(renewed), "tokens": least_tokens(policy()["text"]),
-            "tools": len({bare_name(turn[1]["name"]) for d in dialogues for turn in d.turns if turn[0] == "call"}),
-            "most frequent": max(answers.values()) / len(test_items)}  # fmt: skip
+    return {
+        "dialogues": len(dialogues),
+        "pictures": len({name for d in dialogues for name in d.pictures}),
+        "train": len(train_items),
+        "test": len(test_items),
+        "override": len(renewed),
+        "tokens": least_tokens(policy()["text"]),
+        "tools": len({bare_name(turn[1]["name"]) for d in dialogues for turn in d.turns if turn[0] == "call"}),
+        "most frequent": max(answers.values()) / len(test_items),
+    }
 
 
 def main(argv=None):
@@ -644,10 +796,12 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
     report = make_dataset(args.out, args.seed, args.gta_root, args.overwrite)
-    print(f"{args.out}: {report['dialogues']} dialogues over {report['pictures']} pictures, {report['tools']} tools; "
-          f"{report['train']} training and {report['test']} test items, {report['override']} under changed rules; "
-          f"policy of at least {report['tokens']} Qwen tokens; most frequent tool {report['most frequent']:.3f} of "
-          f"the test items")  # fmt: skip
+    print(
+        f"{args.out}: {report['dialogues']} dialogues over {report['pictures']} pictures, {report['tools']} tools; "
+        f"{report['train']} training and {report['test']} test items, {report['override']} under changed rules; "
+        f"policy of at least {report['tokens']} Qwen tokens; most frequent tool {report['most frequent']:.3f} of "
+        f"the test items"
+    )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ class Row:
 
     def fits(self, profile):
         """Whether a profile {account_type, credits, age} meets every condition of the row."""
-        inside = [(lo is None or profile[key] >= lo) and (hi is None or profile[key] <= hi)
-                  for key, (lo, hi) in (("credits", self.credits), ("age", self.age))]  # fmt: skip
+        inside = [
+            (lo is None or profile[key] >= lo) and (hi is None or profile[key] <= hi)
+            for key, (lo, hi) in (("credits", self.credits), ("age", self.age))
+        ]
         return profile["account_type"] in self.accounts and all(inside)
 
     def words(self):
@@ -198,16 +200,30 @@ def rules(versions=VERSIONS):
         "straight to the tool that does the work.",
         "A call that has succeeded is not made again; its result is used. A call whose result begins with Error is "
         "repeated once, with the same name and the same arguments, before anything else is tried.",
-        _table("ImageDescription", "The version of ImageDescription depends on the account and, except for account "
-               "type A, on the credits:", versions),
-        _table("OCR", "The version of OCR depends first on the credits. In the middle band the account decides as "
-               "well, in the highest band the age:", versions),
-        _table("GoogleSearch", "The version of GoogleSearch depends on the age, and for adults on the credits:",
-               versions),
-        _table("TextToImage", "The version of TextToImage depends on the account, and for account type D on the "
-               "credits:", versions),
-        _table("RegionAttributeDescription", "The version of RegionAttributeDescription depends on the account alone:",
-               versions),
+        _table(
+            "ImageDescription",
+            "The version of ImageDescription depends on the account and, except for account type A, on the credits:",
+            versions,
+        ),
+        _table(
+            "OCR",
+            "The version of OCR depends first on the credits. In the middle band the account decides as "
+            "well, in the highest band the age:",
+            versions,
+        ),
+        _table(
+            "GoogleSearch", "The version of GoogleSearch depends on the age, and for adults on the credits:", versions
+        ),
+        _table(
+            "TextToImage",
+            "The version of TextToImage depends on the account, and for account type D on the credits:",
+            versions,
+        ),
+        _table(
+            "RegionAttributeDescription",
+            "The version of RegionAttributeDescription depends on the account alone:",
+            versions,
+        ),
         _table("CountGivenObject", "The version of CountGivenObject depends on the credits alone:", versions),
         _table("ImageStylization", "The version of ImageStylization depends on the age alone:", versions),
         "Calculator, TextToBbox, Plot, MathOCR, Solver, DrawBox and AddText have one version. They are open to every "
@@ -218,7 +234,7 @@ def rules(versions=VERSIONS):
         "To describe a property of one object, first find the object with TextToBbox, then call "
         "RegionAttributeDescription with the box that came back. A box is never guessed from the picture.",
         'A box is written as text in the form "(x1, y1, x2, y2)": four whole numbers in pixels, the left top corner '
-        'first, a comma and a space between them.',
+        "first, a comma and a space between them.",
         "In GoogleSearch, k is 1 when the question has one definite answer, such as a date, a name or a number. When "
         "the question is open-ended, such as a wish for advice, ideas or reviews, k is 4. Other values are not used.",
         "In TextToBbox, top1 is true when one particular object is meant, and also when its box is needed for a later "
@@ -234,7 +250,7 @@ def rules(versions=VERSIONS):
         "A picture from nothing is made with TextToImage. A new manner for an attached picture is the work of "
         "ImageStylization. A chart is drawn with Plot, from values that are already in the conversation, in their "
         "order; a bar chart is drawn unless the user names another kind.",
-    ]  # fmt: skip
+    ]
 
 
 def policy_text(versions=VERSIONS, updated=False):
@@ -351,8 +367,11 @@ def _count(want, result):
 
 def _one_box(want, result, purpose):
     arguments = {"image": want["image"], "text": want["object"], "top1": True}
-    yield "TextToBbox", arguments, [f"{purpose} needs the box of the {want['object']} first.",
-                                    "Rule 20: one object is meant, so top1 is true."]
+    yield (
+        "TextToBbox",
+        arguments,
+        [f"{purpose} needs the box of the {want['object']} first.", "Rule 20: one object is meant, so top1 is true."],
+    )
     return re.match(r"\([^)]*\)", result("TextToBbox", arguments))[0]
 
 
@@ -365,8 +384,11 @@ def _attribute(want, result):
 
 def _locate(want, result):
     arguments = {"image": want["image"], "text": want["object"], "top1": False}
-    yield "TextToBbox", arguments, [f"Every {want['object']} is to be located.",
-                                    "Rule 20: all of a kind are wanted, so top1 is false."]
+    yield (
+        "TextToBbox",
+        arguments,
+        [f"Every {want['object']} is to be located.", "Rule 20: all of a kind are wanted, so top1 is false."],
+    )
 
 
 def _mark(want, result):
@@ -380,11 +402,18 @@ def _mark(want, result):
 
 
 def _caption(want, result):
-    arguments = {"image": want["image"], "text": want["text"], "position": want["position"],
-                 "color": want.get("color", "red")}
+    arguments = {
+        "image": want["image"],
+        "text": want["text"],
+        "position": want["position"],
+        "color": want.get("color", "red"),
+    }
     color = f"the user names {want['color']}" if "color" in want else "no colour is named, so it is red"
-    yield "AddText", arguments, [f"A line is to be written on {want['image']}.",
-                                 f"Rule 23: {color}; the place is {want['position']}."]
+    yield (
+        "AddText",
+        arguments,
+        [f"A line is to be written on {want['image']}.", f"Rule 23: {color}; the place is {want['position']}."],
+    )
 
 
 def _compute(want, result):
@@ -436,10 +465,22 @@ def _restyle(want, result):
     yield "ImageStylization", arguments, [why]
 
 
-WANTS = {"text": _text, "content": _content, "count": _count, "attribute": _attribute, "locate": _locate, "mark": _mark,
-         "caption": _caption, "compute": _compute, "formula": _formula, "solve": _solve, "search": _search,
-         "plot": _plot,
-         "picture": _picture, "restyle": _restyle}  # fmt: skip
+WANTS = {
+    "text": _text,
+    "content": _content,
+    "count": _count,
+    "attribute": _attribute,
+    "locate": _locate,
+    "mark": _mark,
+    "caption": _caption,
+    "compute": _compute,
+    "formula": _formula,
+    "solve": _solve,
+    "search": _search,
+    "plot": _plot,
+    "picture": _picture,
+    "restyle": _restyle,
+}
 
 
 def value_beside(label, lines):
@@ -449,8 +490,11 @@ def value_beside(label, lines):
         x1, y1, x2, y2 = map(int, box.split(", "))
         centres.append(((x1 + x2) / 2, (y1 + y2) / 2, text))
     at = next(((x, y) for x, y, text in centres if text == label), None)
-    numbers = [(min(abs(x - at[0]), abs(y - at[1])), text) for x, y,
-               text in centres if at and re.fullmatch(r"\d+(\.\d+)?", text)]
+    numbers = [
+        (min(abs(x - at[0]), abs(y - at[1])), text)
+        for x, y, text in centres
+        if at and re.fullmatch(r"\d+(\.\d+)?", text)
+    ]
     if not numbers:
         raise ValueError(f"no number beside {label!r} in {lines!r}")
     return min(numbers)[1]
@@ -466,6 +510,8 @@ def solver_command(latex):
 
 def open_ended(query):
     """Whether a question asks for advice, ideas or opinions rather than one fact: for dialogues that do not say."""
-    wide = (r"\b(how to|how can|how do|ideas?|advice|tips?|reviews?|recommend\w*|suggest\w*|best|why|ways|opinions?"
-            r"|recipes?|guide|introduc\w*)\b")  # fmt: skip
+    wide = (
+        r"\b(how to|how can|how do|ideas?|advice|tips?|reviews?|recommend\w*|suggest\w*|best|why|ways|opinions?"
+        r"|recipes?|guide|introduc\w*)\b"
+    )
     return re.search(wide, query, re.I) is not None

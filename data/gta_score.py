@@ -25,15 +25,34 @@ DIGITS = 60  # characters of a number in an expression
 
 # -- 1. arithmetic -----------------------------------------------------------------------------------------------------
 
-TOKEN = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*(?:\.\w+)?)|(\*\*|//|[-+*/%(),]))",
-                   re.ASCII)
-FUNCTIONS = {"sqrt": math.sqrt, "abs": abs, "round": lambda x, digits=0.0: round(x, int(digits)), "min": min,
-             "max": max,
-             "sum": lambda *terms: math.fsum(terms), "sin": math.sin, "cos": math.cos, "tan": math.tan, "log": math.log,
-             "log10": math.log10, "exp": math.exp, "floor": math.floor, "ceil": math.ceil}  # fmt: skip
+TOKEN = re.compile(
+    r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*(?:\.\w+)?)|(\*\*|//|[-+*/%(),]))", re.ASCII
+)
+FUNCTIONS = {
+    "sqrt": math.sqrt,
+    "abs": abs,
+    "round": lambda x, digits=0.0: round(x, int(digits)),
+    "min": min,
+    "max": max,
+    "sum": lambda *terms: math.fsum(terms),
+    "sin": math.sin,
+    "cos": math.cos,
+    "tan": math.tan,
+    "log": math.log,
+    "log10": math.log10,
+    "exp": math.exp,
+    "floor": math.floor,
+    "ceil": math.ceil,
+}
 CONSTANTS = {"pi": math.pi, "e": math.e}
-BINARY = {"+": (1, lambda a, b: a + b), "-": (1, lambda a, b: a - b), "*": (2, lambda a, b: a * b),
-          "/": (2, lambda a, b: a / b), "//": (2, lambda a, b: a // b), "%": (2, lambda a, b: a % b)}  # fmt: skip
+BINARY = {
+    "+": (1, lambda a, b: a + b),
+    "-": (1, lambda a, b: a - b),
+    "*": (2, lambda a, b: a * b),
+    "/": (2, lambda a, b: a / b),
+    "//": (2, lambda a, b: a // b),
+    "%": (2, lambda a, b: a % b),
+}
 DEPTH = 40
 
 
@@ -208,16 +227,24 @@ def compare(found, gold, similarity=token_f1):
     if found is None:
         return 0.0, 0.0
     names = sorted(found["arguments"].keys() | gold["arguments"].keys())
-    scores = [argument_score(name, found["arguments"][name], gold["arguments"][name], similarity)
-              if name in found["arguments"] and name in gold["arguments"] else 0.0 for name in names]  # fmt: skip
+    scores = [
+        argument_score(name, found["arguments"][name], gold["arguments"][name], similarity)
+        if name in found["arguments"] and name in gold["arguments"]
+        else 0.0
+        for name in names
+    ]
     return float(found["name"] == gold["name"]), sum(scores) / len(scores) if scores else 1.0
 
 
 def parts(response, item, similarity=token_f1):
     """{"tool", "arguments", "call", "exact"} of a response, to be logged apart."""
     tool_score, arguments_score = compare(read_call(parse(response)), json.loads(item["answer"]), similarity)
-    return {"tool": tool_score, "arguments": arguments_score, "call": 0.5 * tool_score + 0.5 * arguments_score,
-            "exact": float(tool_score == 1 and arguments_score >= 1 - 1e-9)}  # fmt: skip
+    return {
+        "tool": tool_score,
+        "arguments": arguments_score,
+        "call": 0.5 * tool_score + 0.5 * arguments_score,
+        "exact": float(tool_score == 1 and arguments_score >= 1 - 1e-9),
+    }
 
 
 def tool(prompt, response, item):

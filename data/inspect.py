@@ -143,8 +143,10 @@ class Drawing:
         parts.append(
             f'<text class="on" text-anchor="middle" x="{min(max(x, 30), 970):.0f}" y="{y + 17}">{escape(leaf)}</text>'
         )
-        return (f'<svg viewBox="0 0 1000 {height}"><use href="#{escape(self.name)}" width="1000" height="{height}"/>'
-                f'{"".join(parts)}</svg>')  # fmt: skip
+        return (
+            f'<svg viewBox="0 0 1000 {height}"><use href="#{escape(self.name)}" width="1000" height="{height}"/>'
+            f"{''.join(parts)}</svg>"
+        )
 
 
 # -- 2. what stands beside the trees -----------------------------------------------------------------------------------
@@ -153,8 +155,10 @@ class Drawing:
 def bars(counts):
     """Horizontal bars of {label: count}."""
     top = max(counts.values(), default=1) or 1
-    rows = (f'<span>{escape(str(label))}</span><div class="bar" style="width:{100 * n / top:.1f}%"></div><span>{n}</span>'
-            for label, n in counts.items())  # fmt: skip
+    rows = (
+        f'<span>{escape(str(label))}</span><div class="bar" style="width:{100 * n / top:.1f}%"></div><span>{n}</span>'
+        for label, n in counts.items()
+    )
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
@@ -194,8 +198,11 @@ def warnings(policies, items):
             out.append(f"{name}: no test items")
     for split, part in items.items():
         for item in part:
-            wrong = [s for s in mentions(item.get("cot", ""), policies[item["policy"]])
-                     if s not in {n["id"] for n in policies[item["policy"]]["nodes"]}]  # fmt: skip
+            wrong = [
+                s
+                for s in mentions(item.get("cot", ""), policies[item["policy"]])
+                if s not in {n["id"] for n in policies[item["policy"]]["nodes"]}
+            ]
             if wrong:
                 out.append(f"{split}: {item['id']} cites {wrong[0]}, which its policy does not have")
     return out
@@ -242,9 +249,12 @@ def page(folder, responses=None, limit=24):
     present = [split for split in SPLITS if os.path.exists(os.path.join(folder, f"{split}.jsonl"))]
     items = {split: load_items(folder, f"{split}.jsonl", policies) if split in present else [] for split in SPLITS}
     lengths = [tokens(policy["text"]) for policy in policies.values()]
-    facts = [("policies", len(policies)), *((f"{split} items", len(items[split])) for split in present),
-             ("tokens a policy", f"{min(lengths)}-{max(lengths)}"),
-             ("pictures in policies", sum(len(policy["images"]) for policy in policies.values()))]  # fmt: skip
+    facts = [
+        ("policies", len(policies)),
+        *((f"{split} items", len(items[split])) for split in present),
+        ("tokens a policy", f"{min(lengths)}-{max(lengths)}"),
+        ("pictures in policies", sum(len(policy["images"]) for policy in policies.values())),
+    ]
     out = [
         '<div class="card facts">'
         + "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts)
@@ -263,10 +273,16 @@ def page(folder, responses=None, limit=24):
         tree = foldable(policy) if policy["nodes"] else ""
         text = f"<pre>{with_pictures(policy['text'], iter(policy['images']))}</pre>"
         size = f"{len(policy['nodes'])} sections, {len(policy['leaves'])} responses, {tokens(policy['text'])} tokens"
-        out.append(f'<details class="card"{" open" if k == 0 else ""}><summary><b>{escape(name)}</b> <span class="soft">{size}'
-                   f"</span></summary>{tree}<details><summary>The text as the model reads it</summary>{text}</details>"
-                   + (f"<details><summary>Answers of its training queries</summary>{bars(balance)}</details>" if balance else "")
-                   + "</details>")  # fmt: skip
+        out.append(
+            f'<details class="card"{" open" if k == 0 else ""}><summary><b>{escape(name)}</b> <span class="soft">{size}'
+            f"</span></summary>{tree}<details><summary>The text as the model reads it</summary>{text}</details>"
+            + (
+                f"<details><summary>Answers of its training queries</summary>{bars(balance)}</details>"
+                if balance
+                else ""
+            )
+            + "</details>"
+        )
 
     shown = [i for i in items["test"] or items["rl"] if responses is None or i["id"] in responses]
     by_policy = {name: iter([i for i in shown if i["policy"] == name]) for name in policies}
@@ -280,13 +296,17 @@ def page(folder, responses=None, limit=24):
     ]
 
     out.append('<h2>Lengths</h2><div class="sides">')
-    for title, values in (("tokens of the questions", [tokens(i["question"]) for i in items["rl"] or shown]),
-                          ("tokens of the chains", [tokens(i["cot"]) for i in items["sft"] or shown if i.get("cot")])):  # fmt: skip
+    for title, values in (
+        ("tokens of the questions", [tokens(i["question"]) for i in items["rl"] or shown]),
+        ("tokens of the chains", [tokens(i["cot"]) for i in items["sft"] or shown if i.get("cot")]),
+    ):
         if values:
             out.append(f'<div class="card"><b>{title}</b>{bars(histogram(values))}</div>')
     title = escape(os.path.basename(os.path.abspath(folder)))
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body><main>'
-            f"<h1>{title}</h1>{''.join(out)}</div></main></body></html>\n")  # fmt: skip
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body><main>'
+        f"<h1>{title}</h1>{''.join(out)}</div></main></body></html>\n"
+    )
 
 
 def read_responses(path):

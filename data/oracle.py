@@ -39,8 +39,12 @@ class Agent:
         for part in text.split("\n\n"):
             name, *lines = part.split("\n")
             if re.fullmatch(r"Condition [\d.]*\d", name):
-                rules = [re.fullmatch(r"- If (?:the answer is )?(.*?), [a-z ]*?((?:Condition|Case) [\d.]*\d)\.", line).groups()
-                         for line in lines[1:]]  # fmt: skip
+                rules = [
+                    re.fullmatch(
+                        r"- If (?:the answer is )?(.*?), [a-z ]*?((?:Condition|Case) [\d.]*\d)\.", line
+                    ).groups()
+                    for line in lines[1:]
+                ]
                 self.sections[name] = (lines[0], rules)
 
     def answer(self, scene):
@@ -97,8 +101,10 @@ def ask(question, scene, found):
         return only(m[2])[m[1]], None
     if m := re.fullmatch(r"Do the (.*) and the (.*) have the same (\w+)\?", question):
         return said((only(m[1])[m[3]] == only(m[2])[m[3]]) * [1], False)
-    if m := re.fullmatch(r"(Is there an?|How many) (.*?)(?: are there)? with the same (\w+) as the (.*), not counting that one\?",
-                         question):  # fmt: skip
+    if m := re.fullmatch(
+        r"(Is there an?|How many) (.*?)(?: are there)? with the same (\w+) as the (.*), not counting that one\?",
+        question,
+    ):
         one = only(m[4])
         return said([o for o in kinds(m[2], objects) if o is not one and o[m[3]] == one[m[3]]], m[1] == "How many")
     if m := re.fullmatch(
@@ -144,8 +150,11 @@ def check(policies, items, scenes, wrong=None):
 
 def shown(policy):
     """What the pictures of a policy show, in the order of its text."""
-    return [node["crop"] if isinstance(node["crop"], dict) else dict([node["asked"]])
-            for node in policy["nodes"] if node.get("crop")]  # fmt: skip
+    return [
+        node["crop"] if isinstance(node["crop"], dict) else dict([node["asked"]])
+        for node in policy["nodes"]
+        if node.get("crop")
+    ]
 
 
 # Qwen's pre-tokenizer cuts a text into these pieces, each at least one token; English words of policies are one.
@@ -184,12 +193,34 @@ def survey(depth, variant, conditions, scenes, seed=0, policies=10, queries=400)
         return f"{min(values)}" if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
     frequent = np.mean([row["most frequent"] for row in rows])
-    return [depth, variant, conditions, span("nodes"), span("responses"), span("tokens"), span("pictures"), f"{frequent:.3f}",
-            f"{100 * right:.1f}", f"{100 * mistaken:.1f}", len(items)]  # fmt: skip
+    return [
+        depth,
+        variant,
+        conditions,
+        span("nodes"),
+        span("responses"),
+        span("tokens"),
+        span("pictures"),
+        f"{frequent:.3f}",
+        f"{100 * right:.1f}",
+        f"{100 * mistaken:.1f}",
+        len(items),
+    ]
 
 
-HEADER = ["N", "variant", "conditions", "sections", "responses", "tokens", "pictures", "most frequent answer",
-          "agent, right scene %", "agent, wrong scene %", "queries"]  # fmt: skip
+HEADER = [
+    "N",
+    "variant",
+    "conditions",
+    "sections",
+    "responses",
+    "tokens",
+    "pictures",
+    "most frequent answer",
+    "agent, right scene %",
+    "agent, wrong scene %",
+    "queries",
+]
 
 
 def main(argv=None):
@@ -214,8 +245,11 @@ def main(argv=None):
                 f"{folder}/{split}: {len(items)} items, agent {100 * right:.1f} %, on wrong scenes {100 * mistaken:.1f} %"
             )
     if args.table:
-        drawn = read_clevr(args.clevr_root) if args.clevr_root else sample_scenes(
-            args.seed, {"train": args.scenes, "test": args.scenes // 10})  # fmt: skip
+        drawn = (
+            read_clevr(args.clevr_root)
+            if args.clevr_root
+            else sample_scenes(args.seed, {"train": args.scenes, "test": args.scenes // 10})
+        )
         lines = ["| " + " | ".join(HEADER) + " |", "| " + " | ".join("---" for _ in HEADER) + " |"]
         for conditions in ("existence", "full"):
             for depth in (2, 4, 6, 8) if conditions == "existence" else (2, 4, 6):

@@ -15,8 +15,18 @@ import numpy as np
 
 from data import InputError, command
 from data.clevr import SceneTable
-from data.clevr_policy import (NewFolder, build_policy, draw_crops, make_items, picture_name, read_clevr, route, stored,
-                               write_json, write_jsonl)  # fmt: skip
+from data.clevr_policy import (
+    NewFolder,
+    build_policy,
+    draw_crops,
+    make_items,
+    picture_name,
+    read_clevr,
+    route,
+    stored,
+    write_json,
+    write_jsonl,
+)
 from data.dataset import load_items, load_policies
 from data.prose import Prose
 

@@ -20,8 +20,10 @@ from PIL import Image
 from data.dataset import IMAGE
 
 NOUNS = {"cube": "cubes", "sphere": "spheres", "cylinder": "cylinders"}
-SYLLABLES = ("ba be bi bo da del din do fa fen ga gor ha hel ka kel ko la lin lo ma mer mi mo na nel no nu pa per pi ra "
-             "rel ri ro ru sa sel su ta tel ti to va ver vi za zen zu").split()  # fmt: skip
+SYLLABLES = (
+    "ba be bi bo da del din do fa fen ga gor ha hel ka kel ko la lin lo ma mer mi mo na nel no nu pa per pi ra "
+    "rel ri ro ru sa sel su ta tel ti to va ver vi za zen zu"
+).split()
 
 
 def pick(rng, options):
@@ -70,15 +72,27 @@ class Prose:
     updated = "This is the updated policy {}. It replaces every earlier policy of that name.\n\n"
 
     WHOLE = {
-        "color": ("Is there {a} {v} object in the picture?", "Does the picture show any {v} object?",
-                  "Is at least one object in the picture {v}?"),
-        "shape": ("Is there a {v} in the picture?", "Does the picture show any {v}?",
-                  "Is at least one object in the picture a {v}?"),
-        "size": ("Is there a {v} object in the picture?", "Does the picture show any {v} object?",
-                 "Is at least one object in the picture {v}?"),
-        "material": ("Is there a {v} object in the picture?", "Does the picture show any object made of {v}?",
-                     "Is at least one object in the picture made of {v}?"),
-    }  # fmt: skip
+        "color": (
+            "Is there {a} {v} object in the picture?",
+            "Does the picture show any {v} object?",
+            "Is at least one object in the picture {v}?",
+        ),
+        "shape": (
+            "Is there a {v} in the picture?",
+            "Does the picture show any {v}?",
+            "Is at least one object in the picture a {v}?",
+        ),
+        "size": (
+            "Is there a {v} object in the picture?",
+            "Does the picture show any {v} object?",
+            "Is at least one object in the picture {v}?",
+        ),
+        "material": (
+            "Is there a {v} object in the picture?",
+            "Does the picture show any object made of {v}?",
+            "Is at least one object in the picture made of {v}?",
+        ),
+    }
     AMONG = {
         "color": ("is at least one {v}?", "is any of them {v}?"),
         "shape": ("is at least one a {v}?", "is any of them a {v}?"),
@@ -100,12 +114,20 @@ class Prose:
         "Following policy {}, what response does this scene receive?",
         "Look at the picture and answer as policy {} requires.",
         "I need the response of policy {} for this picture.",
-    )  # fmt: skip
-    RESTATE = ("What does {} of policy {} say?", "State {} of policy {} word for word.", "Quote {} as policy {} has it.")
-    NEXT = ("Under policy {}, the answer at {} is {}. What comes next?",
-            "Policy {}: at {} the answer was {}. Where does that lead?")  # fmt: skip
-    CASE = ("Suppose a picture shows {}, and nothing else. What is the response under policy {}?",
-            "A picture has only these objects: {}. Which response does policy {} give?")  # fmt: skip
+    )
+    RESTATE = (
+        "What does {} of policy {} say?",
+        "State {} of policy {} word for word.",
+        "Quote {} as policy {} has it.",
+    )
+    NEXT = (
+        "Under policy {}, the answer at {} is {}. What comes next?",
+        "Policy {}: at {} the answer was {}. Where does that lead?",
+    )
+    CASE = (
+        "Suppose a picture shows {}, and nothing else. What is the response under policy {}?",
+        "A picture has only these objects: {}. Which response does policy {} give?",
+    )
     FORMAT = (
         "\nThink inside <think></think> first, condition by condition, then give only the response in \\boxed{}, "
         "for example \\boxed{Case 1}."

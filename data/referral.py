@@ -53,10 +53,14 @@ def referral(response, item, policy):
             gap = rf"{re.escape(_plain(section))}(?![0-9]|\.[0-9]).{{0,{REACH}}}?{re.escape(quotes[section])}"
             right |= {section} if re.search(gap, plain) else set()
     due = [step["node"] for step in item["path"]]
-    return {"visited": len(visited), "quoted": len(right) / max(1, len(visited)),
-            "unknown": sum(section not in quotes for section in mentions(text, policy)),
-            "path": float(visited == due), "answer": accuracy(None, response, item),
-            "score": len(right & set(due)) / max(1, len(set(visited) | set(due)))}  # fmt: skip
+    return {
+        "visited": len(visited),
+        "quoted": len(right) / max(1, len(visited)),
+        "unknown": sum(section not in quotes for section in mentions(text, policy)),
+        "path": float(visited == due),
+        "answer": accuracy(None, response, item),
+        "score": len(right & set(due)) / max(1, len(set(visited) | set(due))),
+    }
 
 
 def branching_error(responses, items, policies):
@@ -77,8 +81,11 @@ def branching_error(responses, items, policies):
     sections = [(name, node["id"]) for name, policy in policies.items() for node in policy["nodes"]]
     difference = [abs(found[s] - gold[s]) for s in sections]
     named = sum(found.values()) + unknown
-    return {"branching_error": sum(difference) / max(1, len(sections)),
-            "relative": sum(difference) / max(1, sum(gold.values())), "unknown": unknown / max(1, named)}  # fmt: skip
+    return {
+        "branching_error": sum(difference) / max(1, len(sections)),
+        "relative": sum(difference) / max(1, sum(gold.values())),
+        "unknown": unknown / max(1, named),
+    }
 
 
 RUBRIC = (
@@ -90,9 +97,18 @@ RUBRIC = (
 
 def judge_line(response, item, policy):
     """One line of JSONL for an LLM judge: the policy, the question, the gold path, the reasoning and the task."""
-    return json.dumps({"id": item["id"], "task": RUBRIC, "policy": policy["text"], "question": item["question"],
-                       "gold": item.get("cot", ""), "reasoning": thoughts(response) or response,
-                       "answer": parse(response)}, ensure_ascii=False)  # fmt: skip
+    return json.dumps(
+        {
+            "id": item["id"],
+            "task": RUBRIC,
+            "policy": policy["text"],
+            "question": item["question"],
+            "gold": item.get("cot", ""),
+            "reasoning": thoughts(response) or response,
+            "answer": parse(response),
+        },
+        ensure_ascii=False,
+    )
 
 
 # -- PA3's rewards (arXiv 2603.14602): --reward accuracy=0.9,format=0.1,data.referral:recall=0.5,data.referral:invented=0.5 -

@@ -11,8 +11,14 @@ from data.prose import Prose
 
 
 def _item(policy, number, question, answer):
-    return {"id": f"{policy['name']}-section-{number}", "policy": policy["name"], "kind": "section", "images": [],
-            "question": question, "answer": answer}  # fmt: skip
+    return {
+        "id": f"{policy['name']}-section-{number}",
+        "policy": policy["name"],
+        "kind": "section",
+        "images": [],
+        "question": question,
+        "answer": answer,
+    }
 
 
 def section_items(policy, style, rng, scenes=()):
@@ -53,8 +59,12 @@ def recitation_items(policies):
     answer is the section in words.
     """
     asked = lambda policy, node: node.get("recite") or Prose.RESTATE[0].format(node["id"], policy["name"])
-    return [_item(policy, f"recite-{k}", asked(policy, node), node["section"])
-            for policy in policies.values() for k, node in enumerate(policy["nodes"]) if "section" in node]  # fmt: skip
+    return [
+        _item(policy, f"recite-{k}", asked(policy, node), node["section"])
+        for policy in policies.values()
+        for k, node in enumerate(policy["nodes"])
+        if "section" in node
+    ]
 
 
 def token_f1(found, expected):

@@ -31,7 +31,7 @@ from importlib.util import find_spec
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = 16         # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
+ROWS = 16  # chunks are padded to a multiple of this many rows: BLAS takes another path for a few rows
 CPU_CHUNK = 2048  # rows at a time on a CPU, which holds a tile of their logits
 
 
@@ -48,6 +48,7 @@ def linear_logprob(h, W, y, *, temperature=1.0, ignore_index=-100, return_entrop
     """
     if hasattr(W, "full_tensor"):  # cast the shard first: half the traffic when the parameters are kept in fp32
         from torch.distributed.tensor import Partial
+
         W = W.to(h.dtype).full_tensor(grad_placements=[Partial()] * W.device_mesh.ndim)
     device = h.device.type
     if torch.is_autocast_enabled(device):
@@ -137,6 +138,7 @@ def rows_of(h):
 
 # -- rows and chunks ------------------------------------------------------------------------------------------------
 
+
 def chunks(mask, size):
     """Indices of the rows marked True, `size` at a time (one synchronisation on a GPU).
 
@@ -158,6 +160,7 @@ def default_chunk(h):
     def filled(rows):  # share of the multiprocessors at work, over all waves
         tiles = rows // 128 * across
         return tiles / (-(-tiles // cores) * cores)
+
     return max(range(512, 2304 + 1, 128), key=filled)
 
 

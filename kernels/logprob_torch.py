@@ -25,7 +25,7 @@ def backward_rows(h, W, y, m, s, temperature, h_g, dW, with_h):
     per_s = -1 / s[:, None].clamp_min(torch.finfo(torch.float32).tiny)
     G = h_g.new_zeros(h_g.shape) if with_h else None
     for v, l, W_v in tiles(h, W, temperature):
-        d = l.sub_(m[:, None]).exp_().mul_(per_s)               # (C, S), in place of the logits
+        d = l.sub_(m[:, None]).exp_().mul_(per_s)  # (C, S), in place of the logits
         rows, columns = inside(y, v, l)
         d[rows, columns] = 1.0
         dW[v : v + len(W_v)].addmm_(d.T, h_g)
@@ -45,8 +45,8 @@ def fold(tiles, y, temperature, with_entropy, width):
         l_y[rows, 0] = l[rows, columns]
         above = torch.maximum(m, l.amax(1, keepdim=True))
         shrink = (m - above).exp_()
-        e = l.sub_(above).exp_()                                # (C, S), in place of the logits
-        e[rows, columns] = 0.0                                  # without the target: 1 - p_y must not cancel
+        e = l.sub_(above).exp_()  # (C, S), in place of the logits
+        e[rows, columns] = 0.0  # without the target: 1 - p_y must not cancel
         if with_entropy:
             t = shrink * (t + (m - above) * s) - torch.special.entr(e).sum(1, keepdim=True)  # e log e, 0 at e = 0
         s = shrink * s + e.sum(1, keepdim=True)

@@ -85,15 +85,45 @@ def sweep_rows(logits, y, temperature, dtype, with_entropy, gradient, sums=None)
     direction = logits.view(dtype)  # (C, V) or (C, 2V): the same memory
     device = torch.cuda.get_device_name(y.device) if y.is_cuda else "cpu"
     block, warps = BLOCKS.get(device, DEFAULT)
-    sweep[(C,)](logits, direction, y, logp, entropy, scale, m, s, V, direction.stride(0), 1 / temperature,
-                BLOCK=min(block, triton.next_power_of_2(V)), LOSS=sums is None, ENTROPY=with_entropy,
-                GRADIENT=gradient, num_warps=warps)
+    sweep[(C,)](
+        logits,
+        direction,
+        y,
+        logp,
+        entropy,
+        scale,
+        m,
+        s,
+        V,
+        direction.stride(0),
+        1 / temperature,
+        BLOCK=min(block, triton.next_power_of_2(V)),
+        LOSS=sums is None,
+        ENTROPY=with_entropy,
+        GRADIENT=gradient,
+        num_warps=warps,
+    )
     return logp, entropy, scale, m, s, direction[:, :V]
 
 
 @triton.jit
-def sweep(logits, direction, targets, logp, entropy, scale, peak, others, V, stride, inverse_temperature,
-          BLOCK: tl.constexpr, LOSS: tl.constexpr, ENTROPY: tl.constexpr, GRADIENT: tl.constexpr):
+def sweep(
+    logits,
+    direction,
+    targets,
+    logp,
+    entropy,
+    scale,
+    peak,
+    others,
+    V,
+    stride,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+    LOSS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)  # rows x V passes 2^31
     logits += row * V
     direction += row * stride
@@ -104,7 +134,9 @@ def sweep(logits, direction, targets, logp, entropy, scale, peak, others, V, str
     if LOSS:
         inside = (y >= 0) & (y < V)
         l_y = tl.load(logits + y, mask=inside, other=float("nan")) * inverse_temperature  # never read outside the row
-        m = tl.full((), -3.0e38, tl.float32)  # finite: a block of -inf logits gives e^(-inf - m) = 0, not e^(-inf + inf)
+        m = tl.full(
+            (), -3.0e38, tl.float32
+        )  # finite: a block of -inf logits gives e^(-inf - m) = 0, not e^(-inf + inf)
         s = tl.zeros((BLOCK,), tl.float32)
         t = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):

@@ -34,7 +34,7 @@ def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
     chosen = []
     for epoch in range(start // n_items, -(-stop // n_items)):
         order = rng(seed, epoch).permutation(n_items)
-        chosen += order[max(start - epoch * n_items, 0): stop - epoch * n_items].tolist()
+        chosen += order[max(start - epoch * n_items, 0) : stop - epoch * n_items].tolist()
     return chosen[rank::world]
 
 
@@ -83,11 +83,11 @@ class Ahead:
 class Batch:
     """Right-padded rows: what the model reads and which of its predictions count."""
 
-    input_ids: torch.Tensor              # (B,T) int64
-    attention_mask: torch.Tensor         # (B,T) int64: 1 where a token stands
-    labels: torch.Tensor                 # (B,T) int64: the token after position t where it is learned, else -100
-    index: torch.Tensor                  # (N,) int64: flat positions b*T + t of the learned ones
-    pixel_values: torch.Tensor | None    # (patches, 1176) fp32, the rows' pictures one after the other
+    input_ids: torch.Tensor  # (B,T) int64
+    attention_mask: torch.Tensor  # (B,T) int64: 1 where a token stands
+    labels: torch.Tensor  # (B,T) int64: the token after position t where it is learned, else -100
+    index: torch.Tensor  # (N,) int64: flat positions b*T + t of the learned ones
+    pixel_values: torch.Tensor | None  # (patches, 1176) fp32, the rows' pictures one after the other
     image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
     position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed; attention_mask is then bool (B,T,T)
 
@@ -104,20 +104,28 @@ def collate(prompts, targets, learn=None, *, pad_id):
     """
     targets = [torch.as_tensor(target, dtype=torch.long) for target in targets]
     rows = [torch.cat([prompt.input_ids, target]) for prompt, target in zip(prompts, targets, strict=True)]
-    learn = [torch.arange(len(row)) >= len(prompt.input_ids) if given is None else given
-             for row, prompt, given in zip(rows, prompts, learn or [None] * len(rows))]
+    learn = [
+        torch.arange(len(row)) >= len(prompt.input_ids) if given is None else given
+        for row, prompt, given in zip(rows, prompts, learn or [None] * len(rows))
+    ]
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
     for b, (row, counts) in enumerate(zip(rows, learn)):
-        input_ids[b, :len(row)] = row
-        attention_mask[b, :len(row)] = 1
-        labels[b, :len(row) - 1] = torch.where(counts[1:], row[1:], -100)  # position t predicts token t + 1
+        input_ids[b, : len(row)] = row
+        attention_mask[b, : len(row)] = 1
+        labels[b, : len(row) - 1] = torch.where(counts[1:], row[1:], -100)  # position t predicts token t + 1
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.grid_thw for p in prompts if p.pixel_values is not None]
-    return Batch(input_ids, attention_mask, labels, (labels != -100).flatten().nonzero().squeeze(1),
-                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None)
+    return Batch(
+        input_ids,
+        attention_mask,
+        labels,
+        (labels != -100).flatten().nonzero().squeeze(1),
+        torch.cat(pixels) if pixels else None,
+        torch.cat(grids) if grids else None,
+    )
 
 
 def pack(model, prompts, responses, pad_id):
@@ -144,8 +152,15 @@ def pack(model, prompts, responses, pad_id):
     sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B,T,S), and nothing that comes later
     pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
-    return Batch(input_ids, sees.tril(), labels, (labels != -100).flatten().nonzero()[:, 0],
-                 torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None, position_ids)
+    return Batch(
+        input_ids,
+        sees.tril(),
+        labels,
+        (labels != -100).flatten().nonzero()[:, 0],
+        torch.cat(pixels) if pixels else None,
+        torch.cat(grids) if grids else None,
+        position_ids,
+    )
 
 
 def packing_pays(model, prompts, responses, most=1 << 14):

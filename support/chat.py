@@ -1,7 +1,7 @@
 """What a checkpoint is and what it answers: the two commands of model.py.
 
-    python model.py --describe PATH
-    python model.py --chat PATH [--image FILE] [--adapter FOLDER]
+python model.py --describe PATH
+python model.py --chat PATH [--image FILE] [--adapter FOLDER]
 """
 
 import argparse
@@ -9,9 +9,20 @@ import sys
 
 import torch
 
-from model import Cache, Config, Processor, Qwen25VL, open_image
-from model import add_lora, load_adapter, load_pretrained, lora_parameters, merge_lora
+from model import (
+    Cache,
+    Config,
+    Processor,
+    Qwen25VL,
+    add_lora,
+    load_adapter,
+    load_pretrained,
+    lora_parameters,
+    merge_lora,
+    open_image,
+)
 from support.files import find_folder, read_json
+
 
 def describe(path):
     """Print the architecture of a checkpoint from its config alone: sizes, parameters by part, memory."""

@@ -56,8 +56,16 @@ class Checkpoints:
             for key, t in {"param": p.detach(), **optimizer.state.get(p, {})}.items():
                 t = t.to_local() if hasattr(t, "to_local") else t
                 tensors[f"{key}.{name}"] = t.cpu().contiguous() if wait else t.to("cpu", copy=True).contiguous()
-        state = {"step": step, "stage": run.stage, "skipped": run.skipped, "extra": extra, "score": score,
-                 "config": dataclasses.asdict(run.config), "version": code_version(), "torch": torch.__version__}
+        state = {
+            "step": step,
+            "stage": run.stage,
+            "skipped": run.skipped,
+            "extra": extra,
+            "score": score,
+            "config": dataclasses.asdict(run.config),
+            "version": code_version(),
+            "torch": torch.__version__,
+        }
         final = self.folder / f"step-{step:08d}"
         aside = final.with_suffix(".tmp")
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -93,7 +101,7 @@ class Checkpoints:
             reason = failure or "another rank could not write its shard"
             raise InputError(f"{final}: {reason}; the checkpoint is not there, older ones are")
         sums = run.sum([crc if r == run.rank else 0 for r in range(run.world)])
-        state["shards"] = [int(x) for x in sums][:self.shards]
+        state["shards"] = [int(x) for x in sums][: self.shards]
         run.on_main(lambda: self._publish(aside, final, state))
 
     def _prepare(self, aside, final, size):
@@ -121,7 +129,7 @@ class Checkpoints:
         whole = self.names()
         scores = {name: self.state(name).get("score") for name in whole}
         best = max((name for name in whole if scores[name] is not None), key=lambda name: scores[name], default=None)
-        for name in whole[self.run.config.keep:]:
+        for name in whole[self.run.config.keep :]:
             if name != best:
                 shutil.rmtree(self.folder / name)
 
@@ -144,8 +152,11 @@ class Checkpoints:
         for name in self.names():
             try:
                 sums = self.state(name)["shards"]
-                damaged = [shard_name(r, len(sums)) for r, crc in enumerate(sums)
-                           if checksum(self.folder / name / shard_name(r, len(sums))) != crc]
+                damaged = [
+                    shard_name(r, len(sums))
+                    for r, crc in enumerate(sums)
+                    if checksum(self.folder / name / shard_name(r, len(sums))) != crc
+                ]
                 if not damaged:
                     return name
                 reason = f"{damaged[0]} has another checksum than when it was written"
@@ -183,8 +194,12 @@ class Checkpoints:
             chunk = -(-rows // self.run.world)
             start, stop = min(self.run.rank * chunk, rows), min((self.run.rank + 1) * chunk, rows)
         held = -(-rows // len(files))
-        local = torch.cat([file.get_slice(key)[max(start - r * held, 0):max(min(stop - r * held, held), 0)]
-                           for r, file in enumerate(files)]).to(p.device)
+        local = torch.cat(
+            [
+                file.get_slice(key)[max(start - r * held, 0) : max(min(stop - r * held, held), 0)]
+                for r, file in enumerate(files)
+            ]
+        ).to(p.device)
         if not self.run.fsdp:
             return local
         from torch.distributed.tensor import DTensor

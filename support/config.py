@@ -31,7 +31,9 @@ class CommonConfig:
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
     split: str = option("", "file of the items to learn from, inside --data")
     out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
-    init: str = option("", "start from the stage before: its run's folder; an adapter is continued, or merged by --full")
+    init: str = option(
+        "", "start from the stage before: its run's folder; an adapter is continued, or merged by --full"
+    )
     adapter: str = option("", "start from this LoRA adapter on top of --model")
     full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
     lora_rank: int = option(8, "rank of the adapter", least=1)
@@ -48,25 +50,41 @@ class CommonConfig:
     micro_batch: int = option(4, "items a forward pass; fewer need less memory, and the results stay the same", least=1)
     epochs: float = option(1.0, "passes over the data", above=0)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
-    replay: str = option("", "folder of other policies' items, learned with their policy in the prompt, so that the"
-                             " model does not forget how to read one")
+    replay: str = option(
+        "",
+        "folder of other policies' items, learned with their policy in the prompt, so that the"
+        " model does not forget how to read one",
+    )
     replay_split: str = option("sft.jsonl", "file of the items to replay, inside --replay")
     replay_share: float = option(0.5, "share of each batch that is replayed, if --replay is given", least=0, most=0.9)
     workers: int = option(4, "threads that read and scale pictures one step ahead on GPU machines; 0: none", least=0)
-    max_prompt: int = option(4096, "longest prompt, tokens with its pictures; a longer one is an error, never cut", least=1)
+    max_prompt: int = option(
+        4096, "longest prompt, tokens with its pictures; a longer one is an error, never cut", least=1
+    )
     max_response: int = option(2048, "longest response in tokens", least=1)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    max_skipped: float = option(0.1, "share of updates (of ten at least) that NaN or infinity may cost before the run"
-                                     " stops", least=0, most=1)
+    max_skipped: float = option(
+        0.1, "share of updates (of ten at least) that NaN or infinity may cost before the run stops", least=0, most=1
+    )
     seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of matrix products; trained weights and AdamW stay float32, frozen ones take it;"
-                                " auto: bfloat16 on GPUs, float32 on CPUs", choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third"
-                                                 " more time")
-    compile: bool = option(False, "torch.compile what is around attention, in learning and sampling: half a minute at the start")
-    fsdp: str = option("auto", "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
-                       choices=("auto", "on", "off"))
+    dtype: str = option(
+        "auto",
+        "of matrix products; trained weights and AdamW stay float32, frozen ones take it;"
+        " auto: bfloat16 on GPUs, float32 on CPUs",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, a third more time"
+    )
+    compile: bool = option(
+        False, "torch.compile what is around attention, in learning and sampling: half a minute at the start"
+    )
+    fsdp: str = option(
+        "auto",
+        "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
+        choices=("auto", "on", "off"),
+    )
     save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run", least=0)
     async_save: bool = option(False, "write checkpoints in a thread while training goes on: for large models")
     keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)

@@ -67,16 +67,25 @@ class Reporter:
         total = dict(zip(sums, run.sum([float(x) for x in sums.values()])))
         mean = lambda name, over: total[name] / max(total[over], 1)
         metrics = {
-            "loss": total["loss"], "grad_norm": grad_norm,
+            "loss": total["loss"],
+            "grad_norm": grad_norm,
             "reward": (total["reward_standard"] + total["reward_aware"]) / total["responses"],
             **{name: mean(name, "responses") for name in named},
-            "accuracy": mean("right_standard", "n_standard"), "accuracy_aware": mean("right_aware", "n_aware"),
-            "reward_standard": mean("reward_standard", "n_standard"), "reward_aware": mean("reward_aware", "n_aware"),
-            "dead_groups": mean("dead", "groups"), "entropy": mean("entropy", "tokens"), "kl": mean("kl", "tokens"),
-            "clipped_low": mean("clipped_low", "tokens"), "clipped_high": mean("clipped_high", "tokens"),
-            "rollout_train_difference": mean("difference", "standard_tokens"), "length": mean("length", "responses"),
-            "length_max": run.max(max([0, *lengths.tolist()])), "truncated": mean("cut", "responses"), "failed": failed,
-        }  # fmt: skip
+            "accuracy": mean("right_standard", "n_standard"),
+            "accuracy_aware": mean("right_aware", "n_aware"),
+            "reward_standard": mean("reward_standard", "n_standard"),
+            "reward_aware": mean("reward_aware", "n_aware"),
+            "dead_groups": mean("dead", "groups"),
+            "entropy": mean("entropy", "tokens"),
+            "kl": mean("kl", "tokens"),
+            "clipped_low": mean("clipped_low", "tokens"),
+            "clipped_high": mean("clipped_high", "tokens"),
+            "rollout_train_difference": mean("difference", "standard_tokens"),
+            "length": mean("length", "responses"),
+            "length_max": run.max(max([0, *lengths.tolist()])),
+            "truncated": mean("cut", "responses"),
+            "failed": failed,
+        }
         run.report(step, metrics, total["length"], phase_tokens={"sample": total["length"], "learn": total["tokens"]})
         self.track(step, metrics)
         every, validate = self.config.samples_every, self.config.validate_every
@@ -88,8 +97,10 @@ class Reporter:
     def sample(self, step, group, rewards, A):
         """A whole group, for reading; rewards and A begin with its own."""
         texts = [self.rollout.processor.decode(response.tokens) for response in group.responses]
-        rows = [dict(zip(("text", "aware", "reward", "advantage"), values))
-                for values in zip(texts, group.aware, rewards.tolist(), A.tolist())]  # fmt: skip
+        rows = [
+            dict(zip(("text", "aware", "reward", "advantage"), values))
+            for values in zip(texts, group.aware, rewards.tolist(), A.tolist())
+        ]
         item = {"id": group.item["id"], "policy": group.item["policy"], "answer": group.item["answer"]}
         return {"step": step, **item, "responses": rows}
 
@@ -110,8 +121,11 @@ class Reporter:
         without, given = self.accuracy(items), self.accuracy(items, rollout.policies)
         self.run.append("validation", {"step": 0, "without_policy": without, "with_policy": given, "n": len(items)})
         if given <= without:
-            self.say(f"warning: accuracy {given:.3f} with the policy in the prompt is not above {without:.3f} without: "
-                     "policy-aware responses will teach nothing, and may harm (--policy-rollouts 0)", sys.stderr)
+            self.say(
+                f"warning: accuracy {given:.3f} with the policy in the prompt is not above {without:.3f} without: "
+                "policy-aware responses will teach nothing, and may harm (--policy-rollouts 0)",
+                sys.stderr,
+            )
 
     def say(self, line, file=None):
         if self.run.is_main:

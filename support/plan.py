@@ -33,8 +33,11 @@ GB = 1e9
 
 @dataclass
 class Config:
-    model: str = option("", f"checkpoint folder, hub id, or one of {', '.join(SIZES)}; all: a table of these in each"
-                        " stage", required=True)
+    model: str = option(
+        "",
+        f"checkpoint folder, hub id, or one of {', '.join(SIZES)}; all: a table of these in each stage",
+        required=True,
+    )
     stage: str = option("rl", "cpt, sft or rl", choices=("cpt", "sft", "rl"))
     full: bool = redefault(CommonConfig, "full", True)
     lora_rank: int = redefault(CommonConfig, "lora_rank", 8)
@@ -59,13 +62,26 @@ def architecture(name):
         name = official[1]
         width, layers, heads, groups, inner, vocabulary, vision, tied = SIZES[name]
         section = [width // heads // 8, width // heads * 3 // 16, width // heads * 3 // 16]
-        raw = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-               "num_key_value_heads": groups, "intermediate_size": inner, "vocab_size": vocabulary,
-               "tie_word_embeddings": tied, "rms_norm_eps": 1e-6,
-               "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": section}, "image_token_id": 151655,
-               "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-               "model_type": "qwen2_5_vl", "max_position_embeddings": 128000, "hidden_act": "silu",
-               "vision_config": {**VISION, "intermediate_size": vision, "out_hidden_size": width}}  # fmt: skip
+        raw = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "intermediate_size": inner,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": tied,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": section},
+            "image_token_id": 151655,
+            "video_token_id": 151656,
+            "vision_start_token_id": 151652,
+            "vision_end_token_id": 151653,
+            "model_type": "qwen2_5_vl",
+            "max_position_embeddings": 128000,
+            "hidden_act": "silu",
+            "vision_config": {**VISION, "intermediate_size": vision, "out_hidden_size": width},
+        }
     else:
         folder = qwen.find_folder(name)
         raw = qwen.read_json(folder / "config.json")
@@ -153,16 +169,21 @@ def plan(config):
     ranks = config.gpus if sharded else 1
     if config.full:
         tuned = total - (0 if config.train_vision else vision)
-        parts = {"weights (fp32)": 4 * total / ranks, "gradients (fp32)": 4 * tuned / ranks,
-                 "AdamW (two fp32 moments)": 8 * tuned / ranks}
+        parts = {
+            "weights (fp32)": 4 * total / ranks,
+            "gradients (fp32)": 4 * tuned / ranks,
+            "AdamW (two fp32 moments)": 8 * tuned / ranks,
+        }
         if sharded:  # the root unit stays gathered from forward to backward; two layers are in flight
             parts["gathered units and their gradients"] = 2 * width * (root + 2 * layer)
         elif half:
             parts["bf16 copies of the weights (autocast)"] = 2 * total
     else:
         tuned = config.lora_rank * text.num_hidden_layers * adapter
-        parts = {f"frozen weights ({'bf16' if half else 'fp32'})": width * total,
-                 "adapter, gradient, AdamW (fp32)": 16 * tuned}
+        parts = {
+            f"frozen weights ({'bf16' if half else 'fp32'})": width * total,
+            "adapter, gradient, AdamW (fp32)": 16 * tuned,
+        }
     if config.stage == "rl" and config.reference:
         parts["start model"] = width * total / ranks if config.full else 0
     layers = text.num_hidden_layers
@@ -188,8 +209,11 @@ def advice(config, result):
     if config.micro_batch > 1:
         levers.append(f"--micro-batch {config.micro_batch // 2}: the same result, smaller passes")
     if config.full:
-        levers += [f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further",
-                   "--no-train-vision: no gradients there", "--no-full: LoRA; no gradients and moments of the weights"]
+        levers += [
+            f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further",
+            "--no-train-vision: no gradients there",
+            "--no-full: LoRA; no gradients and moments of the weights",
+        ]
     return levers + ["shorter --max-prompt or --max-response, or smaller pictures"]
 
 
@@ -197,8 +221,10 @@ def report(config):
     """The plan as lines of text."""
     result = plan(config)
     how = "full" if config.full else f"LoRA r {config.lora_rank}"
-    lines = [f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
-             f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"]
+    lines = [
+        f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
+        f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"
+    ]
     lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
     lines += [f"  {size / GB:8.2f}  {name}: {PHASES[name]}" for name, size in result["phases"].items()]
     fits = result["peak"] / GB <= config.memory
@@ -210,12 +236,14 @@ def report(config):
 def table(config):
     """The four sizes in the paper's three stages as a Markdown table, each on the fewest GPUs that do."""
     config = dataclasses.replace(config, gradient_checkpointing=True)
-    lines = [f"GB a GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
-             f"tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; GPUs: the fewest, in "
-             f"powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and sampling holds "
-             "whole ones. Computed, not measured.\n",
-             "| model | stage | GPUs | weights, gradients, AdamW | learning | sampling | peak |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"GB a GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
+        f"tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; GPUs: the fewest, in "
+        f"powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and sampling holds "
+        "whole ones. Computed, not measured.\n",
+        "| model | stage | GPUs | weights, gradients, AdamW | learning | sampling | peak |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for size in SIZES:
         for stage, full in (("cpt", True), ("sft", False), ("rl", True), ("rl", False)):
             for gpus in (1, 2, 4, 8, 16, 32, 64, 128):

@@ -39,8 +39,15 @@ import train_sft  # noqa: E402
 from support.checkpoint import code_version  # noqa: E402
 
 MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
-PORO = {"group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 6, "micro_batch": 16, "samples_every": 2,
-        "reward": "small:length"}  # fmt: skip
+PORO = {
+    "group_size": 2,
+    "policy_rollouts": 2,
+    "check": 0,
+    "max_response": 6,
+    "micro_batch": 16,
+    "samples_every": 2,
+    "reward": "small:length",
+}
 RUNS = {  # name: (stage, ranks, flags)
     "cpt": ("cpt", 1, {"kinds": "applied,document"}),
     "sft": ("sft", 1, {"lora_dropout": 0.1, "async_save": True}),
@@ -154,12 +161,16 @@ def main():
     last = f"fault: {held} of {len(rows)} rows held, {kills} SIGKILLs of live runs, {seconds:.0f} s, {cpu:.0f} s of CPU"
     last += f"; failed: {failed}" if failed else ""
     if args.table:
-        head = f"`python tests/fault.py --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, " \
-               f"{os.cpu_count()} CPU cores ({platform.machine()}), commit {code_version()[:7]}. A row holds where " \
-               "weights and logs are the undisturbed run's, bit by bit.\n"
+        head = (
+            f"`python tests/fault.py --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, "
+            f"{os.cpu_count()} CPU cores ({platform.machine()}), commit {code_version()[:7]}. A row holds where "
+            "weights and logs are the undisturbed run's, bit by bit.\n"
+        )
         lines = [head, "| what | SIGKILLs | in a save | runs compared | holds |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {what} | {kills or ''} | {saves or ''} | {runs} | {'yes' if holds else '**no**'} |"
-                  for what, kills, saves, runs, holds in rows]  # fmt: skip
+        lines += [
+            f"| {what} | {kills or ''} | {saves or ''} | {runs} | {'yes' if holds else '**no**'} |"
+            for what, kills, saves, runs, holds in rows
+        ]
         Path(args.table).write_text("\n".join([*lines, "", last, ""]))
     print(last)
     sys.exit(bool(failed))
@@ -205,8 +216,10 @@ def trials(folder, kills, rng):
         ended = set(job.wait()) == {2} and job.said().count("\nerror: ") == len(job.ranks)
         clean = not list(out.glob("checkpoints/*"))
         Job(folder, name, out).wait()
-        verdict(f"{name}: the disk fills in a save: one line, exit code 2, nothing half-written",
-                ended and clean and same(out, folder / "whole" / name))
+        verdict(
+            f"{name}: the disk fills in a save: one line, exit code 2, nothing half-written",
+            ended and clean and same(out, folder / "whole" / name),
+        )
 
     for name in ("cpt", "cpt, two ranks, sharded"):
         out = folder / "damaged" / name
@@ -217,8 +230,10 @@ def trials(folder, kills, rng):
         os.truncate(shard, shard.stat().st_size // 2)
         job = Job(folder, name, out)
         said = set(job.wait()) == {0} and "step-00000008: skipped, it is damaged" in job.said()
-        verdict(f"{name}: a checkpoint cut short is skipped with a line, the one before continued",
-                said and same(out, folder / "whole" / name))
+        verdict(
+            f"{name}: a checkpoint cut short is skipped with a line, the one before continued",
+            said and same(out, folder / "whole" / name),
+        )
     return rows, time.time() - began
 
 

@@ -99,7 +99,7 @@ def tiny_config(tied=True, width=64, layers=3, vision_width=32, vision_depth=3, 
         "rope_scaling": {"type": "mrope", "mrope_section": [time, row, half - time - row]},
         "vocab_size": 288,  # six rows more than there are tokens, as the official ones have
         **changes,
-    }  # fmt: skip
+    }
 
 
 def tiny_checkpoint(folder, tied=True, seed=0, scale=0.08, dtype=torch.float32, **config):

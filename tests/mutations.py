@@ -16,10 +16,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
+SLOW = (
+    "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
+)
 
 # Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what stands there instead)}.
-SOURCES = {name: (ROOT / f"{name.replace('.', '/')}.py").read_text() for name in ("support.files", "model")}  # in the order of their imports
+SOURCES = {
+    name: (ROOT / f"{name.replace('.', '/')}.py").read_text() for name in ("support.files", "model")
+}  # in the order of their imports
 MUTATIONS = {}
 MUTATIONS["model"] = {
     # config
@@ -76,30 +80,42 @@ MUTATIONS["processor"] = {
     "shrunk sides rounded up": ("math.floor(side / shrink / factor)", "math.ceil(side / shrink / factor)"),
     "bilinear resize": ("Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR"),
     "patches row by row": ('"(h a p) (w b q) c -> (h w a b) c (p q)"', '"(h a p) (w b q) c -> (h a w b) c (p q)"'),
-    "frames before channels": ("np.repeat(pixels[:, :, None], self.temporal_patch_size, axis=2)",
-                               "np.repeat(pixels[:, None], self.temporal_patch_size, axis=1)"),
+    "frames before channels": (
+        "np.repeat(pixels[:, :, None], self.temporal_patch_size, axis=2)",
+        "np.repeat(pixels[:, None], self.temporal_patch_size, axis=1)",
+    ),
     "levels over 256": (".astype(np.float32) / 255", ".astype(np.float32) / 256"),
     "transparency on black": ('Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")'),
     "16 bits clipped to 8": (".clip(0, 65535) // 257", ".clip(0, 255)"),
     "EXIF rotation ignored": ("to_rgb(ImageOps.exif_transpose(image))", "to_rgb(image)"),
-    "no newline after a turn": ("<|im_end|>\\n\"\n        return text", "<|im_end|>\"\n        return text"),
-    "pictures after the text": ("else PICTURE for part in parts(message))",
-                                'else PICTURE for part in sorted(parts(message), key=lambda part: part["type"] == "image"))'),
+    "no newline after a turn": ('<|im_end|>\\n"\n        return text', '<|im_end|>"\n        return text'),
+    "pictures after the text": (
+        "else PICTURE for part in parts(message))",
+        'else PICTURE for part in sorted(parts(message), key=lambda part: part["type"] == "image"))',
+    ),
     "special tokens decoded": ("skip_special_tokens=True", "skip_special_tokens=False"),
-}  # fmt: skip
+}
 MUTATIONS["loading"] = {
     "unexpected tensors pass": ('faults += [f"unexpected {name}" for name in found if name not in expected]', "pass"),
     "in-library vision names unknown": ('r"^model\\.visual\\.", "visual.", re', 'r"^model\\.vision\\.", "visual.", re'),
     "stale shards stay": ("for name in stale:  #", "for name in []:  #"),
-}  # fmt: skip
+}
 MUTATIONS["lora"] = {
     "rslora scale as plain": ("(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
     "alpha of the file ignored": ("layer.alpha, layer.rslora = alpha, bool(", "layer.rslora = bool("),
-    "merging forgets the scale": ("self.weight.float() + self.scale * self.lora_B", "self.weight.float() + self.lora_B"),
-    "unmerging subtracts": ("self.weight.data = self.original\n",
-                            "self.weight.data = (self.weight.float() - self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)\n"),
-    "adapter_off forgets merged adapters": ('if self.state == "merged":\n', 'if self.state == "merged" and state != "off":\n'),
-}  # fmt: skip
+    "merging forgets the scale": (
+        "self.weight.float() + self.scale * self.lora_B",
+        "self.weight.float() + self.lora_B",
+    ),
+    "unmerging subtracts": (
+        "self.weight.data = self.original\n",
+        "self.weight.data = (self.weight.float() - self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)\n",
+    ),
+    "adapter_off forgets merged adapters": (
+        'if self.state == "merged":\n',
+        'if self.state == "merged" and state != "off":\n',
+    ),
+}
 
 
 class FirstFailure:
@@ -151,7 +167,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose name contains this (default: all)")
     args = parser.parse_args()
-    chosen = [(file, name, *edit) for file, edits in MUTATIONS.items() for name, edit in edits.items() if args.only in name]
+    chosen = [
+        (file, name, *edit) for file, edits in MUTATIONS.items() for name, edit in edits.items() if args.only in name
+    ]
     for _, name, old, new in chosen:
         places = sum(source.count(old) for source in SOURCES.values())
         assert places == 1, f"{name}: found {places} places in {', '.join(SOURCES)} that say {old!r}, expected 1"
@@ -163,12 +181,16 @@ def main():
         start = time.time()
         test = first_failure({name: source.replace(old, new) for name, source in SOURCES.items()}, file)
         rows.append((name, test))
-        print(f"{time.time() - start:5.0f} s  {'caught' if test else 'SURVIVED':<9} {name:<45} {test or ''}", flush=True)
+        print(
+            f"{time.time() - start:5.0f} s  {'caught' if test else 'SURVIVED':<9} {name:<45} {test or ''}", flush=True
+        )
         if not args.only:  # after every line: the whole takes long
             caught = sum(test is not None for _, test in rows)
             head = f"# Mutations of model.py and support/files.py\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
             head += "| what is wrong | first test that fails |\n|---|---|\n"
-            table.write_text(head + "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows))
+            table.write_text(
+                head + "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows)
+            )
     survived = [name for name, test in rows if test is None]
     print(f"{len(rows) - len(survived)} of {len(rows)} mutations caught")
     sys.exit(bool(survived))
@@ -178,6 +200,7 @@ def warm_up():
     """Import and run once what every fork would have to."""
     import peft  # noqa: F401
     from helpers import batch, oracle, oracle_inputs, question, tiny_checkpoint
+
     from model import Processor
 
     with tempfile.TemporaryDirectory() as folder:

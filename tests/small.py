@@ -14,8 +14,12 @@ from data import command
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTANT = {  # every test's runs are small and quiet
-    "--batch-size": "4", "--micro-batch": "2", "--lr": "1e-3", "--device": "cpu", "--max-response": "64",
-}  # fmt: skip
+    "--batch-size": "4",
+    "--micro-batch": "2",
+    "--lr": "1e-3",
+    "--device": "cpu",
+    "--max-response": "64",
+}
 
 
 def small_data(folder, items=12):
@@ -28,17 +32,30 @@ def small_data(folder, items=12):
     leaves = [{"id": "A", "response": "A"}, {"id": "B", "response": "B"}]
     texts = {"P1": ("red? yes: A, no: B", []), "P2": ("like <image>? yes: A, no: B", ["images/0.png"])}
     policies = [
-        {"name": name, "root": "1", "nodes": [node], "leaves": leaves, "images": images,
-         "text": f"policy {name}: {text}"}
+        {
+            "name": name,
+            "root": "1",
+            "nodes": [node],
+            "leaves": leaves,
+            "images": images,
+            "text": f"policy {name}: {text}",
+        }
         for name, (text, images) in texts.items()
     ]
     (folder / "policies.json").write_text(json.dumps(policies))
     rows = [
-        {"id": f"i{i}", "policy": f"P{1 + i % 2}", "scene": f"{i}.png", "images": [f"images/{i}.png"],
-         "question": f"apply P{1 + i % 2}: ", "answer": "AB"[i % 3 % 2], "cot": "it is " + "so " * (i % 4),
-         "path": [{"node": "1", "answer": "yes"}]}
+        {
+            "id": f"i{i}",
+            "policy": f"P{1 + i % 2}",
+            "scene": f"{i}.png",
+            "images": [f"images/{i}.png"],
+            "question": f"apply P{1 + i % 2}: ",
+            "answer": "AB"[i % 3 % 2],
+            "cot": "it is " + "so " * (i % 4),
+            "path": [{"node": "1", "answer": "yes"}],
+        }
         for i in range(items)
-    ]  # fmt: skip
+    ]
     for name in ("sft", "rl", "test"):
         write_lines(folder / f"{name}.jsonl", rows)
     document = {"kind": "document", "images": [], "question": "", "answer": ""}

@@ -30,8 +30,16 @@ import train_rl  # noqa: E402
 from support.checkpoint import code_version  # noqa: E402
 from training import Run  # noqa: E402
 
-FLAGS = {"batch_size": 2, "micro_batch": 8, "group_size": 2, "policy_rollouts": 2, "max_response": 4, "check": 0,
-         "lr": "1e-4", "reward": "small:length"}  # fmt: skip
+FLAGS = {
+    "batch_size": 2,
+    "micro_batch": 8,
+    "group_size": 2,
+    "policy_rollouts": 2,
+    "max_response": 4,
+    "check": 0,
+    "lr": "1e-4",
+    "reward": "small:length",
+}
 
 
 def watch(seen, out, began):
@@ -69,7 +77,7 @@ def main():
     rows = [json.loads(line) for line in lines]
     numbers = [value for row in rows for value in row.values() if isinstance(value, (int, float))]
     tenth = max(args.steps // 10, 1)
-    early, late = seen[tenth:2 * tenth], seen[-tenth:]
+    early, late = seen[tenth : 2 * tenth], seen[-tenth:]
     growth = [statistics.median(column) for column in zip(*early)], [statistics.median(column) for column in zip(*late)]
     names = ("resident MB", "threads", "open files", "files of the run")
     lines = ["| | second tenth | last tenth |", "| --- | --- | --- |"]

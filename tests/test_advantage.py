@@ -28,7 +28,11 @@ def test_three_modes_are_their_formulas(eps):
     r = torch.randint(0, 3, (6, 40)).double() / 2  # longer than a block of the kernel
     r[2:4] += 0.25
     mean = r.mean(1, keepdim=True)
-    expected = {"grpo": (r - mean) / (r.std(1, keepdim=True) + eps), "dr_grpo": r - mean, "batch": (r - mean) / (r.std() + eps)}
+    expected = {
+        "grpo": (r - mean) / (r.std(1, keepdim=True) + eps),
+        "dr_grpo": r - mean,
+        "batch": (r - mean) / (r.std() + eps),
+    }
     for mode, right in expected.items():
         found = group_advantage(r.float().to(DEVICE), mode=mode, eps=eps)
         assert found.dtype == torch.float32 and found.shape == (6, 40)
@@ -93,7 +97,9 @@ def test_inputs_stay_and_carry_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float64, torch.bool])
 def test_any_number_is_a_reward(dtype):
-    torch.testing.assert_close(group_advantage(rewards([1.0, 0.0, 1.0]).to(dtype)), group_advantage(rewards([1.0, 0.0, 1.0])))
+    torch.testing.assert_close(
+        group_advantage(rewards([1.0, 0.0, 1.0]).to(dtype)), group_advantage(rewards([1.0, 0.0, 1.0]))
+    )
 
 
 def test_empty_batches():
@@ -102,13 +108,19 @@ def test_empty_batches():
     assert group_advantage(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(rewards=torch.zeros(4)), r"rewards \(4,\), group_ids None"),
-    (dict(rewards=torch.zeros(4), group_ids=torch.zeros(3, dtype=torch.int64)), r"group_ids \(3,\)"),
-    (dict(rewards=torch.zeros(2, 2), group_ids=torch.zeros(2, 2, dtype=torch.int64)), r"expected \(P, G\) without ids"),
-    (dict(rewards=torch.zeros(2, 2), mode="gae"), "'gae'.*grpo, dr_grpo, batch"),
-    (dict(rewards=torch.zeros(2, 2), eps=-1.0), "eps -1.0"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(rewards=torch.zeros(4)), r"rewards \(4,\), group_ids None"),
+        (dict(rewards=torch.zeros(4), group_ids=torch.zeros(3, dtype=torch.int64)), r"group_ids \(3,\)"),
+        (
+            dict(rewards=torch.zeros(2, 2), group_ids=torch.zeros(2, 2, dtype=torch.int64)),
+            r"expected \(P, G\) without ids",
+        ),
+        (dict(rewards=torch.zeros(2, 2), mode="gae"), "'gae'.*grpo, dr_grpo, batch"),
+        (dict(rewards=torch.zeros(2, 2), eps=-1.0), "eps -1.0"),
+    ],
+)
 def test_says_what_it_found_and_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         group_advantage(**arguments)
@@ -117,6 +129,12 @@ def test_says_what_it_found_and_expected(arguments, message):
 @pytest.mark.skipif(INTERPRETED, reason="this is the run with the kernel")
 def test_this_file_again_with_the_kernel_interpreted():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__], text=True, env=environment,
-                         cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert run.returncode == 0, run.stdout[-3000:]

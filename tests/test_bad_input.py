@@ -31,11 +31,25 @@ import train_sft
 import training
 from data import InputError
 
-MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main, "evaluate": evaluate.main, "plan": training.main}
-DATA = {name: getattr(data, name).main for name in "clevr_policy gta_policy benchmarks cot inspect oracle override".split()}
+MAIN = {
+    "cpt": train_cpt.main,
+    "sft": train_sft.main,
+    "rl": train_rl.main,
+    "evaluate": evaluate.main,
+    "plan": training.main,
+}
+DATA = {
+    name: getattr(data, name).main for name in "clevr_policy gta_policy benchmarks cot inspect oracle override".split()
+}
 PAGE = ROOT / "tests" / "BAD_INPUT.md"
-COMMANDS = {"cpt": "train_cpt.py", "sft": "train_sft.py", "rl": "train_rl.py", "evaluate": "evaluate.py", "plan": "training.py plan",
-            **{name: f"-m data.{name}" for name in DATA}}  # fmt: skip
+COMMANDS = {
+    "cpt": "train_cpt.py",
+    "sft": "train_sft.py",
+    "rl": "train_rl.py",
+    "evaluate": "evaluate.py",
+    "plan": "training.py plan",
+    **{name: f"-m data.{name}" for name in DATA},
+}
 
 
 def replace(path, old, new):
@@ -102,11 +116,36 @@ TABLE = {
     "no model": ("sft", nothing, ["--model", ""], "--model is missing"),
     "no data": ("evaluate", nothing, ["--data", ""], "--data is missing"),
     "no config file": ("sft", nothing, ["--config", "nowhere.json"], "--config nowhere.json: .*expected a JSON file"),
-    "config file of another kind": ("sft", lambda f: (f / "c.json").write_text("lr: 1"), ["--config", "F/c.json"], "expected a JSON file"),
-    "unknown key in the config file": ("sft", lambda f: (f / "c.json").write_text('{"lrr": 1}'), ["--config", "F/c.json"], "found lrr"),
-    "config file with a list": ("sft", lambda f: (f / "c.json").write_text("[1]"), ["--config", "F/c.json"], "found list, expected one object"),
-    "text for a number in the config file": ("sft", lambda f: (f / "c.json").write_text('{"warmup": "many"}'), ["--config", "F/c.json"], "--warmup: found 'many'"),
-    "text for a bool in the config file": ("sft", lambda f: (f / "c.json").write_text('{"full": "yes"}'), ["--config", "F/c.json"], "--full: found 'yes'"),
+    "config file of another kind": (
+        "sft",
+        lambda f: (f / "c.json").write_text("lr: 1"),
+        ["--config", "F/c.json"],
+        "expected a JSON file",
+    ),
+    "unknown key in the config file": (
+        "sft",
+        lambda f: (f / "c.json").write_text('{"lrr": 1}'),
+        ["--config", "F/c.json"],
+        "found lrr",
+    ),
+    "config file with a list": (
+        "sft",
+        lambda f: (f / "c.json").write_text("[1]"),
+        ["--config", "F/c.json"],
+        "found list, expected one object",
+    ),
+    "text for a number in the config file": (
+        "sft",
+        lambda f: (f / "c.json").write_text('{"warmup": "many"}'),
+        ["--config", "F/c.json"],
+        "--warmup: found 'many'",
+    ),
+    "text for a bool in the config file": (
+        "sft",
+        lambda f: (f / "c.json").write_text('{"full": "yes"}'),
+        ["--config", "F/c.json"],
+        "--full: found 'yes'",
+    ),
     # RL
     "negative policy rollouts": ("rl", nothing, ["--policy-rollouts", "-1"], "--policy-rollouts: found -1"),
     "a group of one": ("rl", nothing, ["--group-size", "1", "--policy-rollouts", "0"], "1 \\+ 0 responses"),
@@ -118,64 +157,247 @@ TABLE = {
     "no such model": ("sft", nothing, ["--model", "F/nowhere"], "nowhere: found no such folder"),
     "no such data": ("cpt", nothing, ["--data", "F/nowhere"], "policies.json: no such file"),
     "no such split": ("sft", nothing, ["--split", "extra.jsonl"], "extra.jsonl: no such file"),
-    "output is a file": ("sft", lambda f: (f / "out").write_text(""), [], "--out .*out: File exists, expected a folder"),
-    "output holds another run": ("rl", another_run, [], "holds another run, expected a new folder, --resume or --overwrite"),
+    "output is a file": (
+        "sft",
+        lambda f: (f / "out").write_text(""),
+        [],
+        "--out .*out: File exists, expected a folder",
+    ),
+    "output holds another run": (
+        "rl",
+        another_run,
+        [],
+        "holds another run, expected a new folder, --resume or --overwrite",
+    ),
     "resume of another stage": ("cpt", another_run, ["--resume"], "was started as sft"),
-    "init from a run that has not ended": ("cpt", lambda f: (shutil.copytree(f / "data", f / "half"), (f / "half" / "config.json").write_text('{"stage": "cpt", "base": "m"}')), ["--init", "F/half"], "a run that has not ended"),
+    "init from a run that has not ended": (
+        "cpt",
+        lambda f: (
+            shutil.copytree(f / "data", f / "half"),
+            (f / "half" / "config.json").write_text('{"stage": "cpt", "base": "m"}'),
+        ),
+        ["--init", "F/half"],
+        "a run that has not ended",
+    ),
     "adapter that is not there": ("evaluate", nothing, ["--adapter", "F/nowhere"], "nowhere: found no such folder"),
-    "results of another kind": ("evaluate", lambda f: ((f / "out").mkdir(), (f / "out" / "results.json").write_text("[]")), [], "results.json: found no rows"),
+    "results of another kind": (
+        "evaluate",
+        lambda f: ((f / "out").mkdir(), (f / "out" / "results.json").write_text("[]")),
+        [],
+        "results.json: found no rows",
+    ),
     "nothing to recite": ("evaluate", nothing, ["--recite"], "no policy with sections"),
     # checkpoints
     "no config.json": ("sft", lambda f: (f / "model" / "config.json").unlink(), [], "config.json: found no such file"),
     "config.json cut short": ("sft", lambda f: replace(f / "model" / "config.json", "}", ""), [], "config.json"),
-    "config.json without a key": ("sft", lambda f: edit(f / "model" / "config.json", hidden_size=None), [], "hidden_size"),
-    "config.json with text for a number": ("sft", lambda f: edit(f / "model" / "config.json", num_hidden_layers="three"), [], "num_hidden_layers"),
+    "config.json without a key": (
+        "sft",
+        lambda f: edit(f / "model" / "config.json", hidden_size=None),
+        [],
+        "hidden_size",
+    ),
+    "config.json with text for a number": (
+        "sft",
+        lambda f: edit(f / "model" / "config.json", num_hidden_layers="three"),
+        [],
+        "num_hidden_layers",
+    ),
     "no weights": ("sft", lambda f: weights(f).unlink(), [], "model.safetensors"),
     "weights cut short": ("cpt", lambda f: os.truncate(weights(f), 5000), [], "model.safetensors: found"),
     "weights of no bytes": ("cpt", lambda f: weights(f).write_bytes(b""), [], "model.safetensors"),
-    "missing tensor": ("rl", lambda f: tensors(weights(f), lambda t: t.pop("model.norm.weight")), [], "missing model.norm.weight"),
-    "unexpected tensor": ("cpt", lambda f: tensors(weights(f), lambda t: t.update(extra=t["model.norm.weight"].clone())), [], "unexpected extra"),
+    "missing tensor": (
+        "rl",
+        lambda f: tensors(weights(f), lambda t: t.pop("model.norm.weight")),
+        [],
+        "missing model.norm.weight",
+    ),
+    "unexpected tensor": (
+        "cpt",
+        lambda f: tensors(weights(f), lambda t: t.update(extra=t["model.norm.weight"].clone())),
+        [],
+        "unexpected extra",
+    ),
     "mis-shaped tensors": ("sft", lambda f: edit(f / "model" / "config.json", intermediate_size=96), [], "up_proj"),
     "no tokenizer": ("sft", lambda f: (f / "model" / "tokenizer.json").unlink(), [], "tokenizer.json"),
-    "tokenizer without vision tokens": ("evaluate", lambda f: replace(f / "model" / "tokenizer.json", "<|image_pad|>", "<|imago_pad|>"), [], "image_pad"),
-    "no preprocessor": ("evaluate", lambda f: (f / "model" / "preprocessor_config.json").unlink(), [], "processor_config.json"),
+    "tokenizer without vision tokens": (
+        "evaluate",
+        lambda f: replace(f / "model" / "tokenizer.json", "<|image_pad|>", "<|imago_pad|>"),
+        [],
+        "image_pad",
+    ),
+    "no preprocessor": (
+        "evaluate",
+        lambda f: (f / "model" / "preprocessor_config.json").unlink(),
+        [],
+        "processor_config.json",
+    ),
     # data
-    "line that is not JSON": ("sft", lambda f: replace(f / "data" / "sft.jsonl", "{", "["), [], "sft.jsonl:1: not JSON"),
-    "line without a key": ("cpt", lambda f: replace(f / "data" / "cpt.jsonl", '"question"', '"query"'), [], "cpt.jsonl:1: key 'question' is missing"),
-    "key of another type": ("rl", lambda f: replace(f / "data" / "rl.jsonl", '"answer": "A"', '"answer": 1'), [], "rl.jsonl:1: key 'answer' holds int"),
-    "id used twice": ("sft", lambda f: replace(f / "data" / "sft.jsonl", '"id": "i1"', '"id": "i0"'), [], "sft.jsonl:2: id 'i0' found again"),
-    "empty file of items": ("evaluate", lambda f: (f / "data" / "test.jsonl").write_text(""), [], "test.jsonl: no items"),
-    "picture that is not there": ("sft", lambda f: (f / "data" / "images" / "2.png").unlink(), [], "sft.jsonl:3: picture 'images/2.png' is missing"),
-    "picture outside the folder": ("sft", lambda f: replace(f / "data" / "sft.jsonl", "images/1.png", "../model/config.json"), [], "lies outside the data folder"),
-    "picture of no bytes": ("cpt", lambda f: [path.write_bytes(b"") for path in (f / "data" / "images").iterdir()], [], ".png: found"),
-    "picture cut short": ("evaluate", lambda f: [os.truncate(path, 90) for path in (f / "data" / "images").iterdir()], [], ".png: found"),
-    "picture far too large": ("sft", lambda f: [bomb(path) for path in (f / "data" / "images").iterdir()], [], ".png: found"),
-    "query of an unknown policy": ("sft", lambda f: replace(f / "data" / "sft.jsonl", '"policy": "P1"', '"policy": "P9"'), [], "sft.jsonl:1: policy 'P9' is not in"),
-    "policies.json that is no list": ("sft", lambda f: (f / "data" / "policies.json").write_text("{}"), [], "policies.json: expected a list"),
-    "two policies of one name": ("cpt", lambda f: policies(f, lambda p: p[1].update(name="P1")), [], "'P1' stands there twice"),
-    "dangling branch": ("cpt", lambda f: policies(f, lambda p: p[0]["nodes"][0]["branches"].update(yes="Z")), [], "leads to 'Z'"),
-    "cycle": ("cpt", lambda f: policies(f, lambda p: p[0]["nodes"][0]["branches"].update(yes="1")), [], "leads back to itself"),
-    "fewer pictures than marks": ("rl", lambda f: policies(f, lambda p: p[1].update(images=[])), [], "1 <image> in the text, 0 pictures"),
-    "prompt over the limit": ("sft", nothing, ["--max-prompt", "30"], r"item i\d+: found a prompt of \d+ tokens, expected at most --max-prompt 30"),
-    "response over the limit": ("cpt", nothing, ["--max-response", "3"], r"item \w+: found a response of \d+ tokens, expected at most --max-response 3"),
+    "line that is not JSON": (
+        "sft",
+        lambda f: replace(f / "data" / "sft.jsonl", "{", "["),
+        [],
+        "sft.jsonl:1: not JSON",
+    ),
+    "line without a key": (
+        "cpt",
+        lambda f: replace(f / "data" / "cpt.jsonl", '"question"', '"query"'),
+        [],
+        "cpt.jsonl:1: key 'question' is missing",
+    ),
+    "key of another type": (
+        "rl",
+        lambda f: replace(f / "data" / "rl.jsonl", '"answer": "A"', '"answer": 1'),
+        [],
+        "rl.jsonl:1: key 'answer' holds int",
+    ),
+    "id used twice": (
+        "sft",
+        lambda f: replace(f / "data" / "sft.jsonl", '"id": "i1"', '"id": "i0"'),
+        [],
+        "sft.jsonl:2: id 'i0' found again",
+    ),
+    "empty file of items": (
+        "evaluate",
+        lambda f: (f / "data" / "test.jsonl").write_text(""),
+        [],
+        "test.jsonl: no items",
+    ),
+    "picture that is not there": (
+        "sft",
+        lambda f: (f / "data" / "images" / "2.png").unlink(),
+        [],
+        "sft.jsonl:3: picture 'images/2.png' is missing",
+    ),
+    "picture outside the folder": (
+        "sft",
+        lambda f: replace(f / "data" / "sft.jsonl", "images/1.png", "../model/config.json"),
+        [],
+        "lies outside the data folder",
+    ),
+    "picture of no bytes": (
+        "cpt",
+        lambda f: [path.write_bytes(b"") for path in (f / "data" / "images").iterdir()],
+        [],
+        ".png: found",
+    ),
+    "picture cut short": (
+        "evaluate",
+        lambda f: [os.truncate(path, 90) for path in (f / "data" / "images").iterdir()],
+        [],
+        ".png: found",
+    ),
+    "picture far too large": (
+        "sft",
+        lambda f: [bomb(path) for path in (f / "data" / "images").iterdir()],
+        [],
+        ".png: found",
+    ),
+    "query of an unknown policy": (
+        "sft",
+        lambda f: replace(f / "data" / "sft.jsonl", '"policy": "P1"', '"policy": "P9"'),
+        [],
+        "sft.jsonl:1: policy 'P9' is not in",
+    ),
+    "policies.json that is no list": (
+        "sft",
+        lambda f: (f / "data" / "policies.json").write_text("{}"),
+        [],
+        "policies.json: expected a list",
+    ),
+    "two policies of one name": (
+        "cpt",
+        lambda f: policies(f, lambda p: p[1].update(name="P1")),
+        [],
+        "'P1' stands there twice",
+    ),
+    "dangling branch": (
+        "cpt",
+        lambda f: policies(f, lambda p: p[0]["nodes"][0]["branches"].update(yes="Z")),
+        [],
+        "leads to 'Z'",
+    ),
+    "cycle": (
+        "cpt",
+        lambda f: policies(f, lambda p: p[0]["nodes"][0]["branches"].update(yes="1")),
+        [],
+        "leads back to itself",
+    ),
+    "fewer pictures than marks": (
+        "rl",
+        lambda f: policies(f, lambda p: p[1].update(images=[])),
+        [],
+        "1 <image> in the text, 0 pictures",
+    ),
+    "prompt over the limit": (
+        "sft",
+        nothing,
+        ["--max-prompt", "30"],
+        r"item i\d+: found a prompt of \d+ tokens, expected at most --max-prompt 30",
+    ),
+    "response over the limit": (
+        "cpt",
+        nothing,
+        ["--max-response", "3"],
+        r"item \w+: found a response of \d+ tokens, expected at most --max-response 3",
+    ),
     "prompt over the limit in RL": ("rl", nothing, ["--max-prompt", "30"], r"30"),
     # the plan
     "plan of an unknown stage": ("plan", nothing, ["--stage", "later"], "--stage: found 'later'"),
     "plan for no GPUs": ("plan", nothing, ["--gpus", "0"], "--gpus: found 0"),
     "plan of no model": ("plan", nothing, ["--model", "F/nowhere"], "nowhere"),
     # making and showing data
-    "a folder that holds something": ("clevr_policy", nothing, ["--out", "F/data"], "data: exists already, expected a new or empty folder"),
-    "a policy of no layers": ("clevr_policy", nothing, ["--out", "F/out", "--depth", "0"], "--depth 0 found, expected at least 1"),
-    "pictures of no size": ("clevr_policy", nothing, ["--out", "F/out", "--size", "480"], "--size '480' found, expected two whole numbers"),
-    "no official CLEVR": ("clevr_policy", nothing, ["--out", "F/out", "--clevr-root", "F/no"], "CLEVR_train_scenes.json: no such file"),
+    "a folder that holds something": (
+        "clevr_policy",
+        nothing,
+        ["--out", "F/data"],
+        "data: exists already, expected a new or empty folder",
+    ),
+    "a policy of no layers": (
+        "clevr_policy",
+        nothing,
+        ["--out", "F/out", "--depth", "0"],
+        "--depth 0 found, expected at least 1",
+    ),
+    "pictures of no size": (
+        "clevr_policy",
+        nothing,
+        ["--out", "F/out", "--size", "480"],
+        "--size '480' found, expected two whole numbers",
+    ),
+    "no official CLEVR": (
+        "clevr_policy",
+        nothing,
+        ["--out", "F/out", "--clevr-root", "F/no"],
+        "CLEVR_train_scenes.json: no such file",
+    ),
     "no official GTA": ("gta_policy", nothing, ["--out", "F/out", "--gta-root", "F/no"], "dataset.json: no such file"),
-    "no official benchmark": ("benchmarks", nothing, ["mmlu-pro", "F/no.jsonl", "--out", "F/out"], "no.jsonl: no such file"),
-    "chains by no model": ("cot", nothing, ["--data", "F/data", "--out", "F/out.jsonl", "--mode", "forward"], "--mode forward found without --model"),
-    "chains of no attempts": ("cot", nothing, ["--data", "F/data", "--out", "F/out.jsonl", "--attempts", "0"], "--attempts 0"),
+    "no official benchmark": (
+        "benchmarks",
+        nothing,
+        ["mmlu-pro", "F/no.jsonl", "--out", "F/out"],
+        "no.jsonl: no such file",
+    ),
+    "chains by no model": (
+        "cot",
+        nothing,
+        ["--data", "F/data", "--out", "F/out.jsonl", "--mode", "forward"],
+        "--mode forward found without --model",
+    ),
+    "chains of no attempts": (
+        "cot",
+        nothing,
+        ["--data", "F/data", "--out", "F/out.jsonl", "--attempts", "0"],
+        "--attempts 0",
+    ),
     "a page of no data": ("inspect", nothing, ["F/nowhere"], "policies.json: no such file"),
     "a check of no data": ("oracle", nothing, ["F/nowhere"], "policies.json: no such file"),
-    "an override of no data": ("override", nothing, ["--data", "F/nowhere", "--out", "F/out"], "policies.json: no such file"),
-}  # fmt: skip
+    "an override of no data": (
+        "override",
+        nothing,
+        ["--data", "F/nowhere", "--out", "F/out"],
+        "policies.json: no such file",
+    ),
+}
 
 
 def bomb(path):
@@ -183,7 +405,11 @@ def bomb(path):
     from zlib import crc32
 
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc32(kind + body))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"x"))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"x")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +428,11 @@ def words(command, f, flags):
     if command == "evaluate":
         return ["--model", f"{f}/model", "--data", f"{f}/data", "--out", f"{f}/out", "--device", "cpu", *flags]
     given = [flag for flag in flags if flag in ("--batch-size", "--micro-batch", "--lr")]
-    return arguments(f / "model", f / "data", f / "out", steps=1) + flags if not given else [*arguments(f / "model", f / "data", f / "out"), *flags]
+    return (
+        arguments(f / "model", f / "data", f / "out", steps=1) + flags
+        if not given
+        else [*arguments(f / "model", f / "data", f / "out"), *flags]
+    )
 
 
 def tree(folder):
@@ -224,12 +454,24 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(sound, tmp_path, name):
 
 def page():
     """The table in Markdown."""
-    lines = [f"# {len(TABLE)} bad inputs", "", "Each ends in one line, `error: ...`, and exit code 2, and leaves nothing half-written; a test of",
-             "`tests/test_bad_input.py` each. F is the folder of the case, ... any text.", "",
-             "| what is wrong | command | flags | what the line says |", "| --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        f"# {len(TABLE)} bad inputs",
+        "",
+        "Each ends in one line, `error: ...`, and exit code 2, and leaves nothing half-written; a test of",
+        "`tests/test_bad_input.py` each. F is the folder of the case, ... any text.",
+        "",
+        "| what is wrong | command | flags | what the line says |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, (command, _, flags, line) in TABLE.items():
-        said = re.sub(r"\\(.)\+?", r"\1", line.replace(r"i\d+", "i1").replace(r"\d+", "31").replace(r"\w+", "i1").replace(".*", " ... "))
-        lines.append(f"| {name} | `{COMMANDS[command]}` | {f'`{chr(32).join(flags)}`' if flags else ''} | {said.replace('|', chr(92) + '|')} |")
+        said = re.sub(
+            r"\\(.)\+?",
+            r"\1",
+            line.replace(r"i\d+", "i1").replace(r"\d+", "31").replace(r"\w+", "i1").replace(".*", " ... "),
+        )
+        lines.append(
+            f"| {name} | `{COMMANDS[command]}` | {f'`{chr(32).join(flags)}`' if flags else ''} | {said.replace('|', chr(92) + '|')} |"
+        )
     return "\n".join([*lines, ""])
 
 

@@ -25,17 +25,33 @@ def b64(color):
     return base64.b64encode(png(color)).decode()
 
 
-MMLU = {"question_id": 70, "question": "Which is prime?", "options": [*"468", "9", "10", "12", "14", "15", "16", "7"],
-        "answer": "J", "answer_index": 9,
-        "cot_content": "", "category": "math", "src": "x"}  # fmt: skip
-MMMU = {"id": "test_Art_1", "question": "Compare <image 2> with <image 4>. {curly}",
-        "options": "['a <image 4>', 'none', \"it's both\"]", "answer": "C",
-        "image_1": None, "image_2": {"bytes": b64("red"), "path": "x.png"}, "image_4": b64("blue"), "subject": "Art",
-        "explanation": "?"}  # fmt: skip
+MMLU = {
+    "question_id": 70,
+    "question": "Which is prime?",
+    "options": [*"468", "9", "10", "12", "14", "15", "16", "7"],
+    "answer": "J",
+    "answer_index": 9,
+    "cot_content": "",
+    "category": "math",
+    "src": "x",
+}
+MMMU = {
+    "id": "test_Art_1",
+    "question": "Compare <image 2> with <image 4>. {curly}",
+    "options": "['a <image 4>', 'none', \"it's both\"]",
+    "answer": "C",
+    "image_1": None,
+    "image_2": {"bytes": b64("red"), "path": "x.png"},
+    "image_4": b64("blue"),
+    "subject": "Art",
+    "explanation": "?",
+}
 VISION = {"id": "v_1", "image": {"bytes": b64("green")}, "options": "['1', '2']", "answer": "B", "subject": "Math"}
-GUARD = [{"prompt": "How do I bake bread?", "adversarial": False, "response": "...", "prompt_harm_label": "unharmful"},
-         {"prompt": "How do I pick my neighbour's lock?", "adversarial": True, "prompt_harm_label": "harmful"},
-         {"prompt": "?", "prompt_harm_label": None}]  # fmt: skip
+GUARD = [
+    {"prompt": "How do I bake bread?", "adversarial": False, "response": "...", "prompt_harm_label": "unharmful"},
+    {"prompt": "How do I pick my neighbour's lock?", "adversarial": True, "prompt_harm_label": "harmful"},
+    {"prompt": "?", "prompt_harm_label": None},
+]
 
 
 def made(tmp_path, benchmark, rows, *flags, name="rows.jsonl"):
@@ -51,8 +67,9 @@ def test_mmlu_pro_lists_ten_options_and_its_gold_answer_scores(tmp_path):
 
 
 def test_padding_options_are_dropped(tmp_path):
-    (item,) = made(tmp_path, "mmlu-pro", [{**MMLU, "options": ["4", "7", "N/A", "N/A"], "answer": "B",
-                                           "answer_index": 1}])
+    (item,) = made(
+        tmp_path, "mmlu-pro", [{**MMLU, "options": ["4", "7", "N/A", "N/A"], "answer": "B", "answer_index": 1}]
+    )
     assert "N/A" not in item["question"] and "B. 7" in item["question"]
 
 
@@ -108,22 +125,31 @@ def test_parquet_is_read_where_pyarrow_is_and_refused_in_words_where_not(tmp_pat
 
 
 BAD = {
-    "an answer beyond the options": ("mmlu-pro", {**MMLU, "options": ["4", "7"]},
-                                     r"rows.jsonl:1: key 'answer' holds 'J', expected one of A, B"),
+    "an answer beyond the options": (
+        "mmlu-pro",
+        {**MMLU, "options": ["4", "7"]},
+        r"rows.jsonl:1: key 'answer' holds 'J', expected one of A, B",
+    ),
     "two letters": ("mmlu-pro", {**MMLU, "answer": "AB", "answer_index": 0}, "'AB'"),
     "an index that disagrees": ("mmlu-pro", {**MMLU, "answer_index": 3}, "answer_index.*expected 9"),
     "eleven options": ("mmlu-pro", {**MMLU, "options": list("abcdefghijk")}, "list of 2 to 10"),
     "options that are code": ("mmmu-pro", {**MMMU, "options": "__import__('os')"}, "expected a list"),
-    "no question": ("mmlu-pro", {key: value for key, value in MMLU.items() if key != "question"},
-                    "'question' holds nothing"),
+    "no question": (
+        "mmlu-pro",
+        {key: value for key, value in MMLU.items() if key != "question"},
+        "'question' holds nothing",
+    ),
     "a picture mentioned but absent": ("mmmu-pro", {**MMMU, "question": "<image 3>?"}, "<image 3> is mentioned"),
-    "a picture of zero bytes": ("mmmu-pro", {**MMMU, "image_2": {"bytes": "", "path": "gone.png"}},
-                                "image_2: unreadable picture"),
+    "a picture of zero bytes": (
+        "mmmu-pro",
+        {**MMMU, "image_2": {"bytes": "", "path": "gone.png"}},
+        "image_2: unreadable picture",
+    ),
     "a picture that is none": ("mmmu-pro", {**MMMU, "image_2": b64("red")[:40]}, "image_2: unreadable picture"),
     "a picture outside": ("mmmu-pro", {**MMMU, "image_2": "../../etc/x.png"}, "outside"),
     "a label of another set": ("wildguard", {**GUARD[0], "prompt_harm_label": "bad"}, "prompt_harm_label.*'bad'"),
     "a list": ("wildguard", [1], "list found"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -6,13 +6,23 @@ tests are skipped.
 
 import numpy as np
 import pytest
+from clevr_root import ROOT, needs_clevr
 from PIL import Image
 
 from data import InputError
-from data.clevr import (ATTRIBUTES, INVALID, RADIUS, SceneTable, execute, project, relationships, render, sample_scene,
-                        word)  # fmt: skip
+from data.clevr import (
+    ATTRIBUTES,
+    INVALID,
+    RADIUS,
+    SceneTable,
+    execute,
+    project,
+    relationships,
+    render,
+    sample_scene,
+    word,
+)
 from data.clevr_policy import build_policy, read_clevr
-from clevr_root import ROOT, needs_clevr
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +123,11 @@ def test_objects_are_drawn_where_blender_drew_them():
             picture = np.asarray(Image.open(scene["file"]).convert("RGB"), int)
             ours, index = render(scene, (320, 240))
             u, v, _ = scene["objects"][0]["pixel_coords"]
-            x, y, _ = project(np.array([scene["objects"][0]["3d_coords"]]), {"location": (7.4811, -6.5076, 5.3437), "zoom": 1.0},
-                              (320, 240))[0]  # fmt: skip
+            x, y, _ = project(
+                np.array([scene["objects"][0]["3d_coords"]]),
+                {"location": (7.4811, -6.5076, 5.3437), "zoom": 1.0},
+                (320, 240),
+            )[0]
             moved = np.roll(index == 0, (round(v - y), round(u - x)), (0, 1))  # the camera's jitter is not recorded
             box = np.s_[max(0, v - 40) : v + 40, max(0, u - 40) : u + 40]
             edge = np.median(picture[box].reshape(-1, 3), 0)
@@ -147,9 +160,13 @@ SMALL = {
         {"shape": "cube", "color": "blue", "size": "small", "material": "metal"},
         {"shape": "sphere", "color": "red", "size": "small", "material": "rubber"},
     ],
-    "relationships": {"left": [[1], [], [0, 1]], "right": [[2], [0, 2], []], "front": [[], [0], [0, 1]],
-                      "behind": [[1, 2], [2], []]},
-}  # fmt: skip
+    "relationships": {
+        "left": [[1], [], [0, 1]],
+        "right": [[2], [0, 2], []],
+        "front": [[], [0], [0, 1]],
+        "behind": [[1, 2], [2], []],
+    },
+}
 SCENE = step("scene")
 RED, CUBES = [SCENE, step("filter_color", 0, value="red")], [SCENE, step("filter_shape", 0, value="cube")]
 SPHERE = [SCENE, step("filter_shape", 0, value="sphere"), step("unique", 1)]

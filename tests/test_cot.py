@@ -1,11 +1,11 @@
 """Chains of thought: what is kept, what the generator is told, and the command from a tiny checkpoint to a loadable file."""
 
 import pytest
+from test_inspect import folder  # noqa: F401  the same small data folder
 
 import data.cot as cot
 from data import InputError
 from data.dataset import load_items, load_policies, target
-from test_inspect import folder  # noqa: F401  the same small data folder
 
 
 def test_forward_keeps_only_what_is_right_and_well_formed(folder):  # noqa: F811

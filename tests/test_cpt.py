@@ -20,7 +20,9 @@ def folder(tmp_path_factory):
 
 
 def sequences(folder, *flags):
-    config = parse(train_cpt.Config, "", ["--model", f"{folder}/model", "--data", f"{folder}/data", "--out", "x", *flags])
+    config = parse(
+        train_cpt.Config, "", ["--model", f"{folder}/model", "--data", f"{folder}/data", "--out", "x", *flags]
+    )
     return train_cpt.Sequences(config.data, config.split, Processor.from_pretrained(config.model), config)
 
 
@@ -47,7 +49,9 @@ def test_picture_tokens_are_no_targets_and_get_exactly_no_gradient(folder):
     model, rows = load_pretrained(folder / "model"), sequences(folder)
     batch = batch_of(rows, 1)
     kept = {}
-    model.model.norm.register_forward_hook(lambda module, inputs, output: (output.retain_grad(), kept.update(h=output))[0])
+    model.model.norm.register_forward_hook(
+        lambda module, inputs, output: (output.retain_grad(), kept.update(h=output))[0]
+    )
     token_logprobs(model, batch)[0].sum().backward()
     visual = torch.isin(batch.input_ids[0, 1:], torch.tensor(rows.processor.banned_ids))
     gradient = kept["h"].grad[0, :-1].abs().sum(-1)  # (T-1,) of the state that predicts x_t+1
@@ -65,13 +69,17 @@ def test_other_pictures_change_the_text_loss(folder):
 def test_the_policy_stands_in_front_and_is_learned(folder):
     rows = sequences(folder)
     prompt, response, m = rows.read(0, 0)
-    words = rows.processor.tokenizer.decode(torch.cat([prompt.input_ids, torch.tensor(response)])[m].tolist(), skip_special_tokens=False)
+    words = rows.processor.tokenizer.decode(
+        torch.cat([prompt.input_ids, torch.tensor(response)])[m].tolist(), skip_special_tokens=False
+    )
     assert "policy P1: red? yes: A, no: B\n\napply P1: <|im_end|>" in words and words.endswith("\\boxed{A}<|im_end|>")
     assert "<|image_pad|>" not in words and "<|vision_start|>" not in words
 
 
-@pytest.mark.parametrize("kinds, count, front", [("applied", 12, True), ("document", 2, True), ("section", 1, False),
-                                                 ("applied,document,section", 15, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "kinds, count, front",
+    [("applied", 12, True), ("document", 2, True), ("section", 1, False), ("applied,document,section", 15, None)],
+)
 def test_kinds_choose_the_items_and_whether_the_policy_is_in_front(folder, kinds, count, front):
     rows = sequences(folder, "--kinds", kinds)
     assert len(rows) == count
@@ -87,12 +95,16 @@ def test_a_document_is_the_policy_alone(folder):
 
 def test_unmasking_grows_with_its_share_and_is_drawn_anew(folder):
     """--mask-visual 1 masks all picture tokens, 0 none; in between another part of them each update."""
-    visual = lambda rows, step: sum((~torch.isin(x, rows.visual) & ~m | torch.isin(x, rows.visual) & m).sum().item() for x, m in [
-        (torch.cat([p.input_ids, torch.tensor(r)]), m) for p, r, m in [rows.read(step, 2)]])  # fmt: skip
+    visual = lambda rows, step: sum(
+        (~torch.isin(x, rows.visual) & ~m | torch.isin(x, rows.visual) & m).sum().item()
+        for x, m in [(torch.cat([p.input_ids, torch.tensor(r)]), m) for p, r, m in [rows.read(step, 2)]]
+    )
     counts = [visual(sequences(folder, "--mask-visual", share), 0) for share in ("1", "0.5", "0")]
     assert counts[0] == 0 < counts[1] < counts[2] == 18  # 112 x 112: 16 tokens and two marks
     half = sequences(folder, "--mask-visual", "0.5")
-    assert not torch.equal(half.read(0, 2)[2], half.read(1, 2)[2]) and torch.equal(half.read(1, 2)[2], half.read(1, 2)[2])
+    assert not torch.equal(half.read(0, 2)[2], half.read(1, 2)[2]) and torch.equal(
+        half.read(1, 2)[2], half.read(1, 2)[2]
+    )
 
 
 def test_a_prompt_over_the_limit_is_named_and_never_cut(folder):

@@ -93,17 +93,25 @@ def change(**values):
 
 
 POLICIES = [
-    ("dangling branch", lambda p: p[0]["nodes"][0]["branches"].update(yes="Condition 9"), "Condition 1.*yes.*Condition 9"),
+    (
+        "dangling branch",
+        lambda p: p[0]["nodes"][0]["branches"].update(yes="Condition 9"),
+        "Condition 1.*yes.*Condition 9",
+    ),
     ("cycle", cycle, "Condition 1.*leads back to itself"),
     ("two policies of one name", lambda p: p.append(p[0]), "stands there twice"),
     ("unknown root", lambda p: p[0].update(root="Condition 7"), "root 'Condition 7'"),
     ("section twice", lambda p: p[0]["nodes"].append(p[0]["nodes"][0]), "node 'Condition 1' stands there twice"),
-    ("two ways to a section", lambda p: p[0]["nodes"][0]["branches"].update(yes="Condition 1.1", no="Condition 1.1"), "Condition 1.2.*no branch"),
+    (
+        "two ways to a section",
+        lambda p: p[0]["nodes"][0]["branches"].update(yes="Condition 1.1", no="Condition 1.1"),
+        "Condition 1.2.*no branch",
+    ),
     ("picture mark without a picture", lambda p: p[0].update(images=[]), "<image> in the text, 0 pictures"),
     ("picture outside", lambda p: p[0].update(images=["../../secret.png"] * 2), "outside the data folder"),
     ("key missing", lambda p: [p[0], drop("text")(p[1])], "key 'text' is missing"),
     ("not a list", lambda p: {"policies": p}, "expected a list of policies"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("what, damage, says", POLICIES, ids=[p[0] for p in POLICIES])
@@ -129,7 +137,7 @@ ITEMS = [
     ("unknown kind", change(kind="poem"), "kind 'poem' found"),
     ("path to nowhere", change(path=[{"node": "Condition 5", "answer": "yes"}]), "path names 'Condition 5'"),
     ("path with a wrong answer", change(path=[{"node": "Condition 1", "answer": "maybe"}]), "path answers 'maybe'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("what, damage, says", ITEMS, ids=[i[0] for i in ITEMS])
@@ -164,11 +172,20 @@ def test_a_link_out_of_the_folder_is_refused(copy, tmp_path):
         load_items(copy, "rl.jsonl", load_policies(copy))
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--depth 0", "--depth 0 found"), ("--queries 0", "--queries 0"), ("--queries 4 --sft 5", "--sft 5"),
-    ("--size 10x10", "--size"), ("--size big", "--size 'big'"), ("--objects 5-20", "--objects"), ("--cpt poems", "--cpt 'poems'"),
-    ("--clevr-root /nowhere", "/nowhere.*no such file"), ("--policies -1", "--policies -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--depth 0", "--depth 0 found"),
+        ("--queries 0", "--queries 0"),
+        ("--queries 4 --sft 5", "--sft 5"),
+        ("--size 10x10", "--size"),
+        ("--size big", "--size 'big'"),
+        ("--objects 5-20", "--objects"),
+        ("--cpt poems", "--cpt 'poems'"),
+        ("--clevr-root /nowhere", "/nowhere.*no such file"),
+        ("--policies -1", "--policies -1"),
+    ],
+)
 def test_bad_flags_leave_nothing_behind(tmp_path, flags, says):
     with pytest.raises(InputError, match=says):
         main(["--out", str(tmp_path / "d"), *flags.split()])
@@ -186,6 +203,10 @@ def test_a_folder_in_use_is_not_overwritten(folder, copy):
 
 
 def test_the_command_ends_in_one_line_and_exit_code_2(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "data.clevr_policy", "--out", str(tmp_path / "d"), "--depth", "-3"],
-                         capture_output=True, text=True, cwd=Path(__file__).parents[1])  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "data.clevr_policy", "--out", str(tmp_path / "d"), "--depth", "-3"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert run.returncode == 2 and run.stderr.startswith("error: --depth -3") and run.stderr.count("\n") == 1

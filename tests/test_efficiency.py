@@ -11,9 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError
 from data.dataset import load_items, load_policies, messages
-from data.efficiency import (Cache, Lengths, grids_of, kept_policy, main, price, query_flops, read, read_run,
-                             text_flops, training_flops,
-                             vision_flops)  # fmt: skip
+from data.efficiency import (
+    Cache,
+    Lengths,
+    grids_of,
+    kept_policy,
+    main,
+    price,
+    query_flops,
+    read,
+    read_run,
+    text_flops,
+    training_flops,
+    vision_flops,
+)
 from evaluate import load
 
 
@@ -75,8 +86,15 @@ def test_runs_are_priced_from_their_own_records(world, tmp_path):
     folder, data, *_, model, processor = world
     run = tmp_path / "rl"
     run.mkdir()
-    config = {"stage": "rl", "data": str(data), "split": "rl.jsonl", "batch_size": 6, "group_size": 3,
-              "policy_rollouts": 3, "full": True}
+    config = {
+        "stage": "rl",
+        "data": str(data),
+        "split": "rl.jsonl",
+        "batch_size": 6,
+        "group_size": 3,
+        "policy_rollouts": 3,
+        "full": True,
+    }
     (run / "config.json").write_text(json.dumps(config))
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": k, "length": 10 + k / 2}) + "\n" for k in range(5)))
     (stage,) = price(model.config, processor, [str(run)], str(data))
@@ -95,8 +113,22 @@ def test_runs_are_priced_from_their_own_records(world, tmp_path):
 def test_the_command_reports_what_is_saved(world, tmp_path, capsys):
     folder, data, *_ = world
     out = tmp_path / "efficiency.json"
-    main(["--model", str(folder), "--data", str(data), "--queries", "3", "--new-tokens", "3", "--device", "cpu",
-          "--out", str(out)])
+    main(
+        [
+            "--model",
+            str(folder),
+            "--data",
+            str(data),
+            "--queries",
+            "3",
+            "--new-tokens",
+            "3",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ]
+    )
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     ways = result["ways"]
     assert ways["without P"]["prompt_tokens"] < ways["with P"]["prompt_tokens"]

@@ -24,11 +24,22 @@ def folder(tmp_path_factory):
 def says(monkeypatch):
     """Put words into the model's mouth: item after item, in the order of evaluation (by policy)."""
     return lambda texts: monkeypatch.setattr(
-        evaluate, "respond", lambda model, processor, prompts, most: [(texts.pop(0), 7, True) for _ in prompts])  # fmt: skip
+        evaluate, "respond", lambda model, processor, prompts, most: [(texts.pop(0), 7, True) for _ in prompts]
+    )
 
 
 def words(folder, *flags):
-    return ["--model", f"{folder}/model", "--data", f"{folder}/data", "--out", f"{folder}/out", "--device", "cpu", *flags]
+    return [
+        "--model",
+        f"{folder}/model",
+        "--data",
+        f"{folder}/data",
+        "--out",
+        f"{folder}/out",
+        "--device",
+        "cpu",
+        *flags,
+    ]
 
 
 def test_wilson_intervals_known_from_tables():
@@ -42,7 +53,14 @@ def test_accuracy_format_and_chains_of_known_responses(folder, says):
     policies = load_policies(folder / "data")
     items = [item for item in load_items(folder / "data", "test.jsonl", policies) if item["policy"] == "P1"][:4]
     exact = "<think>{cot}</think>\\boxed{{{answer}}}".format(**items[0])
-    says([exact, f"<think>other</think>\\boxed{{{items[1]['answer']}}}", f"so: \\boxed{{{items[2]['answer']}}}", "<think>lost"])
+    says(
+        [
+            exact,
+            f"<think>other</think>\\boxed{{{items[1]['answer']}}}",
+            f"so: \\boxed{{{items[2]['answer']}}}",
+            "<think>lost",
+        ]
+    )
     model, processor = evaluate.load(folder / "model", device="cpu")
     row, records = evaluate.evaluate(model, processor, items, policies)
     assert (row["accuracy"], row["format"], row["exact_chain"], row["n"]) == (0.75, 0.5, 0.25, 4)
@@ -58,14 +76,22 @@ def test_seen_and_unseen_paths_are_scored_apart(folder, says):
     says([f"\\boxed{{{item['answer']}}}" for item in sorted(items, key=lambda item: item["policy"])][:9] + ["no"] * 3)
     model, processor = evaluate.load(folder / "model", device="cpu")
     row, _ = evaluate.evaluate(model, processor, items, policies, seen=seen, batch=5)
-    assert (row["seen"]["accuracy"], row["seen"]["n"]) == (1.0, 6) and (row["unseen"]["accuracy"], row["unseen"]["n"]) == (0.5, 6)
+    assert (row["seen"]["accuracy"], row["seen"]["n"]) == (1.0, 6) and (
+        row["unseen"]["accuracy"],
+        row["unseen"]["n"],
+    ) == (0.5, 6)
     assert row["by_policy"]["P2"]["accuracy"] == 0.5 and row["by_depth"]["1"]["n"] == 12
 
 
 def test_the_policy_stands_in_the_prompt_only_where_asked(folder, monkeypatch):
     prompts = []
-    monkeypatch.setattr(evaluate, "respond", lambda model, processor, batch, most: prompts.append(
-        [processor.decode(p.input_ids) for p in batch]) or [("", 0, True)] * len(batch))  # fmt: skip
+    monkeypatch.setattr(
+        evaluate,
+        "respond",
+        lambda model, processor, batch, most: (
+            prompts.append([processor.decode(p.input_ids) for p in batch]) or [("", 0, True)] * len(batch)
+        ),
+    )
     for flags in ([], ["--policy-in-context"]):
         evaluate.main(words(folder, *flags))
     assert not any("red? yes" in text for text in prompts[0]) and all("yes: A" in text for text in prompts[1])
@@ -98,18 +124,25 @@ def test_results_keep_the_rows_of_other_names(folder, says):
 
 def test_override_items_say_whom_the_model_follows(folder, says):
     policies = load_policies(folder / "data")
-    rows = [{"id": f"o{i}", "policy": "P1", "images": [], "question": "?", "answer": "A", "old_answer": "B"} for i in range(4)]
+    rows = [
+        {"id": f"o{i}", "policy": "P1", "images": [], "question": "?", "answer": "A", "old_answer": "B"}
+        for i in range(4)
+    ]
     write_lines(folder / "data" / "override.jsonl", rows)
     says(["\\boxed{A}", "\\boxed{B}", "\\boxed{B}", "\\boxed{C}"])
     model, processor = evaluate.load(folder / "model", device="cpu")
-    row, _ = evaluate.evaluate(model, processor, load_items(folder / "data", "override.jsonl", policies), policies, policy_in_context=True)
+    row, _ = evaluate.evaluate(
+        model, processor, load_items(folder / "data", "override.jsonl", policies), policies, policy_in_context=True
+    )
     assert (row["accuracy"], row["follows_old"]) == (0.25, 0.5)
 
 
 def test_tool_calls_are_scored_by_tool_and_arguments(folder, says):
     policies = load_policies(folder / "data")
     gold = {"name": "OCR_v4", "arguments": {"image": "image/a.jpg"}}
-    rows = [{"id": f"c{i}", "policy": "P1", "images": [], "question": "?", "answer": json.dumps(gold)} for i in range(2)]
+    rows = [
+        {"id": f"c{i}", "policy": "P1", "images": [], "question": "?", "answer": json.dumps(gold)} for i in range(2)
+    ]
     write_lines(folder / "data" / "calls.jsonl", rows)
     says([f"\\boxed{{{json.dumps(gold)}}}", f"\\boxed{{{json.dumps({**gold, 'name': 'OCR_v1'})}}}"])
     model, processor = evaluate.load(folder / "model", device="cpu")
@@ -118,7 +151,9 @@ def test_tool_calls_are_scored_by_tool_and_arguments(folder, says):
 
 
 def test_a_section_that_is_recited_word_for_word_is_right(folder, says):
-    policies = {"P1": {"name": "P1", "nodes": [{"id": "1", "section": "red? yes: A"}], "leaves": [], "images": [], "text": ""}}
+    policies = {
+        "P1": {"name": "P1", "nodes": [{"id": "1", "section": "red? yes: A"}], "leaves": [], "images": [], "text": ""}
+    }
     items = evaluate.recitation_items(policies)
     says(["red? yes: A"])
     model, processor = evaluate.load(folder / "model", device="cpu")

@@ -13,11 +13,33 @@ from PIL import Image
 from data import InputError
 from data.dataset import load_items, load_policies, messages, target
 from data.gta_draw import COLORS
-from data.gta_policy import (call_text, least_tokens, made_up_profile, main, make_dataset, make_items, override_items,
-                             own_dialogues, read_official, split, to_official)  # fmt: skip
-from data.gta_rules import (NAME, TOOLS, VERSIONS, bare_name, changed_versions, next_step, open_ended, policy_text,
-                            rules,
-                            solver_command, value_beside, version)  # fmt: skip
+from data.gta_policy import (
+    call_text,
+    least_tokens,
+    made_up_profile,
+    main,
+    make_dataset,
+    make_items,
+    override_items,
+    own_dialogues,
+    read_official,
+    split,
+    to_official,
+)
+from data.gta_rules import (
+    NAME,
+    TOOLS,
+    VERSIONS,
+    bare_name,
+    changed_versions,
+    next_step,
+    open_ended,
+    policy_text,
+    rules,
+    solver_command,
+    value_beside,
+    version,
+)
 from data.gta_score import call, exact, read_call
 from data.rewards import parse
 
@@ -68,8 +90,12 @@ def by_hand(tool, account, age, credits):
     return 1 if age < 21 else 2 if age < 60 else 3
 
 
-PROFILES = [{"account_type": a, "age": y, "credits": c} for a, y, c in itertools.product(
-    "ABCD", (0, 12, 20, 21, 40, 59, 60, 99), (0, 249, 250, 251, 499, 500, 501, 749, 750, 751, 5000))]  # fmt: skip
+PROFILES = [
+    {"account_type": a, "age": y, "credits": c}
+    for a, y, c in itertools.product(
+        "ABCD", (0, 12, 20, 21, 40, 59, 60, 99), (0, 249, 250, 251, 499, 500, 501, 749, 750, 751, 5000)
+    )
+]
 
 
 def test_versions_are_the_methods_and_every_profile_has_exactly_one():
@@ -139,9 +165,13 @@ def test_the_engine_orders_calls_by_the_rules():
         names.append((step.call["name"], step.call["arguments"]["image"]))
         why.append(" ".join(step.why))
         history.append({"call": step.call, "result": next(results)})
-    assert names == [("ImageDescription_v4", "image/a.png"), ("ImageDescription_v4", "image/b.png"),
-                     ("ImageDescription_v4", "image/b.png"), ("TextToBbox", "image/b.png"),
-                     ("DrawBox", "image/b.png")]  # fmt: skip
+    assert names == [
+        ("ImageDescription_v4", "image/a.png"),
+        ("ImageDescription_v4", "image/b.png"),
+        ("ImageDescription_v4", "image/b.png"),
+        ("TextToBbox", "image/b.png"),
+        ("DrawBox", "image/b.png"),
+    ]
     assert history[-1]["call"]["arguments"] == {"image": "image/b.png", "bbox": "(1, 2, 30, 40)", "annotation": "sold"}
     quoted = [re.findall(r"Rule (\d+)", words) for words in why]
     assert quoted == [["5", "8"], ["5", "8"], ["7"], ["23", "20", "15"], ["23", "15"]]
@@ -189,9 +219,12 @@ def test_every_tool_is_asked_for_in_training_and_in_the_test(items):
 
 
 def test_no_test_picture_or_dialogue_is_seen_in_training(items):
-    seen = {(key, value) for name in SPLITS[:3] for item in items[name]
-            for key, value in [("dialogue", item.get("dialogue")),
-                               *(("picture", Path(p).name) for p in item["images"])]}  # fmt: skip
+    seen = {
+        (key, value)
+        for name in SPLITS[:3]
+        for item in items[name]
+        for key, value in [("dialogue", item.get("dialogue")), *(("picture", Path(p).name) for p in item["images"])]
+    }
     for item in items["test.jsonl"]:
         assert ("dialogue", item["dialogue"]) not in seen
         assert not {("picture", Path(p).name) for p in item["images"]} & seen
@@ -209,8 +242,9 @@ def test_pictures_hold_what_their_facts_say(own):
             assert COLORS[thing["color"]] in colors
         if picture.family == "scene":
             boxes = [thing["box"] for thing in picture.objects]
-            assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a,
-                           b in itertools.combinations(boxes, 2))
+            assert not any(
+                a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in itertools.combinations(boxes, 2)
+            )
             assert sum(picture.facts["counts"].values()) == len(boxes)
     for dialogue in dialogues:
         for entry in dialogue.history():
@@ -225,8 +259,11 @@ def test_pictures_hold_what_their_facts_say(own):
 
 
 def digest(path):
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob("*")
-            if file.is_file()}
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
 
 
 def test_same_seed_same_bytes_other_seed_other_users(folder, tmp_path):
@@ -287,9 +324,11 @@ def asked(text):
 
 
 def tooled(name, arguments, thought="I look closer.", **more):
-    return {"role": "assistant", "tool_calls": [{"type": "function",
-                                                 "function": {"name": name, "arguments": arguments}, **more}],
-                                                 "thought": thought}
+    return {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}, **more}],
+        "thought": thought,
+    }
 
 
 def told(name, content, kind="text"):
@@ -376,8 +415,11 @@ def test_our_set_reads_back_from_the_official_layout_item_for_item(folder, items
         plain = {**item, "images": [f"image/{Path(p).name}" for p in item["images"]]}
         assert again.pop(item["id"]) == plain
     assert not again
-    assert all(open_ended(d.turns[1][1]["arguments"]["query"]) == d.wants[-1]["open"] for d in own[0]
-               if d.wants[-1]["want"] == "search" and len(d.wants) == 1)  # fmt: skip
+    assert all(
+        open_ended(d.turns[1][1]["arguments"]["query"]) == d.wants[-1]["open"]
+        for d in own[0]
+        if d.wants[-1]["want"] == "search" and len(d.wants) == 1
+    )
 
 
 BAD = {
@@ -387,17 +429,27 @@ BAD = {
     "a missing picture": (lambda d: json.dumps({"0": {**d["0"], "files": pictured("gone.jpg")}}), "gone.jpg.*missing"),
     "a picture outside": (lambda d: json.dumps({"0": {**d["0"], "files": pictured("../../etc/passwd")}}), "outside"),
     "an absolute picture": (lambda d: json.dumps({"0": {**d["0"], "files": [{"path": "/etc/passwd"}]}}), "outside"),
-    "an unknown tool": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("Shell", {})]}}),
-                        "message 1.*'Shell'.*expected a tool"),
-    "arguments of a wrong kind": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("OCR", 3)]}}),
-                                  "'OCR' with int"),
-    "a result without a call": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), told("OCR", "b")]}}),
-                                "result of 'OCR'"),
-    "an unknown role": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [{"role": "judge", "content": ""}]}}),
-                        "role 'judge'"),
-    "a call first": (lambda d: json.dumps({"0": {**d["0"], "dialogs": [tooled("MathOCR", {})]}}),
-                     "begins with the user"),
-}  # fmt: skip
+    "an unknown tool": (
+        lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("Shell", {})]}}),
+        "message 1.*'Shell'.*expected a tool",
+    ),
+    "arguments of a wrong kind": (
+        lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), tooled("OCR", 3)]}}),
+        "'OCR' with int",
+    ),
+    "a result without a call": (
+        lambda d: json.dumps({"0": {**d["0"], "dialogs": [asked("a"), told("OCR", "b")]}}),
+        "result of 'OCR'",
+    ),
+    "an unknown role": (
+        lambda d: json.dumps({"0": {**d["0"], "dialogs": [{"role": "judge", "content": ""}]}}),
+        "role 'judge'",
+    ),
+    "a call first": (
+        lambda d: json.dumps({"0": {**d["0"], "dialogs": [tooled("MathOCR", {})]}}),
+        "begins with the user",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -9,12 +9,27 @@ import types
 import pytest
 
 from data import InputError
-from data.gta_score import (arguments, argument_score, bert_score, box, call, compare, evaluate, exact,
-                            expression_score,
-                            overlap, parts, read_call, token_f1, tool)  # fmt: skip
+from data.gta_score import (
+    argument_score,
+    arguments,
+    bert_score,
+    box,
+    call,
+    compare,
+    evaluate,
+    exact,
+    expression_score,
+    overlap,
+    parts,
+    read_call,
+    token_f1,
+    tool,
+)
 
-GOLD = {"name": "AddText", "arguments": {"image": "image/a.png", "text": "summer fair", "position": "lt",
-                                         "color": "red"}}
+GOLD = {
+    "name": "AddText",
+    "arguments": {"image": "image/a.png", "text": "summer fair", "position": "lt", "color": "red"},
+}
 ITEM = {"answer": json.dumps(GOLD)}
 
 
@@ -81,10 +96,26 @@ def test_boxes_by_overlap():
     assert overlap("(0, 0, 10, 10)", "(0, 0, 10, 10)") == overlap([0, 0, 10, 10], "[0,0,10.0,1e1]") == 1
     assert overlap("(0, 0, 10, 10)", "(5, 0, 15, 10)") == pytest.approx(50 / 150)
     assert overlap("(0, 0, 10, 10)", "(20, 20, 30, 30)") == 0
-    for none in ("", "(1, 2, 3)", "(5, 5, 1, 1)", "(0, 0, 0, 0)", "(nan, 0, 1, 1)", "(0, 0, inf, 1)",
-                 "(1e999, 0, 1, 1)", "(٠, ٠, ١, ١)", [1, 2, 3, None],
-                 [True, 0, 5, 5], [0, 0, 10**400, 1], ["0", [], {}, 1], {"x1": 0}, None, 5, "(" * 10**6, "0, 0, 1, 1",
-                 "(0, 0, 1, 1) or (2, 2, 3, 3)"):  # fmt: skip
+    for none in (
+        "",
+        "(1, 2, 3)",
+        "(5, 5, 1, 1)",
+        "(0, 0, 0, 0)",
+        "(nan, 0, 1, 1)",
+        "(0, 0, inf, 1)",
+        "(1e999, 0, 1, 1)",
+        "(٠, ٠, ١, ١)",
+        [1, 2, 3, None],
+        [True, 0, 5, 5],
+        [0, 0, 10**400, 1],
+        ["0", [], {}, 1],
+        {"x1": 0},
+        None,
+        5,
+        "(" * 10**6,
+        "0, 0, 1, 1",
+        "(0, 0, 1, 1) or (2, 2, 3, 3)",
+    ):
         assert box(none) is None and overlap(none, "(0, 0, 1, 1)") == 0
 
 
@@ -125,8 +156,9 @@ def test_bert_score_is_used_where_it_is_at_hand_and_refused_in_words_where_not(m
 
 def test_known_answers_and_near_misses():
     assert parts(said(GOLD), ITEM) == {"tool": 1, "arguments": 1, "call": 1, "exact": 1}
-    assert parts(said({"arguments": GOLD["arguments"], "name": "AddText"}),
-                 ITEM)["exact"] == 1  # the order of keys is free
+    assert (
+        parts(said({"arguments": GOLD["arguments"], "name": "AddText"}), ITEM)["exact"] == 1
+    )  # the order of keys is free
     blue = said(changed(color="blue"))
     assert arguments(None, blue, ITEM) == 0.75 and exact(None, blue, ITEM) == 0
     assert arguments(None, said(changed(text="summer party")), ITEM) == pytest.approx(3.5 / 4)
@@ -169,11 +201,19 @@ def test_hedges_and_broken_answers_earn_nothing_and_raise_nothing(response):
 def test_nothing_in_a_response_is_executed(tmp_path):
     mark = tmp_path / "ran"
     gold = {"name": "Calculator", "arguments": {"expression": "1 + 1"}}
-    for bait in (f"__import__('pathlib').Path('{mark}').touch() or 2", f"open('{mark}', 'w') and 2", "9**9**9",
-                 "2" + "+0" * 100_000):
+    for bait in (
+        f"__import__('pathlib').Path('{mark}').touch() or 2",
+        f"open('{mark}', 'w') and 2",
+        "9**9**9",
+        "2" + "+0" * 100_000,
+    ):
         began = time.process_time()
-        assert parts(said({"name": "Calculator", "arguments": {"expression": bait}}),
-                     {"answer": json.dumps(gold)})["arguments"] == 0
+        assert (
+            parts(said({"name": "Calculator", "arguments": {"expression": bait}}), {"answer": json.dumps(gold)})[
+                "arguments"
+            ]
+            == 0
+        )
         assert time.process_time() - began < 0.5
     assert not mark.exists()
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNTIME = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tiny/*.py")])
+RUNTIME = sorted(
+    [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("data/*.py"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("support/*.py"),
+        *ROOT.glob("tiny/*.py"),
+    ]
+)
 PACKAGES = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "einops", "triton", "tqdm", "huggingface_hub"}
 HOUSE = {path.stem for path in ROOT.glob("*.py")} | {"data", "kernels", "support", "tiny"}
 # Only where they are installed and asked for: figures, live metrics, the official benchmark files, a learned similarity.
@@ -61,8 +69,9 @@ def test_every_place_that_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     places = re.findall(r"`([\w./]+\.py):(\w+)`", text)
     assert len(places) > 20
-    wrong = [f"{file}:{name}" for file, name in places
-             if not (ROOT / file).exists() or name not in definitions(ROOT / file)]
+    wrong = [
+        f"{file}:{name}" for file, name in places if not (ROOT / file).exists() or name not in definitions(ROOT / file)
+    ]
     assert not wrong
     files = re.findall(r"\]\(([\w./-]+)\)", text)
     assert not [file for file in files if not (ROOT / file).exists()]
@@ -72,7 +81,9 @@ def test_every_flag_that_the_readme_names_is_known_to_its_command():
     """A command copied from the README must not end in `unknown flag`."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     wrong = []
-    for script, rest in re.findall(r"(?:python|torchrun[^\n`]*?) (train_\w+\.py|evaluate\.py|model\.py)([^\n`]*)", text):
+    for script, rest in re.findall(
+        r"(?:python|torchrun[^\n`]*?) (train_\w+\.py|evaluate\.py|model\.py)([^\n`]*)", text
+    ):
         source = (ROOT / script).read_text() + (ROOT / "support/config.py").read_text()
         for flag in re.findall(r"--([\w-]+)", rest):
             if not re.search(rf"\b{flag.replace('-', '_')}\b|--{flag}\b", source):

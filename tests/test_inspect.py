@@ -17,10 +17,22 @@ from data.inspect import histogram, main, page, warnings
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("inspect") / "d"
-    draw = lambda split, start, n: [sample_scene(np.random.default_rng([5, k]), index=k, split=split, size=(96, 64))
-                                    for k in range(start, start + n)]  # fmt: skip
-    make_dataset(out, {"train": draw("train", 0, 80), "test": draw("val", 80, 20)}, depth=3, variant="M", policies=2, queries=16,
-                 sft=4, test=4, seed=0, size=(96, 64))  # fmt: skip
+    draw = lambda split, start, n: [
+        sample_scene(np.random.default_rng([5, k]), index=k, split=split, size=(96, 64))
+        for k in range(start, start + n)
+    ]
+    make_dataset(
+        out,
+        {"train": draw("train", 0, 80), "test": draw("val", 80, 20)},
+        depth=3,
+        variant="M",
+        policies=2,
+        queries=16,
+        sft=4,
+        test=4,
+        seed=0,
+        size=(96, 64),
+    )
     return out
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import oracle, question, tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as house
 from data import InputError
-from helpers import oracle, question, tiny_checkpoint
 from model import Processor, add_lora, library_name, load_pretrained, merge_lora, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,8 +132,10 @@ def test_merged_lora_is_saved_as_plain_weights_and_unmerged_is_refused(folder, t
     torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
     merge_lora(model)
     save_pretrained(model, tmp_path / "out")
-    weight = {name: load_pretrained(path).model.layers[0].mlp.up_proj.weight for name, path in
-              (("saved", tmp_path / "out"), ("before", folder))}  # fmt: skip
+    weight = {
+        name: load_pretrained(path).model.layers[0].mlp.up_proj.weight
+        for name, path in (("saved", tmp_path / "out"), ("before", folder))
+    }
     assert torch.equal(weight["saved"], model.model.layers[0].mlp.up_proj.weight)
     assert not torch.equal(weight["saved"], weight["before"])
 
@@ -238,7 +240,8 @@ BAD = {
     "missing head": (tensors(lambda held: held.pop(HEAD)), f"missing {HEAD}"),
     "unexpected tensor": (tensors(lambda held: held.update(extra=torch.zeros(1))), "unexpected extra"),
     "mis-shaped tensor": (
-        tensors(lambda held: held.update({NORM: torch.zeros(3)})), rf"{NORM} of shape \[3\], expected \[64\]",
+        tensors(lambda held: held.update({NORM: torch.zeros(3)})),
+        rf"{NORM} of shape \[3\], expected \[64\]",
     ),
     "several at once": (
         tensors(lambda held: (held.pop(NORM), held.pop(HEAD), held.update(extra=torch.zeros(1)))),
@@ -263,17 +266,21 @@ BAD = {
     "config with text as a size": (config(lambda raw: raw.update(vocab_size="big")), "vocab_size = 'big'"),
     "config with a negative size": (config(lambda raw: raw["vision_config"].update(depth=-1)), "depth = -1"),
     "config with true as a size": (config(lambda raw: raw.update(num_hidden_layers=True)), "num_hidden_layers = True"),
-    "config with odd heads": (config(lambda raw: raw.update(num_attention_heads=5)), "hidden_size = 64, expected a mult"),
+    "config with odd heads": (
+        config(lambda raw: raw.update(num_attention_heads=5)),
+        "hidden_size = 64, expected a mult",
+    ),
     "config with odd kv heads": (config(lambda raw: raw.update(num_key_value_heads=3)), "num_key_value_heads = 3"),
     "config with odd sections": (
-        config(lambda raw: raw["rope_scaling"].update(mrope_section=[1, 1, 1])), r"mrope_section = \(1, 1, 1\), expected",
+        config(lambda raw: raw["rope_scaling"].update(mrope_section=[1, 1, 1])),
+        r"mrope_section = \(1, 1, 1\), expected",
     ),
     "config with another width": (config(lambda raw: raw["vision_config"].update(out_hidden_size=9)), "out_hidden"),
     "config with a rope of text": (config(lambda raw: raw.update(rope_scaling="mrope")), "rope_scaling = 'mrope'"),
     "config with another rope": (config(lambda raw: raw["rope_scaling"].update(type="yarn")), "rope type = 'yarn'"),
     "config with a sliding window": (config(lambda raw: raw.update(use_sliding_window=True)), "use_sliding_window"),
     "config with another activation": (config(lambda raw: raw.update(hidden_act="gelu")), "hidden_act = 'gelu'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD)

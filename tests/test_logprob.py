@@ -30,6 +30,7 @@ def two_blocks(V):
     """Interpreted, a row is two blocks: what happens between them is seen, and the interpreter is slow."""
     if INTERPRETED:
         import kernels.logprob_triton as kernel
+
         kernel.BLOCKS["cpu"] = (kernel.triton.next_power_of_2(V) // 2, 1)
 
 
@@ -80,9 +81,16 @@ def worst_row(found, expected):
 SIZES, TEMPERATURES = [(1, 32, 1000), (7, 48, 1000), (65, 64, 4099)], [0.7, 1.0, 1.3]
 
 
-@pytest.mark.parametrize("size, temperature, dtype", [
-    (SIZES[i], TEMPERATURES[j], FLOATS[k]) for i in range(3) for j in range(3) for k in range(3)
-    if not INTERPRETED or (i + j + k) % 3 == 0])  # the interpreter is slow: each pair once
+@pytest.mark.parametrize(
+    "size, temperature, dtype",
+    [
+        (SIZES[i], TEMPERATURES[j], FLOATS[k])
+        for i in range(3)
+        for j in range(3)
+        for k in range(3)
+        if not INTERPRETED or (i + j + k) % 3 == 0
+    ],
+)  # the interpreter is slow: each pair once
 def test_errors(size, temperature, dtype):
     N, D, V = size
     h, W, y = case(N, D, V, dtype, temperature)
@@ -111,6 +119,7 @@ def test_errors_over_the_vocabularies_of_qwen(N, D, V, dtype):
 
 
 # -- 2. the traps ------------------------------------------------------------------------------------------------------
+
 
 def test_trap_bf16_logits():
     """Logits rounded to bf16 are off by up to 0.06 near 28; ours are off by fifty times less."""
@@ -222,6 +231,7 @@ def test_trap_entropy_whose_gradient_is_silently_dropped():
 def test_trap_uniform_random_logits_flatter():
     """The benchmark plants peaked logits: kernels that skip tiny gradients skip nearly all of a flat softmax."""
     from benchmarks.logprob import planted
+
     h, W, y = planted(64, 32, 5000, torch.float32, "cpu")
     p = (h @ W.T).softmax(1).gather(1, y[:, None])
     assert 0.4 < (p > 0.9).float().mean() < 0.6 and (p < 0.5).float().mean() > 0.3
@@ -243,9 +253,11 @@ def sweep(logits, y, dtype=torch.float32):
     two_blocks(logits.shape[1])
     if TRITON:
         from kernels.logprob_triton import sweep_rows
+
         logp, entropy, scale, _, _, direction = sweep_rows(logits.clone(), y, 1.0, dtype, True, True)
     else:
         from kernels.logprob_torch import fold
+
         one = torch.eye(logits.shape[1])  # as the head's weight: the gradient is the direction itself
         tiles = [(v, logits[:, v : v + 300].clone(), one[v : v + 300]) for v in range(0, len(one), 300)]
         logp, entropy, scale, _, _, direction = fold(tiles, y, 1.0, True, len(one))
@@ -253,6 +265,7 @@ def sweep(logits, y, dtype=torch.float32):
 
 
 # -- 3. what must not matter -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk_and_row_order_and_run_do_not_matter(dtype):
@@ -329,6 +342,7 @@ def test_logits_are_made_once_and_for_a_trainable_head_twice(trainable, expected
 def test_tiles_do_not_matter(tile, monkeypatch):
     """The online softmax gives the same with a target in any tile and a maximum that rises in each of many."""
     from kernels import logprob_torch
+
     h, W, y = case(33, 48, 1000)
     y[1::2] = torch.linspace(0, 999, 16).long()
     W.requires_grad_()
@@ -366,6 +380,7 @@ def test_never_holds_the_logits():
 
 # -- 4. company --------------------------------------------------------------------------------------------------------
 
+
 def test_autocast_casts_the_inputs_and_keeps_fp32_logits():
     h, W, y = case(16, 32, 1000)
     expected = gradient(h.bfloat16(), W.bfloat16().requires_grad_(), y)
@@ -394,6 +409,7 @@ def test_compile_around_it():
     def loss(h, W):
         logp, entropy = linear_logprob(torch.tanh(h), W, y, return_entropy=True)
         return (logp * 0.5).sum(), entropy.mean()
+
     h, W = h.requires_grad_(), W.requires_grad_()
     found, expected = torch.compile(loss, backend="aot_eager")(h, W), loss(h, W)
     torch.testing.assert_close(found, expected)
@@ -405,8 +421,10 @@ def test_weight_sharded_by_fsdp2(tmp_path):
     """Two ranks hold half of W each, and half of the tokens: their shards' gradients are those of the whole batch."""
     script = tmp_path / "ranks.py"
     script.write_text(FSDP)
-    processes = [subprocess.Popen([sys.executable, script, str(rank), str(tmp_path / "meet")], env=clean_environment())
-                 for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path / "meet")], env=clean_environment())
+        for rank in range(2)
+    ]
     assert [p.wait(120) for p in processes] == [0, 0]
 
 
@@ -443,16 +461,19 @@ def clean_environment(**more):
 
 
 @arithmetic_aside
-@pytest.mark.parametrize("change, message", [
-    (dict(y=torch.zeros(3, dtype=torch.int64)), r"y \(3,\); expected \(N, D\), \(V, D\), \(N,\)"),
-    (dict(W=torch.zeros(9, 4)), r"W \(9, 4\)"),
-    (dict(h=torch.zeros(2, 2, 8)), r"h \(2, 2, 8\)"),
-    (dict(h=torch.zeros(2, 8, dtype=torch.bfloat16)), r"h torch.bfloat16, W torch.float32"),
-    (dict(y=torch.zeros(2)), r"y torch.float32"),
-    (dict(needs_grad=torch.zeros(2)), r"needs_grad torch.float32"),
-    (dict(temperature=0), r"temperature 0"),
-    (dict(chunk=0), r"chunk 0"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(y=torch.zeros(3, dtype=torch.int64)), r"y \(3,\); expected \(N, D\), \(V, D\), \(N,\)"),
+        (dict(W=torch.zeros(9, 4)), r"W \(9, 4\)"),
+        (dict(h=torch.zeros(2, 2, 8)), r"h \(2, 2, 8\)"),
+        (dict(h=torch.zeros(2, 8, dtype=torch.bfloat16)), r"h torch.bfloat16, W torch.float32"),
+        (dict(y=torch.zeros(2)), r"y torch.float32"),
+        (dict(needs_grad=torch.zeros(2)), r"needs_grad torch.float32"),
+        (dict(temperature=0), r"temperature 0"),
+        (dict(chunk=0), r"chunk 0"),
+    ],
+)
 def test_says_what_it_found_and_expected(change, message):
     arguments = {"h": torch.zeros(2, 8), "W": torch.zeros(9, 8), "y": torch.zeros(2, dtype=torch.int64), **change}
     with pytest.raises((ValueError, TypeError), match=message):
@@ -461,10 +482,16 @@ def test_says_what_it_found_and_expected(change, message):
 
 # -- 5. the Triton kernel without a GPU --------------------------------------------------------------------------------
 
+
 @arithmetic_aside
 def test_this_file_again_with_the_kernel_interpreted():
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__], text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=clean_environment(TRITON_INTERPRET="1"))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=clean_environment(TRITON_INTERPRET="1"),
+    )
     assert run.returncode == 0, run.stdout[-3000:]
 
 
@@ -481,11 +508,32 @@ def test_kernel_compiles_for_hopper_with_wide_loads():
     """No GPU is needed to compile for one: types hold, and a vocabulary that 16 divides is read 16 bytes at a time."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
-    from kernels.logprob_triton import DEFAULT, sweep as kernel
-    types = dict(logits="*fp32", direction="*bf16", targets="*i64", logp="*fp32", entropy="*fp32", scale="*fp32",
-                 peak="*fp32", others="*fp32", V="i32", stride="i32", inverse_temperature="fp32",
-                 BLOCK="constexpr", LOSS="constexpr", ENTROPY="constexpr", GRADIENT="constexpr")
-    source = triton.compiler.ASTSource(kernel, types, dict(BLOCK=DEFAULT[0], LOSS=True, ENTROPY=True, GRADIENT=True),
-                                       {(i,): [["tt.divisibility", 16]] for i in range(10)})
+
+    from kernels.logprob_triton import DEFAULT
+    from kernels.logprob_triton import sweep as kernel
+
+    types = dict(
+        logits="*fp32",
+        direction="*bf16",
+        targets="*i64",
+        logp="*fp32",
+        entropy="*fp32",
+        scale="*fp32",
+        peak="*fp32",
+        others="*fp32",
+        V="i32",
+        stride="i32",
+        inverse_temperature="fp32",
+        BLOCK="constexpr",
+        LOSS="constexpr",
+        ENTROPY="constexpr",
+        GRADIENT="constexpr",
+    )
+    source = triton.compiler.ASTSource(
+        kernel,
+        types,
+        dict(BLOCK=DEFAULT[0], LOSS=True, ENTROPY=True, GRADIENT=True),
+        {(i,): [["tt.divisibility", 16]] for i in range(10)},
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=DEFAULT[1]))
     assert "ld.global.v4" in compiled.asm["ptx"] and compiled.metadata.shared <= 1024

@@ -6,15 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import batch, oracle, oracle_inputs, picture, question, tiny_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from data import InputError
-from helpers import batch, oracle, oracle_inputs, picture, question, tiny_checkpoint
 from model import (
-    Processor, adapter_off, add_lora, load_adapter, load_pretrained, lora_layers, lora_parameters, merge_lora,
-    save_adapter, set_trainable, unmerge_lora,
-)  # fmt: skip
+    Processor,
+    adapter_off,
+    add_lora,
+    load_adapter,
+    load_pretrained,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
+    set_trainable,
+    unmerge_lora,
+)
 
 ALL = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VISION = r".*visual\.blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.up_proj)"

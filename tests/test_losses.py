@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import train_rl
-from support.batching import words_kl
 from data.referral import invented, recall
+from support.batching import words_kl
 from train_rl import KLS, LOSSES, Learner, advantages, bapo_clip, overlong_penalty, shaped, token_weights
 
 # Two responses, of three tokens and of two; ratios on both sides of every clip, with both signs of the advantage; the
@@ -121,8 +121,12 @@ def test_denominators():
     """sequences: mean of token means; length: a constant; tokens of step and update differ with mini-batches."""
     mask = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]])
     counts = {"sequences": 8, "tokens of the update": 20, "tokens of the step": 60 / 2}
-    expected = {"sequences": [1 / 24, 1 / 8], "length": [1 / 80, 1 / 80], "tokens of the update": [1 / 20] * 2,
-                "tokens of the step": [1 / 30] * 2}  # fmt: skip
+    expected = {
+        "sequences": [1 / 24, 1 / 8],
+        "length": [1 / 80, 1 / 80],
+        "tokens of the update": [1 / 20] * 2,
+        "tokens of the step": [1 / 30] * 2,
+    }
     for over, (first, second) in expected.items():
         weights = token_weights(over, mask, counts, 10)
         assert torch.allclose(weights, mask * torch.tensor([[first], [second]])), over
@@ -132,12 +136,17 @@ def test_table_of_losses():
     """What each algorithm averages over, its advantage, clip and KL, as the papers have them."""
     table = {name: (loss.over, loss.advantage, loss.clip, loss.beta) for name, loss in LOSSES.items()}
     assert table == {
-        "grpo": ("sequences", "grpo", (0.2, 0.3), 0.01), "dr_grpo": ("length", "dr_grpo", (0.2, 0.2), 0),
-        "dapo": ("tokens of the step", "grpo", (0.2, 0.28), 0), "bnpo": ("tokens of the update", "grpo", (0.2, 0.2), 0),
-        "gspo": ("sequences", "grpo", (3e-4, 4e-4), 0), "sapo": ("sequences", "grpo", (0.2, 0.2), 0),
-        "cispo": ("tokens of the step", "grpo", (1.0, 4.0), 0), "gdpo": ("sequences", "gdpo", (0.2, 0.2), 0),
-        "bapo": ("tokens of the step", "grpo", (0.2, 0.2), 0), "opcd": ("sequences", "opcd", (1.0, 4.0), 0),
-    }  # fmt: skip
+        "grpo": ("sequences", "grpo", (0.2, 0.3), 0.01),
+        "dr_grpo": ("length", "dr_grpo", (0.2, 0.2), 0),
+        "dapo": ("tokens of the step", "grpo", (0.2, 0.28), 0),
+        "bnpo": ("tokens of the update", "grpo", (0.2, 0.2), 0),
+        "gspo": ("sequences", "grpo", (3e-4, 4e-4), 0),
+        "sapo": ("sequences", "grpo", (0.2, 0.2), 0),
+        "cispo": ("tokens of the step", "grpo", (1.0, 4.0), 0),
+        "gdpo": ("sequences", "gdpo", (0.2, 0.2), 0),
+        "bapo": ("tokens of the step", "grpo", (0.2, 0.2), 0),
+        "opcd": ("sequences", "opcd", (1.0, 4.0), 0),
+    }
 
 
 @pytest.mark.parametrize("aware_loss", ["same", "truncated", "shaped"])
@@ -146,8 +155,16 @@ def test_objective_adds_what_the_options_say(aware_loss):
     logp, old, a, mask = tensors()
     sampled = old - torch.tensor([[0.0, 1.0, -1.0], [0.5, 3.0, 0.0]], dtype=torch.float64)
     reference, aware = logp.detach() + 0.3, torch.tensor([[False], [True]])
-    options = SimpleNamespace(algorithm="grpo", clip_low=-1, clip_high=-1, beta=0.5, kl="k3", opcd_weight=0.0,
-                              aware_loss=aware_loss, importance_cap=2.0)  # fmt: skip
+    options = SimpleNamespace(
+        algorithm="grpo",
+        clip_low=-1,
+        clip_high=-1,
+        beta=0.5,
+        kl="k3",
+        opcd_weight=0.0,
+        aware_loss=aware_loss,
+        importance_cap=2.0,
+    )
     learner = Learner(options, None, None, None, None, None, 0)
     loss, kl = learner.objective(logp, old, sampled, a, mask, aware, reference)
     k3 = math.exp(0.3) - 0.3 - 1
@@ -156,8 +173,11 @@ def test_objective_adds_what_the_options_say(aware_loss):
     second = []
     for r, o, d in zip(RATIOS[1], OLD[1], (0.5, 3.0, 0.0)):
         true = r * math.exp(d)  # against what the sampler thought
-        loss_of = {"same": -min(r * -0.5, min(max(r, 0.8), 1.3) * -0.5), "shaped": 0.5 * true / (true + 0.01),
-                   "truncated": 0.5 * min(true, 5.0) * (o + math.log(r))}  # fmt: skip
+        loss_of = {
+            "same": -min(r * -0.5, min(max(r, 0.8), 1.3) * -0.5),
+            "shaped": 0.5 * true / (true + 0.01),
+            "truncated": 0.5 * min(true, 5.0) * (o + math.log(r)),
+        }
         second.append(loss_of[aware_loss] + 0.5 * k3)
     assert torch.allclose(loss, torch.tensor([first, second], dtype=torch.float64), atol=1e-12)
     assert torch.allclose(kl, torch.full_like(kl, k3))
@@ -265,8 +285,10 @@ MUTATIONS = {  # what is wrong: (what stands in train_rl.py, what stands there i
     "importance weight: no cap": (".exp().clamp(max=config.importance_cap)", ".exp()"),
     "importance weight upside down": ("(before - sampled).exp()", "(sampled - before).exp()"),
     "true sampler's ratio: no cap": ("A, mask, (1.0, 4.0)), loss)", "A, mask, (1.0, 99.0)), loss)"),
-    "token mean over padding": ("mask / mask.sum(1, keepdim=True).clamp(min=1) / max(counts[over], 1)",
-                                "mask / mask.shape[1] / max(counts[over], 1)"),
+    "token mean over padding": (
+        "mask / mask.sum(1, keepdim=True).clamp(min=1) / max(counts[over], 1)",
+        "mask / mask.shape[1] / max(counts[over], 1)",
+    ),
     "sequences: sum, not mean": (".clamp(min=1) / max(counts[over], 1)", ".clamp(min=1)"),
     "length: tokens instead": ('counts["sequences"] * length if', 'counts["sequences"] if'),
     "one count of tokens": ('"length" else counts[over], 1)', '"length" else counts["tokens of the update"], 1)'),
@@ -276,7 +298,7 @@ MUTATIONS = {  # what is wrong: (what stands in train_rl.py, what stands there i
     "bapo: negatives counted": ("(t * (A > 0)).sum()", "(t * (A < 0)).sum()"),
     "overlong: a bonus": ("else -min(max(length", "else min(max(length"),
     "overlong: denominator": ("0) / buffer, 1.0)", "0) / most, 1.0)"),
-}  # fmt: skip
+}
 
 
 def check_everything():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import batch, oracle, oracle_inputs, picture, question, randomize, tiny_checkpoint, tiny_config
 
 import model as house
 from data import InputError
-from helpers import batch, oracle, oracle_inputs, picture, question, randomize, tiny_checkpoint, tiny_config
 from model import Cache, Config, Processor, Qwen25VL, load_pretrained
 
 torch.set_num_threads(1)
@@ -254,7 +254,9 @@ def test_rope_turns_by_exact_angles_whatever_the_activations_are(ours, dtype):
     angles = positions[:, None] / model.config.rope_theta ** (torch.arange(half).double() / half)
     assert cos.dtype == sin.dtype == dtype
     for found, exact in ((cos, angles.cos()), (sin, angles.sin())):
-        assert (found[0, 0] - exact).abs().max() <= torch.finfo(dtype).eps + 2e-3  # an fp32 angle of 30001 is off by 1e-3
+        assert (found[0, 0] - exact).abs().max() <= torch.finfo(
+            dtype
+        ).eps + 2e-3  # an fp32 angle of 30001 is off by 1e-3
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 from helpers import tiny_checkpoint
 from small import ROOT, arguments, metrics, quiet, small_data, start_ranks
 
-from support import plan
 import train_cpt
+from support import plan
 from training import parse
 
 MICRO = 4
@@ -88,6 +88,22 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(tmp_path, ranks):
     log = (tmp_path / f"{ranks}.log").read_text()
     measured = max(int(size) for size in re.findall(r"growth (\d+)", log))
     tokens = metrics(tmp_path / "out")[0]["tokens"] // (MICRO * ranks)
-    expected = planned("--model", tmp_path / "model", "--stage", "cpt", "--micro-batch", MICRO, "--prompt", tokens,
-                       "--response", 1, "--patches", 64, "--dtype", "float32", "--gpus", ranks)["peak"]  # fmt: skip
+    expected = planned(
+        "--model",
+        tmp_path / "model",
+        "--stage",
+        "cpt",
+        "--micro-batch",
+        MICRO,
+        "--prompt",
+        tokens,
+        "--response",
+        1,
+        "--patches",
+        64,
+        "--dtype",
+        "float32",
+        "--gpus",
+        ranks,
+    )["peak"]
     assert expected == pytest.approx(measured, rel=0.15)

@@ -9,13 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clevr_root import ROOT, needs_clevr
 from PIL import Image
 
-from clevr_root import ROOT, needs_clevr
 from data import InputError
 from data.clevr import INVALID, SceneTable, execute, sample_scene, word
-from data.clevr_policy import (build_policy, choose, croppable, draw_crops, make_dataset, make_items, picture_name, read_clevr,
-                               route)  # fmt: skip
+from data.clevr_policy import (
+    build_policy,
+    choose,
+    croppable,
+    draw_crops,
+    make_dataset,
+    make_items,
+    picture_name,
+    read_clevr,
+    route,
+)
 from data.dataset import load_items, load_policies, target
 from data.oracle import Agent, ask, check, shown
 from data.override import override
@@ -188,9 +197,31 @@ def digest(folder):
 
 def test_the_same_seed_writes_the_same_bytes_on_one_and_two_processes(tmp_path):
     for name, processes, salt in (("a", "1", "1"), ("b", "2", "77")):
-        command = [sys.executable, "-m", "data.clevr_policy", "--out", str(tmp_path / name), "--depth", "3", "--variant", "M",
-                   "--conditions", "full", "--policies", "2", "--queries", "6", "--size", "96x64", "--scenes", "400", "--processes", processes,
-                   "--cpt", "applied,document,section,response"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "data.clevr_policy",
+            "--out",
+            str(tmp_path / name),
+            "--depth",
+            "3",
+            "--variant",
+            "M",
+            "--conditions",
+            "full",
+            "--policies",
+            "2",
+            "--queries",
+            "6",
+            "--size",
+            "96x64",
+            "--scenes",
+            "400",
+            "--processes",
+            processes,
+            "--cpt",
+            "applied,document,section,response",
+        ]
         subprocess.run(
             command, check=True, cwd=REPOSITORY, env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True
         )
@@ -209,8 +240,10 @@ def world(tmp_path_factory):
     """A small data folder: (folder, policies, test items)."""
     folder = tmp_path_factory.mktemp("world") / "d"
     rng = [np.random.default_rng([9, k]) for k in range(140)]
-    scenes = {"train": [sample_scene(r, index=k, size=(96, 64)) for k, r in enumerate(rng[:100])],
-              "test": [sample_scene(r, index=k, split="val", size=(96, 64)) for k, r in enumerate(rng[100:])]}  # fmt: skip
+    scenes = {
+        "train": [sample_scene(r, index=k, size=(96, 64)) for k, r in enumerate(rng[:100])],
+        "test": [sample_scene(r, index=k, split="val", size=(96, 64)) for k, r in enumerate(rng[100:])],
+    }
     make_dataset(folder, scenes, depth=3, variant="T", policies=2, queries=10, sft=4, test=20, seed=0, size=(96, 64))
     policies = load_policies(folder)
     return folder, policies, load_items(folder, "test.jsonl", policies)
@@ -314,6 +347,9 @@ def test_ill_posed_sentences_are_noticed_by_the_agent(table):
     scene = next(s for s in table.scenes if sum(o["color"] == "red" for o in s["objects"]) > 1)
     with pytest.raises(InputError, match="expected one"):
         ask("What is the shape of the red object?", scene, None)
-    program = [{"type": "scene", "inputs": [], "side_inputs": []}, {"type": "filter_color", "inputs": [0], "side_inputs": ["red"]},
-               {"type": "unique", "inputs": [1], "side_inputs": []}]  # fmt: skip
+    program = [
+        {"type": "scene", "inputs": [], "side_inputs": []},
+        {"type": "filter_color", "inputs": [0], "side_inputs": ["red"]},
+        {"type": "unique", "inputs": [1], "side_inputs": []},
+    ]
     assert execute(program, scene) == INVALID

@@ -7,12 +7,12 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from helpers import TEMPLATE, picture, question, tiny_checkpoint
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import InputError
-from helpers import TEMPLATE, picture, question, tiny_checkpoint
 from model import Processor, open_image, smart_resize
 
 SIZES = [(140, 196), (56, 84), (448, 616), (20, 20), (10, 2000), (2000, 10), (70, 70), (98, 42), (1, 150), (613, 417)]

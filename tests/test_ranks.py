@@ -21,8 +21,15 @@ import train_sft
 
 WORLDS = (2, 4)
 SCRIPTS = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
-PORO = {"steps": 2, "group_size": 2, "policy_rollouts": 2, "check": 0, "max_response": 8, "reward": "small:length",
-        "beta": 0.01}  # fmt: skip
+PORO = {
+    "steps": 2,
+    "group_size": 2,
+    "policy_rollouts": 2,
+    "check": 0,
+    "max_response": 8,
+    "reward": "small:length",
+    "beta": 0.01,
+}
 SHARDED = {"steps": 3, "kinds": "applied,document,section", "fsdp": "on", "save_every": 1}
 RUNS = {  # name: (stage, flags); one rank does all of it in this process
     "cpt-replicated": ("cpt", {"steps": 3, "kinds": "applied,document,section"}),
@@ -144,10 +151,28 @@ def test_two_nodes_of_which_one_dies_and_comes_back_learn_what_one_process_learn
 
     def node(number):
         conf = f"is_host={int(number == 0)},keep_alive_interval=1"
-        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-                 "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "test",
-                 "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", conf, "--monitor-interval", "0.2",
-                 "train_sft.py"]  # fmt: skip
+        words = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+            "--max-restarts",
+            "3",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "test",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{port}",
+            "--rdzv-conf",
+            conf,
+            "--monitor-interval",
+            "0.2",
+            "train_sft.py",
+        ]
         words += arguments(folder / "model", folder / "data", out, resume=True, **flags)
         with open(tmp_path / "log", "a") as log:
             return subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)

@@ -10,10 +10,10 @@ import pytest
 from helpers import tiny_checkpoint
 from small import arguments, metrics, quiet, small_data
 
-from support import checkpoint
 import train_cpt
 import train_sft
 from data import InputError
+from support import checkpoint
 from training import Run
 
 STAGES = {"cpt": (train_cpt.main, {"kinds": "applied,document"}), "sft": (train_sft.main, {"lora_dropout": 0.2})}
@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
 
 def train(folder, out, stage="sft", **flags):
     main, own = STAGES[stage]
-    return quiet(main, arguments(folder / "model", folder / "data", out, **{"steps": 5, "save_every": 2, **own, **flags}))[0]
+    return quiet(
+        main, arguments(folder / "model", folder / "data", out, **{"steps": 5, "save_every": 2, **own, **flags})
+    )[0]
 
 
 def final(out):
@@ -95,7 +97,11 @@ def checkpoint_names(out):
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(folder, tmp_path, monkeypatch):
     """The shard of step 4 is written, its state is not: it has no name yet, and the run goes on from step 2."""
     original = checkpoint.Checkpoints._publish
-    monkeypatch.setattr(checkpoint.Checkpoints, "_publish", lambda self, a, f, state: die() if state["step"] == 4 else original(self, a, f, state))
+    monkeypatch.setattr(
+        checkpoint.Checkpoints,
+        "_publish",
+        lambda self, a, f, state: die() if state["step"] == 4 else original(self, a, f, state),
+    )
     with pytest.raises(Killed):
         train(folder, tmp_path / "run")
     assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000004.tmp"]
@@ -123,7 +129,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line(folder, tmp_path, damage):
     else:
         (state if damage == "no state" else shard).unlink()
     main, own = STAGES["sft"]
-    code, errors = quiet(main, arguments(folder / "model", folder / "data", out, steps=5, save_every=2, resume=True, **own))
+    code, errors = quiet(
+        main, arguments(folder / "model", folder / "data", out, steps=5, save_every=2, resume=True, **own)
+    )
     assert code == 0 and "step-00000004: skipped, it is damaged" in errors and "resumed after step 2" in errors
     assert same(out, folder / "sft-whole")
 

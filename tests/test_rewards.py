@@ -10,33 +10,65 @@ from data.rewards import accuracy, exact_chain, format, parse, thoughts
 ITEM = {"answer": "Case 3", "cot": "Condition 1 asks: Is there a cube? The answer is yes, so the response is Case 3."}
 
 
-@pytest.mark.parametrize("response, answer", [
-    ("<think>a</think>\\boxed{Case 3}", "Case 3"),
-    ("<think> a </think> \\boxed{ Case 3 } ", "Case 3"),
-    ("\\boxed{Case 3}", "Case 3"),
-    ("a</think>\\boxed{Case 3}", "Case 3"),
-    ("<think>\\boxed{Case 1}</think>\\boxed{Case 3}", "Case 3"),
-    ('<think>a</think>\\boxed{{"name": "OCR", "arguments": {"image": "a.png"}}}', '{"name": "OCR", "arguments": {"image": "a.png"}}'),
-    ("<think>a</think>So \\boxed{Case 3}.", "Case 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        ("<think>a</think>\\boxed{Case 3}", "Case 3"),
+        ("<think> a </think> \\boxed{ Case 3 } ", "Case 3"),
+        ("\\boxed{Case 3}", "Case 3"),
+        ("a</think>\\boxed{Case 3}", "Case 3"),
+        ("<think>\\boxed{Case 1}</think>\\boxed{Case 3}", "Case 3"),
+        (
+            '<think>a</think>\\boxed{{"name": "OCR", "arguments": {"image": "a.png"}}}',
+            '{"name": "OCR", "arguments": {"image": "a.png"}}',
+        ),
+        ("<think>a</think>So \\boxed{Case 3}.", "Case 3"),
+    ],
+)
 def test_what_is_an_answer(response, answer):
     assert parse(response) == answer
 
 
-@pytest.mark.parametrize("response", [
-    "", "Case 3", "<think>a</think>Case 3", "<think>\\boxed{Case 3}", "<think>\\boxed{Case 3}</think>",
-    "<think>a</think>\\boxed{Case 1}\\boxed{Case 3}", "<think>a</think>\\boxed{Case 3}\\boxed{Case 3}",
-    "<think>a</think>\\boxed{Case 3", "<think>a</think>\\boxed Case 3", "<think>a</think>boxed{Case 3}",
-    "<think>a</think>\\boxed{Case {3}", "<think>a</think><think>\\boxed{Case 3}", "\\boxed{Case 3}</think>",
-    "<think>a</think>\\boxed{Case 3} or \\boxed",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "Case 3",
+        "<think>a</think>Case 3",
+        "<think>\\boxed{Case 3}",
+        "<think>\\boxed{Case 3}</think>",
+        "<think>a</think>\\boxed{Case 1}\\boxed{Case 3}",
+        "<think>a</think>\\boxed{Case 3}\\boxed{Case 3}",
+        "<think>a</think>\\boxed{Case 3",
+        "<think>a</think>\\boxed Case 3",
+        "<think>a</think>boxed{Case 3}",
+        "<think>a</think>\\boxed{Case {3}",
+        "<think>a</think><think>\\boxed{Case 3}",
+        "\\boxed{Case 3}</think>",
+        "<think>a</think>\\boxed{Case 3} or \\boxed",
+    ],
+)
 def test_what_is_none_and_earns_nothing(response):
     assert parse(response) is None
     assert accuracy("", response, ITEM) == 0.0 and format("", response, ITEM) == 0.0
 
 
-@pytest.mark.parametrize("answer", ["Case 30", "Case 2 or Case 3", "Case 3, Case 4", "case 3", "3", "Case \u0663", "Case\u200b 3",
-                                    "", "NaN", "Case 3\\", "{Case 3}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Case 30",
+        "Case 2 or Case 3",
+        "Case 3, Case 4",
+        "case 3",
+        "3",
+        "Case \u0663",
+        "Case\u200b 3",
+        "",
+        "NaN",
+        "Case 3\\",
+        "{Case 3}",
+    ],
+)
 def test_near_misses_and_hedges_earn_nothing(answer):
     assert accuracy("", f"<think>a</think>\\boxed{{{answer}}}", ITEM) == 0.0
 

@@ -154,8 +154,10 @@ def gradients(folder, drawn, algorithm, world=1, **flags):
     work(benches[0])
     for thread in threads:
         thread.join()
-    return [{n: sum(given[n] for given in update if n in given) for n in set().union(*update)}
-            for update in zip(*(bench.gradients for bench in benches))]  # fmt: skip
+    return [
+        {n: sum(given[n] for given in update if n in given) for n in set().union(*update)}
+        for update in zip(*(bench.gradients for bench in benches))
+    ]
 
 
 def distance(a, b):
@@ -212,9 +214,21 @@ def test_opcd_term_is_the_difference_of_two_forward_passes(folder, drawn):
 
 
 def run(folder, name, data="data", model="model", **flags):
-    flags = {"steps": 20, "batch_size": 4, "group_size": 8, "policy_rollouts": 0, "micro_batch": 64, "max_response": 3,
-             "lr": 1e-2, "reward": "test_rl:vowels", "beta": 0.0, "check": 0, "dynamic_tries": 0, "samples_every": 0,
-             **flags}  # fmt: skip
+    flags = {
+        "steps": 20,
+        "batch_size": 4,
+        "group_size": 8,
+        "policy_rollouts": 0,
+        "micro_batch": 64,
+        "max_response": 3,
+        "lr": 1e-2,
+        "reward": "test_rl:vowels",
+        "beta": 0.0,
+        "check": 0,
+        "dynamic_tries": 0,
+        "samples_every": 0,
+        **flags,
+    }
     train_rl.main(arguments(folder / model, folder / data, folder / name, **flags))
     return metrics(folder / name)
 
@@ -289,14 +303,23 @@ def test_opcd_learns_it_without_a_reward(reader):
     assert rows[0]["accuracy"] == 0 and rows[-1]["accuracy"] > 0.6
 
 
-@pytest.mark.parametrize("flags", [
-    {"frozen_sampler": "start"}, {"frozen_sampler": "base"}, {"aware_loss": "truncated", "importance_cap": 2.0},
-    {"aware_loss": "shaped", "aware_right_only": True, "aware_bonus": 0.5}, {"standard_only": True},
-    {"separate_halves": True}, {"opcd_weight": 0.3, "beta": 0.01, "kl": "k2"},
-    {"full": False, "beta": 0.01, "lora_rank": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"frozen_sampler": "start"},
+        {"frozen_sampler": "base"},
+        {"aware_loss": "truncated", "importance_cap": 2.0},
+        {"aware_loss": "shaped", "aware_right_only": True, "aware_bonus": 0.5},
+        {"standard_only": True},
+        {"separate_halves": True},
+        {"opcd_weight": 0.3, "beta": 0.01, "kl": "k2"},
+        {"full": False, "beta": 0.01, "lora_rank": 2},
+    ],
+)
 def test_options_of_the_policy_aware_half_run_and_say_what_they_do(reader, flags):
-    rows = run(reader, "-".join(map(str, [*flags, *flags.values()])), policy_rollouts=4, **{**READ, "steps": 3, **flags})
+    rows = run(
+        reader, "-".join(map(str, [*flags, *flags.values()])), policy_rollouts=4, **{**READ, "steps": 3, **flags}
+    )
     silent = "standard_only" in flags or "separate_halves" in flags  # the standard half has nothing right to learn from
     assert all(row["grad_norm"] >= 0 for row in rows) and rows[0]["accuracy_aware"] > 0.5
     if "standard_only" in flags:
@@ -335,8 +358,10 @@ def test_warns_where_the_policy_in_the_prompt_does_not_help(folder, capsys):
 def test_metrics_and_samples_tell_what_happened(folder):
     rewards = {"reward": "test_rl:vowels=2,format=0.5", "overlong": 2}
     (row, *_) = run(folder, "told", steps=1, policy_rollouts=2, samples_every=1, **rewards)
-    for name in ("loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy kl "
-                 "length length_max clipped_low clipped_high truncated rollout_train_difference failed").split():
+    for name in (
+        "loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy kl "
+        "length length_max clipped_low clipped_high truncated rollout_train_difference failed"
+    ).split():
         assert isinstance(row[name], (int, float)), name
     speed = json.loads((folder / "told" / "metrics.jsonl").read_text().splitlines()[0])["speed"]
     assert {"sample", "judge", "learn", "memory_gb"} <= set(speed)
@@ -435,12 +460,18 @@ def test_k_zero_is_plain_grpo_bit_for_bit(folder, drawn):
     assert [g.responses for g in plain] == alone and not any(any(g.aware) for g in plain)
 
 
-@pytest.mark.parametrize("flags,message", [
-    ({"group_size": 1, "policy_rollouts": 0}, "group of 2"), ({"policy_rollouts": -1}, "at least 0"),
-    ({"reward": "nowhere:f"}, "No module"), ({"reward": "wrong"}, "no attribute"),
-    ({"algorithm": "ppo"}, "expected one of"), ({"max_prompt": 5}, "expected at most --max-prompt 5"),
-    ({"tracker": "wandb"}, "wandb"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ({"group_size": 1, "policy_rollouts": 0}, "group of 2"),
+        ({"policy_rollouts": -1}, "at least 0"),
+        ({"reward": "nowhere:f"}, "No module"),
+        ({"reward": "wrong"}, "no attribute"),
+        ({"algorithm": "ppo"}, "expected one of"),
+        ({"max_prompt": 5}, "expected at most --max-prompt 5"),
+        ({"tracker": "wandb"}, "wandb"),
+    ],
+)
 def test_bad_input_is_one_line(folder, flags, message):
     with pytest.raises(InputError, match=message):
         run(folder, "bad", overwrite=True, **flags)

@@ -6,10 +6,10 @@ import torch
 from helpers import oracle, oracle_inputs, picture, question, tiny_checkpoint
 from torch._dynamo.testing import CompileCounter
 
-from support import cache, prepacked
 from data import InputError
 from model import Processor, add_lora, load_pretrained, lora_layers
 from rollout import PolicyRollout, sample, shared_prefixes
+from support import cache, prepacked
 from training import collate, compile_blocks, pack, token_logprobs
 
 POLICY = "policy P1: if there is a red cube, answer A1, else go on to section 2. section 2: if blue, A2, else A3. "
@@ -34,10 +34,12 @@ def processor(folder):
 def prompts(processor):
     """Text and pictures, one and two of them, of several sizes, with and without a policy in front."""
     chats = [
-        question("what is red? ", picture(56, 84)), question("no picture here"), question("which?", picture(112, 84)),
+        question("what is red? ", picture(56, 84)),
+        question("no picture here"),
+        question("which?", picture(112, 84)),
         question("a ", picture(84, 56), picture(56, 56)),
         question("and this one, in more words than the others have? ", picture(56, 84)),
-    ]  # fmt: skip
+    ]
     aware = [[{"role": "user", "content": [{"type": "text", "text": POLICY}, *chat[0]["content"]]}] for chat in chats]
     return [processor.encode(chat, add_generation_prompt=True) for chat in chats + aware]
 
@@ -71,7 +73,9 @@ def test_prepacked_weights_write_the_same(folder, processor, prompts, adapter, m
         for layer in lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
             layer.become(adapter)
-    write = lambda: [r for group in sample(model, prompts, 3, max_tokens=12, stop_ids=processor.stop_ids) for r in group]
+    write = lambda: [
+        r for group in sample(model, prompts, 3, max_tokens=12, stop_ids=processor.stop_ids) for r in group
+    ]
     plain, known = write(), {name: set(vars(module)) for name, module in model.named_modules()}
     products, linear = [], prepacked.product
     monkeypatch.setattr(prepacked, "NARROWEST", 1)
@@ -83,7 +87,9 @@ def test_prepacked_weights_write_the_same(folder, processor, prompts, adapter, m
         assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() <= 1e-5
     with pytest.raises(ZeroDivisionError), prepacked.prepacked(model):
         1 / 0
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == known, "the model's own products are back"
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == known, (
+        "the model's own products are back"
+    )
 
 
 def test_greedy_tokens_equal_transformers_generate(model, processor, prompts, folder):
@@ -173,8 +179,12 @@ def test_everything_shared_is_read_once(model, processor, prompts, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda ids, *a, **k: tokens.append(ids.numel()) or forward(ids, *a, **k))
     held = {}
     sample(model, prompts, 8, max_tokens=1, prefixes=held)
-    distinct = {bytes(x.numpy().tobytes()) for p in prompts if p.grid_thw is not None
-                for x in p.pixel_values.split(p.grid_thw.prod(1).tolist())}  # fmt: skip
+    distinct = {
+        bytes(x.numpy().tobytes())
+        for p in prompts
+        if p.grid_thw is not None
+        for x in p.pixel_values.split(p.grid_thw.prod(1).tolist())
+    }
     assert sum(patches) == sum(len(x) // 1176 // 4 for x in distinct)
     keys = [p.input_ids for p in prompts[5:]]
     policy = max(len(prefix) // 8 for prefix in held)

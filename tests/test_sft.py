@@ -24,8 +24,12 @@ def folder(tmp_path_factory):
 
 
 def examples(folder, *flags):
-    config = parse(train_sft.Config, "", ["--model", f"{folder}/model", "--data", f"{folder}/data", "--out", "x", *flags])
-    return train_sft.Examples(config.data, config.split, Processor.from_pretrained(config.model), config, config.policy_in_prompt)
+    config = parse(
+        train_sft.Config, "", ["--model", f"{folder}/model", "--data", f"{folder}/data", "--out", "x", *flags]
+    )
+    return train_sft.Examples(
+        config.data, config.split, Processor.from_pretrained(config.model), config, config.policy_in_prompt
+    )
 
 
 def test_loss_is_cross_entropy_of_the_response_alone(folder):
@@ -61,7 +65,9 @@ def test_micro_batches_change_nothing_but_memory(folder):
     runs = []
     for size in (1, 2, 12):
         out = folder / f"micro-{size}"
-        quiet(train_sft.main, arguments(folder / "model", folder / "data", out, steps=2, batch_size=12, micro_batch=size))
+        quiet(
+            train_sft.main, arguments(folder / "model", folder / "data", out, steps=2, batch_size=12, micro_batch=size)
+        )
         runs.append(metrics(out))
     for run in runs[1:]:
         for a, b in zip(runs[0], run):
@@ -70,7 +76,11 @@ def test_micro_batches_change_nothing_but_memory(folder):
 
 def test_replay_fills_its_share_of_every_batch():
     """Own items go through their epochs as without it; the stream of replayed ones has an order of its own."""
-    config = parse(train_sft.Config, "", "--model m --data d --out o --replay r --replay-share .25 --batch-size 8 --epochs 1".split())
+    config = parse(
+        train_sft.Config,
+        "",
+        "--model m --data d --out o --replay r --replay-share .25 --batch-size 8 --epochs 1".split(),
+    )
     chosen = [mixture(step, 12, 5, config) for step in range(2)]
     assert [sum(replayed for replayed, _ in batch) for batch in chosen] == [2, 2]
     assert sorted(i for batch in chosen for replayed, i in batch if not replayed) == list(range(12))
@@ -101,8 +111,16 @@ def test_sft_overfits_eight_real_examples_to_exact_greedy_answers(tmp_path):
         scene = clevr.sample_scene(np.random.default_rng(i), objects=(1, 3), size=(112, 112))
         Image.fromarray(clevr.render(scene, (112, 112))[0]).save(folder / "images" / f"scene{i}.png")
         seen = " ".join(thing["color"] for thing in scene["objects"])
-        rows.append({"id": f"e{i}", "policy": "P1", "images": [f"images/scene{i}.png"], "question": "apply P1", "cot": seen,
-                     "answer": scene["objects"][0]["shape"]})  # fmt: skip
+        rows.append(
+            {
+                "id": f"e{i}",
+                "policy": "P1",
+                "images": [f"images/scene{i}.png"],
+                "question": "apply P1",
+                "cot": seen,
+                "answer": scene["objects"][0]["shape"],
+            }
+        )
     write_lines(folder / "sft.jsonl", rows)
     flags = dict(full=True, steps=120, lr=3e-3, warmup=10, schedule="linear", batch_size=8, micro_batch=8)
     quiet(train_sft.main, arguments(tmp_path / "model", folder, tmp_path / "run", **flags))
@@ -110,6 +128,10 @@ def test_sft_overfits_eight_real_examples_to_exact_greedy_answers(tmp_path):
     assert losses[-1] < 0.02 < 3 < losses[0]
     model, processor = evaluate.load(tmp_path / "run")
     policies = load_policies(folder)
-    row, records = evaluate.evaluate(model, processor, load_items(folder, "sft.jsonl", policies), policies, max_response=64)
-    assert [record["response"] for record in records] == [f"<think>{r['cot']}</think>\\boxed{{{r['answer']}}}" for r in rows]
+    row, records = evaluate.evaluate(
+        model, processor, load_items(folder, "sft.jsonl", policies), policies, max_response=64
+    )
+    assert [record["response"] for record in records] == [
+        f"<think>{r['cot']}</think>\\boxed{{{r['answer']}}}" for r in rows
+    ]
     assert row["accuracy"] == row["format"] == row["exact_chain"] == row["finished"] == 1.0

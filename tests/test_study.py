@@ -13,8 +13,11 @@ def row(world, policy, seed, name, accuracy, **more):
     return {"world": world, "policy": policy, "seed": seed, "name": name, "accuracy": accuracy, "n": 200, **more}
 
 
-ROWS = [row("T4", policy, 0, name, accuracy) for name, values in {"sft_grpo": (0.2, 0.3, 0.4), "sft_poro": (0.7, 0.9, 0.8)}.items()
-        for policy, accuracy in enumerate(values)] + [row("T4", 3, 0, "sft_poro", 0.6), row("T2 a third left out", 0, 0, "sft_poro", 1.0)]  # fmt: skip
+ROWS = [
+    row("T4", policy, 0, name, accuracy)
+    for name, values in {"sft_grpo": (0.2, 0.3, 0.4), "sft_poro": (0.7, 0.9, 0.8)}.items()
+    for policy, accuracy in enumerate(values)
+] + [row("T4", 3, 0, "sft_poro", 0.6), row("T2 a third left out", 0, 0, "sft_poro", 1.0)]
 
 
 def test_a_row_is_the_mean_of_its_runs_with_students_interval():
@@ -59,11 +62,25 @@ def test_runs_of_another_base_are_not_taken_up(tmp_path):
 
 def test_the_tables_and_figures_are_written(tmp_path):
     """Curves make the figure of the halves and the correlations; a row that lacks a figure shows a dash."""
-    curves = [row("T4", p, 0, "frozen sampler", 0.5 + p / 10, curve_accuracy=[0.2, 0.3], curve_accuracy_aware=[0.5 + p / 10, 0.8]) for p in range(4)]
+    curves = [
+        row(
+            "T4",
+            p,
+            0,
+            "frozen sampler",
+            0.5 + p / 10,
+            curve_accuracy=[0.2, 0.3],
+            curve_accuracy_aware=[0.5 + p / 10, 0.8],
+        )
+        for p in range(4)
+    ]
     plain = [row("T4", 4, 0, "sft_grpo", 0.9, curve_accuracy=[0.9], curve_accuracy_aware=[0.0])]  # has no such half
     study.write(ROWS + curves + plain, tmp_path)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("study", "study_depths", "study_halves"))
     text, kept = (tmp_path / "study.md").read_text(), json.loads((tmp_path / "study.json").read_text())
     assert "| T4 | +0.500 | 0.248 | 3 |" in text and "| sft_poro | 1.000 | – |" in text
-    assert kept["correlations"] == {"runs": 4, "aware_half": pytest.approx(1), "gap": pytest.approx(1)} and len(kept["rows"]) == len(ROWS) + 5
+    assert (
+        kept["correlations"] == {"runs": 4, "aware_half": pytest.approx(1), "gap": pytest.approx(1)}
+        and len(kept["rows"]) == len(ROWS) + 5
+    )
     assert kept["worlds"]["T4"][0]["name"] == "sft_grpo"  # in the order of RUNS

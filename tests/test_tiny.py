@@ -15,11 +15,11 @@ from data import InputError, rewards
 from data.dataset import load_items, load_policies, messages, target
 from data.referral import recall, referral, visits
 from model import Config, Processor, Qwen25VL, rotate
-from tiny import demo, pretrain, report
 from tiny import data as tiny_data
+from tiny import demo, pretrain, report
 from tiny.pretrain import CONFIG, blocks, initialise, orthogonal, patches, predict, prepare, trunk
-from tiny.stream import CROP, PICTURE, Codes, Policy, Stream, coded, matches, planted, positions, rows
-from tiny.world import ID, TOKENS, picture, write_tokenizer
+from tiny.stream import CROP, PICTURE, Codes, Stream, coded, matches, planted, positions, rows
+from tiny.world import ID, picture, write_tokenizer
 
 BASE = Path(__file__).resolve().parent.parent / "tiny" / "base"
 
@@ -28,8 +28,28 @@ BASE = Path(__file__).resolve().parent.parent / "tiny" / "base"
 def folder(tmp_path_factory):
     """A small data set of two layers, a third of its sections left out of SFT, some values shown by crops."""
     out = tmp_path_factory.mktemp("tiny") / "data"
-    tiny_data.main(["--out", str(out), "--depth", "3", "--variant", "M", "--policies", "2", "--queries", "60", "--sft", "6", "--test", "8",
-                    "--leave-out", "0.34", "--seed", "3"])  # fmt: skip
+    tiny_data.main(
+        [
+            "--out",
+            str(out),
+            "--depth",
+            "3",
+            "--variant",
+            "M",
+            "--policies",
+            "2",
+            "--queries",
+            "60",
+            "--sft",
+            "6",
+            "--test",
+            "8",
+            "--leave-out",
+            "0.34",
+            "--seed",
+            "3",
+        ]
+    )
     return out
 
 
@@ -75,7 +95,9 @@ def test_referral_reads_a_terse_chain_section_by_section(folder):
 def test_sections_left_out_are_whole_branches_that_no_sft_item_meets(folder):
     hidden = json.loads((folder / "left_out.json").read_text())
     policies = load_policies(folder)
-    seen = {(item["policy"], step["node"]) for item in load_items(folder, "sft.jsonl", policies) for step in item["path"]}
+    seen = {
+        (item["policy"], step["node"]) for item in load_items(folder, "sft.jsonl", policies) for step in item["path"]
+    }
     for name, sections in hidden.items():
         nodes = {node["id"]: node["branches"].values() for node in policies[name]["nodes"]}
         assert sections and not {(name, section) for section in sections} & seen
@@ -96,7 +118,14 @@ def test_the_stream_speaks_as_the_processor_does(folder, processor):
     item = load_items(folder, "test.jsonl", policies)[0]
     policy = policies[item["policy"]]
     text = re.split(r"(<image>)", policy["text"])
-    mine = [ID["<|im_start|>"], ID["system"], ID["You are a helpful assistant."], ID["<|im_end|>"], ID["<|im_start|>"], ID["user"]]
+    mine = [
+        ID["<|im_start|>"],
+        ID["system"],
+        ID["You are a helpful assistant."],
+        ID["<|im_end|>"],
+        ID["<|im_start|>"],
+        ID["user"],
+    ]
     for part in text:
         mine += CROP if part == "<image>" else [ID[word] for word in part.split()]
     mine += [*PICTURE, ID["apply"], ID[policy["name"]], ID[":"], ID["<|im_end|>"], ID["<|im_start|>"], ID["assistant"]]
@@ -126,7 +155,9 @@ def test_a_packed_query_sees_its_own_policy_and_itself_only(table):
         for n, (g, q) in enumerate(dict.fromkeys((g, q) for g, q in zip(group[0], query[0]) if q > 0)):
             own = (group[0] == g) & ((query[0] == 0) | (query[0] == q))
             picture = model.visual.merger(torch.from_numpy(full[shown[n]]))
-            hidden = model(torch.from_numpy(ids[:, own]), position_ids=torch.from_numpy(place[:, :, own]), image_embeds=picture)
+            hidden = model(
+                torch.from_numpy(ids[:, own]), position_ids=torch.from_numpy(place[:, :, own]), image_embeds=picture
+            )
             alone.append(model.logits(hidden[0, weight[0, own] > 0]))
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
 
@@ -164,7 +195,9 @@ def test_prepared_heads_find_what_followed_a_name_before(table):
     def found(model):
         share = attention_of(model, 1, ids)
         mentions = range(len(prefix), ids.shape[1], 2)
-        return np.mean([share[1, t, [j + 1 for j in range(t) if ids[0, j] == ids[0, t]]].sum().item() for t in mentions])
+        return np.mean(
+            [share[1, t, [j + 1 for j in range(t) if ids[0, j] == ids[0, t]]].sum().item() for t in mentions]
+        )
 
     torch.manual_seed(0)
     model = Qwen25VL(Config.from_json(CONFIG))
@@ -204,7 +237,9 @@ def test_vision_stopped_between_two_saves_ends_where_it_would_have(tmp_path, mon
         folder.mkdir(exist_ok=True)
         label, calls = pretrain.blocks, iter(range(stop))
         with monkeypatch.context() as patch:
-            patch.setattr(pretrain, "blocks", lambda *arguments: label(*arguments) if next(calls, None) is not None else 1 / 0)
+            patch.setattr(
+                pretrain, "blocks", lambda *arguments: label(*arguments) if next(calls, None) is not None else 1 / 0
+            )
             torch.manual_seed(0)
             model = Qwen25VL(Config.from_json(CONFIG))
             pretrain.train_vision(model, (image, index, table, spot), folder, steps, batch=4)
@@ -223,9 +258,25 @@ def test_muon_moves_every_direction_alike():
 
 
 def fake_results():
-    row = {"accuracy": 0.5, "n": 4, "interval": [0.2, 0.8], "exact_chain": 0.25, "seen": {"accuracy": 0.5}, "unseen": {"accuracy": None}}
-    return {"seed": 0, "depth": 3, "policy": "P1", "text": "policy P1 <x>", "left_out": ["N1"], "trimpi": "x", "seconds": 1, **report.provenance(),
-            "rows": [{"name": name, **row} for name in demo.ROWS]}  # fmt: skip
+    row = {
+        "accuracy": 0.5,
+        "n": 4,
+        "interval": [0.2, 0.8],
+        "exact_chain": 0.25,
+        "seen": {"accuracy": 0.5},
+        "unseen": {"accuracy": None},
+    }
+    return {
+        "seed": 0,
+        "depth": 3,
+        "policy": "P1",
+        "text": "policy P1 <x>",
+        "left_out": ["N1"],
+        "trimpi": "x",
+        "seconds": 1,
+        **report.provenance(),
+        "rows": [{"name": name, **row} for name in demo.ROWS],
+    }
 
 
 @pytest.fixture
@@ -237,7 +288,9 @@ def page(tmp_path):
     item = {"id": "a", "answer": "A1", "cot": "N1", "images": ["p.png"]}
     (tmp_path / "data" / "test.jsonl").write_text(json.dumps(item) + "\n")
     for name in demo.ROWS:
-        (tmp_path / "eval" / f"{name}.jsonl").write_text(json.dumps({"id": "a", "correct": 0, "seen": False, "response": "<script>"}) + "\n")
+        (tmp_path / "eval" / f"{name}.jsonl").write_text(
+            json.dumps({"id": "a", "correct": 0, "seen": False, "response": "<script>"}) + "\n"
+        )
     report.write_report(tmp_path, fake_results())
     return tmp_path / "report.html"
 
@@ -254,11 +307,31 @@ def test_a_browser_opens_the_report_without_a_word_and_nothing_sticks_out(page, 
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser:
         pytest.skip("no Chromium on this machine")
-    measure = "Math.max(...[...document.querySelectorAll('body *:not(.wide *)')].map(e => e.getBoundingClientRect().right))"
+    measure = (
+        "Math.max(...[...document.querySelectorAll('body *:not(.wide *)')].map(e => e.getBoundingClientRect().right))"
+    )
     probe = page.with_name("probe.html")  # the page itself has no script
-    probe.write_text(page.read_text().replace("<html", f'<html style="width: {width}px"').replace("</body>", f"<script>document.title = 'wide ' + {measure}</script></body>"))
-    shown = lambda file: subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND",
-                                         f"--window-size={width},900", file.as_uri()], capture_output=True, text=True, timeout=120)  # fmt: skip
+    probe.write_text(
+        page.read_text()
+        .replace("<html", f'<html style="width: {width}px"')
+        .replace("</body>", f"<script>document.title = 'wide ' + {measure}</script></body>")
+    )
+    shown = lambda file: subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--window-size={width},900",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "CONSOLE" not in shown(page).stderr
     assert width / 2 < float(re.search(r"<title>wide ([\d.]+)", shown(probe).stdout)[1]) <= width
 
@@ -275,7 +348,22 @@ def test_the_base_follows_policies_it_never_read_and_is_small(tmp_path):
     from evaluate import evaluate, load
 
     assert (BASE / "model.safetensors").stat().st_size <= 8 * 2**20
-    tiny_data.main(["--out", str(tmp_path / "d"), "--depth", "2", "--policies", "4", "--queries", "8", "--test", "12", "--seed", "77"])
+    tiny_data.main(
+        [
+            "--out",
+            str(tmp_path / "d"),
+            "--depth",
+            "2",
+            "--policies",
+            "4",
+            "--queries",
+            "8",
+            "--test",
+            "12",
+            "--seed",
+            "77",
+        ]
+    )
     policies = load_policies(tmp_path / "d")
     items = load_items(tmp_path / "d", "test.jsonl", policies)
     model, processor = load(str(BASE))

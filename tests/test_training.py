@@ -14,8 +14,8 @@ from small import ROOT, arguments, metrics, quiet, small_data
 import model as qwen
 import train_cpt
 import train_sft
-from support.checkpoint import cut_logs
 from data import InputError
+from support.checkpoint import cut_logs
 from training import Ahead, CommonConfig, Run, batches, collate, locate, parse, response_logprobs, rng, share
 
 
@@ -90,7 +90,11 @@ def test_shares_are_equal_in_number_nearly_in_size_and_hold_everything():
 def test_reading_ahead_gives_what_reading_in_line_gives():
     keys = lambda step: [(step, i) for i in range(3)]
     line, threads = Ahead(keys, lambda a, b: 10 * a + b, 0), Ahead(keys, lambda a, b: 10 * a + b, 2)
-    assert [line(step) for step in (2, 3, 4)] == [threads(step) for step in (2, 3, 4)] == [[20, 21, 22], [30, 31, 32], [40, 41, 42]]
+    assert (
+        [line(step) for step in (2, 3, 4)]
+        == [threads(step) for step in (2, 3, 4)]
+        == [[20, 21, 22], [30, 31, 32], [40, 41, 42]]
+    )
 
 
 def test_reading_ahead_passes_an_input_error_on():
@@ -114,7 +118,9 @@ def test_response_logprobs_are_those_of_the_whole_distribution(folder):
     """Against log_softmax of every logit, row by row without padding."""
     model = qwen.load_pretrained(folder / "model")
     rows = [([5, 6, 7], [1, 2]), ([8], [3]), ([9, 10], [4, 5, 6])]
-    logp, entropy = response_logprobs(model, collate([text(*p) for p, _ in rows], [r for _, r in rows], pad_id=0), temperature=0.7, entropy=True)
+    logp, entropy = response_logprobs(
+        model, collate([text(*p) for p, _ in rows], [r for _, r in rows], pad_id=0), temperature=0.7, entropy=True
+    )
     assert logp.shape == entropy.shape == (3, 3)
     for b, (prompt, response) in enumerate(rows):
         full = (model.logits(model(torch.tensor([prompt + response])))[0] / 0.7).log_softmax(-1)
@@ -189,12 +195,17 @@ def test_bfloat16_products_train_float32_weights(folder, tmp_path):
 def test_weight_decay_spares_norms_and_biases(run):
     model, _ = run.load()
     matrices, others = run.optimizer(model).param_groups
-    assert matrices["weight_decay"] == 0.01 and others["weight_decay"] == 0 and {p.ndim for p in others["params"]} == {1}
+    assert (
+        matrices["weight_decay"] == 0.01 and others["weight_decay"] == 0 and {p.ndim for p in others["params"]} == {1}
+    )
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients(folder, tmp_path):
     for name, flag in (("kept", False), ("again", True)):
-        quiet(train_cpt.main, arguments(folder / "model", folder / "data", tmp_path / name, steps=2, gradient_checkpointing=flag))
+        quiet(
+            train_cpt.main,
+            arguments(folder / "model", folder / "data", tmp_path / name, steps=2, gradient_checkpointing=flag),
+        )
     for a, b in zip(metrics(tmp_path / "kept"), metrics(tmp_path / "again")):
         assert b == pytest.approx(a, rel=1e-6)
 
@@ -228,7 +239,12 @@ def test_a_second_interrupt_ends_the_process_at_once(folder, tmp_path):
     """The first one waits for the end of the step; a user who sends another does not want to wait."""
     code = "import sys, time, train_sft, training\ntraining.Run.report = lambda *a, **k: (print('step', flush=True), time.sleep(60))\n"
     words = arguments(folder / "model", folder / "data", tmp_path / "run", steps=3)
-    child = subprocess.Popen([sys.executable, "-c", f"{code}train_sft.main(sys.argv[1:])", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{code}train_sft.main(sys.argv[1:])", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert child.stdout.readline() == "step\n"
     child.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):

@@ -49,7 +49,7 @@ WRONG = {
     "the deviation divides by n": ("advantage_triton", "tl.maximum(n - 1, 1)", "tl.maximum(n, 1)", ""),
     "rewards are measured from 0": ("advantage_triton", 'tl.full((), float("inf"), tl.float64)', "tl.full((), 0.0, tl.float64)", "nothing"),
     "NaN rewards count as members": ("advantage_triton", "n += tl.sum(real.to(tl.float64), 0)", "n += tl.sum(inside.to(tl.float64), 0)", ""),
-}
+}  # fmt: skip
 
 
 def wrong_module(module, right, wrong, folder):
@@ -83,8 +83,23 @@ def noticed_by(name):
         try:
             for chosen in dict.fromkeys([first, ""]):
                 failure = FirstFailure()
-                pytest.main([tests, "-x", "-q", "--no-header", "--capture=fd", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore",
-                             "-k", chosen], plugins=[failure])
+                pytest.main(
+                    [
+                        tests,
+                        "-x",
+                        "-q",
+                        "--no-header",
+                        "--capture=fd",
+                        "--tb=no",
+                        "-p",
+                        "no:cacheprovider",
+                        "-W",
+                        "ignore",
+                        "-k",
+                        chosen,
+                    ],
+                    plugins=[failure],
+                )
                 if failure.name:
                     return failure.name
         finally:
@@ -95,7 +110,9 @@ def noticed_by(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="only versions whose name contains this text")
-    parser.add_argument("--fast", action="store_true", help="only versions that a test of a few given rows notices (CI runs these)")
+    parser.add_argument(
+        "--fast", action="store_true", help="only versions that a test of a few given rows notices (CI runs these)"
+    )
     args = parser.parse_args()
     fast = {"maximum", "minus_inf", "phantom", "interpreter"}
     chosen = [name for name in WRONG if args.only in name and (not args.fast or WRONG[name][3] in fast)]
@@ -105,7 +122,9 @@ def main():
     print(table)
     if len(chosen) == len(WRONG):
         (ROOT / "benchmarks" / "results" / "wrong_kernels.md").write_text(
-            "One line of a Triton kernel changed, and the first test that fails (`python tests/wrong_kernels.py`).\n\n" + table)
+            "One line of a Triton kernel changed, and the first test that fails (`python tests/wrong_kernels.py`).\n\n"
+            + table
+        )
     sys.exit(0 if chosen and all(found.values()) else 1)
 
 

@@ -57,7 +57,9 @@ def leave_out(folder, share, sft, seed):
         items = [item for item in read("sft.jsonl") if item["policy"] == policy["name"]]
         seen = [item for item in items if not any(step["node"] in hidden[policy["name"]] for step in item["path"])]
         if len(seen) < sft:
-            raise InputError(f"policy {policy['name']}: {len(seen)} training queries keep to its shown sections, expected {sft}")
+            raise InputError(
+                f"policy {policy['name']}: {len(seen)} training queries keep to its shown sections, expected {sft}"
+            )
         chosen += thin(seen, sft, rng)
     kept = {item["id"] for item in chosen}
     number = {policy["name"]: 0 for policy in policies}
@@ -75,20 +77,37 @@ def leave_out(folder, share, sft, seed):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="python -m tiny.data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the data folder to write")
     add("--depth", type=int, default=3, metavar="N", help="layers of decisions, 1 to 6 (default 3)")
-    add("--variant", choices=("T", "M"), default="T", help="T all text, M half of the values shown by pictures (default T)")
+    add(
+        "--variant",
+        choices=("T", "M"),
+        default="T",
+        help="T all text, M half of the values shown by pictures (default T)",
+    )
     add("--policies", type=int, default=1, metavar="P", help="policies internalised at once, 16 at most (default 1)")
     add("--queries", type=int, default=400, metavar="Q", help="training queries per policy (default 400)")
     add("--sft", type=int, metavar="Q", help="of these with a chain of thought, per policy (default queries / 8)")
     add("--test", type=int, metavar="Q", help="test queries per policy, on unseen scenes (default queries / 10)")
     add("--seed", type=int, default=0, help="the same seed writes the same bytes (default 0)")
     add("--clevr-root", metavar="FOLDER", help="scenes and pictures of a folder in the official CLEVR v1.0 layout")
-    add("--cpt", default="applied,document,section,response", metavar="KINDS", help=f"kinds of VM-CPT items, of {', '.join(KINDS)} (default all)")
-    add("--leave-out", type=float, default=0.0, metavar="SHARE", help="share of the sections that no SFT item meets (default 0)")
+    add(
+        "--cpt",
+        default="applied,document,section,response",
+        metavar="KINDS",
+        help=f"kinds of VM-CPT items, of {', '.join(KINDS)} (default all)",
+    )
+    add(
+        "--leave-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the sections that no SFT item meets (default 0)",
+    )
     add("--processes", type=int, default=1, metavar="N", help="processes that draw scenes and pictures (default 1)")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
@@ -98,9 +117,17 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     sft = max(1, args.queries // 8) if args.sft is None else args.sft
     test = max(1, args.queries // 10) if args.test is None else args.test
-    if not (1 <= args.depth <= 6 and 1 <= args.policies <= 16 and 1 <= sft <= args.queries and test >= 1 and args.processes >= 1):
-        raise InputError(f"--depth {args.depth} --policies {args.policies} --queries {args.queries} --sft {sft} --test {test} found, "
-                         "expected 1 to 6 layers, 1 to 16 policies, 1 <= sft <= queries, at least one test query")  # fmt: skip
+    if not (
+        1 <= args.depth <= 6
+        and 1 <= args.policies <= 16
+        and 1 <= sft <= args.queries
+        and test >= 1
+        and args.processes >= 1
+    ):
+        raise InputError(
+            f"--depth {args.depth} --policies {args.policies} --queries {args.queries} --sft {sft} --test {test} found, "
+            "expected 1 to 6 layers, 1 to 16 policies, 1 <= sft <= queries, at least one test query"
+        )
     if not 0 <= args.leave_out < 1:
         raise InputError(f"--leave-out {args.leave_out} found, expected a share from 0 to below 1")
     kinds = args.cpt.split(",")
@@ -111,17 +138,36 @@ def main(argv=None):
         if args.clevr_root:
             scenes = read_clevr(args.clevr_root)
         else:
-            counts = {"train": max(2000, 4 * args.queries, args.policies * args.queries * 6 // 5),
-                      "test": max(1000, 8 * test, args.policies * test * 6 // 5)}  # fmt: skip
+            counts = {
+                "train": max(2000, 4 * args.queries, args.policies * args.queries * 6 // 5),
+                "test": max(1000, 8 * test, args.policies * test * 6 // 5),
+            }
             scenes = sample_scenes(args.seed, counts, run, size=(SIDE, SIDE), objects=(1, OBJECTS), **LOOK)
-        report = make_dataset(args.out, scenes, depth=args.depth, variant=args.variant, policies=args.policies, queries=args.queries,
-                              sft=args.queries if args.leave_out else sft, test=test, seed=args.seed, style=Terse(), cpt=kinds,
-                              size=(SIDE, SIDE), run=run, overwrite=args.overwrite)  # fmt: skip
+        report = make_dataset(
+            args.out,
+            scenes,
+            depth=args.depth,
+            variant=args.variant,
+            policies=args.policies,
+            queries=args.queries,
+            sft=args.queries if args.leave_out else sft,
+            test=test,
+            seed=args.seed,
+            style=Terse(),
+            cpt=kinds,
+            size=(SIDE, SIDE),
+            run=run,
+            overwrite=args.overwrite,
+        )
     hidden = leave_out(args.out, args.leave_out, sft, args.seed) if args.leave_out else {}
     for row in report:
-        print(f"{row['name']:4} {row['nodes']:3} sections {row['responses']:3} responses {row['words']:4} words {row['pictures']:3} pictures"
-              + (f"   left out of SFT: {', '.join(hidden[row['name']])}" if hidden else ""))  # fmt: skip
-    print(f"{args.out}: {args.policies * args.queries} training queries, {args.policies * sft} with chains, {args.policies * test} test queries")
+        print(
+            f"{row['name']:4} {row['nodes']:3} sections {row['responses']:3} responses {row['words']:4} words {row['pictures']:3} pictures"
+            + (f"   left out of SFT: {', '.join(hidden[row['name']])}" if hidden else "")
+        )
+    print(
+        f"{args.out}: {args.policies * args.queries} training queries, {args.policies * sft} with chains, {args.policies * test} test queries"
+    )
 
 
 if __name__ == "__main__":

@@ -26,13 +26,42 @@ from tiny.report import provenance, write_report
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "tiny" / "base"
 
-COMMON = ["--full", "--no-train-vision", "--warmup", "5", "--max-prompt", "2000", "--max-response", "200", "--overwrite"]
+COMMON = [
+    "--full",
+    "--no-train-vision",
+    "--warmup",
+    "5",
+    "--max-prompt",
+    "2000",
+    "--max-response",
+    "200",
+    "--overwrite",
+]
 LEARN = ["--batch-size", "16", "--micro-batch", "16", "--beta2", "0.98"]
 CPT = [*LEARN, "--steps", "60", "--lr", "5e-4"]
 SFT = [*LEARN, "--steps", "40", "--lr", "3e-4"]
-RL = ["--algorithm", "dapo", "--dynamic-tries", "0", "--batch-size", "8", "--micro-batch", "64", "--steps", "80", "--lr", "2e-4",
-      "--beta2", "0.98", "--check", "0"]  # fmt: skip
-GRPO, PORO = ["--group-size", "8", "--policy-rollouts", "0"], ["--group-size", "4", "--policy-rollouts", "4"]  # equal cost
+RL = [
+    "--algorithm",
+    "dapo",
+    "--dynamic-tries",
+    "0",
+    "--batch-size",
+    "8",
+    "--micro-batch",
+    "64",
+    "--steps",
+    "80",
+    "--lr",
+    "2e-4",
+    "--beta2",
+    "0.98",
+    "--check",
+    "0",
+]
+GRPO, PORO = (
+    ["--group-size", "8", "--policy-rollouts", "0"],
+    ["--group-size", "4", "--policy-rollouts", "4"],
+)  # equal cost
 
 # name: (script, stage that it starts from, flags)
 RUNS = {
@@ -54,10 +83,14 @@ def call(arguments, log):
     """Run one of the house's commands in a process of its own; its words go to a file, its error becomes ours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
     if done.returncode:
         last = Path(log).read_text().strip().splitlines()[-1:] or [""]
-        raise InputError(f"{arguments[0]} {arguments[1]}: ended with code {done.returncode}, {last[0]} (whole log: {log})")
+        raise InputError(
+            f"{arguments[0]} {arguments[1]}: ended with code {done.returncode}, {last[0]} (whole log: {log})"
+        )
 
 
 def steps_done(run):
@@ -73,7 +106,21 @@ def train(name, out, base, data, replay, seed, slot):
     folder, began = out / name, time.time()
     start = ["--init", out / before] if before else []
     extra = ["--replay", replay] if script != "train_rl" else []
-    arguments = [f"{script}.py", "--model", base, *start, "--data", data, "--out", folder, *extra, *COMMON, *flags, "--seed", seed]
+    arguments = [
+        f"{script}.py",
+        "--model",
+        base,
+        *start,
+        "--data",
+        data,
+        "--out",
+        folder,
+        *extra,
+        *COMMON,
+        *flags,
+        "--seed",
+        seed,
+    ]
     total = int(flags[flags.index("--steps") + 1])
     with tqdm(total=total, desc=f"{name:14}", unit="step", position=slot, leave=True, disable=None) as bar:
         with ThreadPoolExecutor(1) as one:
@@ -89,8 +136,25 @@ def train(name, out, base, data, replay, seed, slot):
 def evaluate(row, out, model, data):
     """One row of the table: accuracy on unseen pictures, on paths with and without sections that SFT showed."""
     aware = ["--policy-in-context"] if row == "in_context" else []
-    call(["evaluate.py", "--model", model, "--data", data, "--out", out / "eval", "--name", row, "--seen", Path(data) / "sft.jsonl",
-          "--max-response", 200, *aware], out / f"{row}.eval.log")  # fmt: skip
+    call(
+        [
+            "evaluate.py",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--out",
+            out / "eval",
+            "--name",
+            row,
+            "--seen",
+            Path(data) / "sft.jsonl",
+            "--max-response",
+            200,
+            *aware,
+        ],
+        out / f"{row}.eval.log",
+    )
 
 
 def run_all(out, base, data, replay, seed):
@@ -123,34 +187,85 @@ def run_all(out, base, data, replay, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tiny.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of all runs and the report (default runs/demo)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="folder of all runs and the report (default runs/demo)"
+    )
     parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
     parser.add_argument("--depth", type=int, default=3, help="layers of the policy (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="draws the policy, the scenes and the training (default 0)")
-    parser.add_argument("--clevr-root", metavar="FOLDER", help="pictures of a folder in the official CLEVR layout instead of our own")
+    parser.add_argument(
+        "--clevr-root", metavar="FOLDER", help="pictures of a folder in the official CLEVR layout instead of our own"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args(argv)
     out, began = Path(args.out).resolve(), time.time()
     if not Path(args.model, "model.safetensors").is_file():
-        raise InputError(f"{args.model}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)")
+        raise InputError(
+            f"{args.model}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)"
+        )
     if out.exists() and any(out.iterdir()):
         if not args.overwrite:
             raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
 
-    print(f"drawing a policy of {args.depth} layers, its pictures, and others to keep in practice on (seed {args.seed})", flush=True)
+    print(
+        f"drawing a policy of {args.depth} layers, its pictures, and others to keep in practice on (seed {args.seed})",
+        flush=True,
+    )
     data, replay = out / "data", out / "others"
-    own = ["-m", "tiny.data", "--out", data, "--depth", args.depth, "--seed", args.seed, "--cpt", "applied,document,response"]
+    own = [
+        "-m",
+        "tiny.data",
+        "--out",
+        data,
+        "--depth",
+        args.depth,
+        "--seed",
+        args.seed,
+        "--cpt",
+        "applied,document,response",
+    ]
     if args.clevr_root:
-        counts = {split: len(json.loads(Path(args.clevr_root, "scenes", f"CLEVR_{split}_scenes.json").read_text())["scenes"])
-                  for split in ("train", "val")}  # fmt: skip
-        own += ["--clevr-root", Path(args.clevr_root).resolve(), "--queries", counts["train"], "--sft", max(1, counts["train"] // 2), "--test", counts["val"]]
+        counts = {
+            split: len(json.loads(Path(args.clevr_root, "scenes", f"CLEVR_{split}_scenes.json").read_text())["scenes"])
+            for split in ("train", "val")
+        }
+        own += [
+            "--clevr-root",
+            Path(args.clevr_root).resolve(),
+            "--queries",
+            counts["train"],
+            "--sft",
+            max(1, counts["train"] // 2),
+            "--test",
+            counts["val"],
+        ]
     else:
         own += ["--queries", 400, "--sft", 24, "--test", 200, "--leave-out", 0.34]
-    others = ["-m", "tiny.data", "--out", replay, "--depth", args.depth, "--seed", args.seed + 1000, "--policies", 12, "--queries", 24, "--sft", 24,
-              "--test", 1, "--cpt", "applied"]  # fmt: skip
+    others = [
+        "-m",
+        "tiny.data",
+        "--out",
+        replay,
+        "--depth",
+        args.depth,
+        "--seed",
+        args.seed + 1000,
+        "--policies",
+        12,
+        "--queries",
+        24,
+        "--sft",
+        24,
+        "--test",
+        1,
+        "--cpt",
+        "applied",
+    ]
     with ThreadPoolExecutor(2) as pool:
         for work in [pool.submit(call, own, out / "data.log"), pool.submit(call, others, out / "others.log")]:
             work.result()
@@ -159,12 +274,25 @@ def main(argv=None):
     found = {row["name"]: row for row in json.loads((out / "eval" / "results.json").read_text())["rows"]}
     policy = json.loads((data / "policies.json").read_text())[0]
     results = {
-        "seed": args.seed, "depth": args.depth, "policy": policy["name"], "text": policy["text"], "seconds": round(time.time() - began), **provenance(),
-        "left_out": json.loads((data / "left_out.json").read_text())[policy["name"]] if (data / "left_out.json").exists() else [],
+        "seed": args.seed,
+        "depth": args.depth,
+        "policy": policy["name"],
+        "text": policy["text"],
+        "seconds": round(time.time() - began),
+        **provenance(),
+        "left_out": json.loads((data / "left_out.json").read_text())[policy["name"]]
+        if (data / "left_out.json").exists()
+        else [],
         "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4 whose policy-aware half the base samples; "
-                  "trimpi_paper: CPT items with the policy in front, the model itself samples",
-        "rows": [{**{k: v for k, v in found[row].items() if k not in ("by_policy", "model")}, "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
-    }  # fmt: skip
+        "trimpi_paper: CPT items with the policy in front, the model itself samples",
+        "rows": [
+            {
+                **{k: v for k, v in found[row].items() if k not in ("by_policy", "model")},
+                "train_seconds": round(seconds.get(row, 0)),
+            }
+            for row in ROWS
+        ],
+    }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_report(out, results)
     print(table(results))
@@ -178,7 +306,9 @@ def table(results):
     for row in results["rows"]:
         low, high = row["interval"]
         sides = [share(row[side]["accuracy"]) if side in row else "-" for side in ("seen", "unseen")]
-        lines.append(f"{row['name']:14}  {row['accuracy']:8.3f}  [{low:.3f}, {high:.3f}]  {sides[0]:>5}  {sides[1]:>6}  {row['exact_chain']:6.2f}  {row['n']:4}")
+        lines.append(
+            f"{row['name']:14}  {row['accuracy']:8.3f}  [{low:.3f}, {high:.3f}]  {sides[0]:>5}  {sides[1]:>6}  {row['exact_chain']:6.2f}  {row['n']:4}"
+        )
     return "\n".join(lines)
 
 

@@ -102,7 +102,10 @@ def set_rates(optimizers, factor):
 # -- 2. vision ---------------------------------------------------------------------------------------------------------
 
 LABELS = {"ground": 2, "size": 2, "color": 8, "material": 2, "shape": 3}  # what a patch is asked, and the answers
-MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073], np.float32), np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN, STD = (
+    np.array([0.48145466, 0.4578275, 0.40821073], np.float32),
+    np.array([0.26862954, 0.26130258, 0.27577711], np.float32),
+)
 
 
 def patches(images):
@@ -159,7 +162,11 @@ def train_vision(model, world, out, steps, batch=128):
     image, index, table, spot = world
     visual, head = model.visual, nn.Linear(WIDTH, sum(LABELS.values()))
     matrices = [p for name, p in visual.blocks.named_parameters() if p.ndim == 2]
-    rest = [*visual.patch_embed.parameters(), *[p for p in visual.blocks.parameters() if p.ndim < 2], *head.parameters()]
+    rest = [
+        *visual.patch_embed.parameters(),
+        *[p for p in visual.blocks.parameters() if p.ndim < 2],
+        *head.parameters(),
+    ]
     optimizers = Muon(matrices, 0.02), torch.optim.AdamW(rest, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.02)
     both = nn.ModuleDict({"model": model, "head": head})
     first = restore(out / "vision.pt", both, optimizers)
@@ -172,13 +179,19 @@ def train_vision(model, world, out, steps, batch=128):
         if step % 3 == 2:
             which = (rng.random(batch) * (things[:, :, 0] >= 0).sum(1)).astype(int)
             whole_scale = rng.random() < 0.4
-            cuts = [cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)[:2]
-                    for b, k in enumerate(which)]  # fmt: skip
+            cuts = [
+                cut_out(x[b], shown[b], spot[s[b], k], rng) if whole_scale else fitted(x[b], shown[b], k, rng)[:2]
+                for b, k in enumerate(which)
+            ]
             x, shown = (np.stack(part) for part in zip(*cuts))
         else:  # an object is what it is wherever the patches' edges cut it
             down, right = rng.integers(15, size=2)
-            x, shown = (np.pad(a, [(0, 0), (7, 7), (7, 7)] + [(0, 0)] * (a.ndim - 3), "reflect")[:, down : down + SIDE, right : right + SIDE]
-                        for a in (x, shown))  # fmt: skip
+            x, shown = (
+                np.pad(a, [(0, 0), (7, 7), (7, 7)] + [(0, 0)] * (a.ndim - 3), "reflect")[
+                    :, down : down + SIDE, right : right + SIDE
+                ]
+                for a in (x, shown)
+            )
         mirrored = rng.random(batch) < 0.5
         x, shown = (np.where(mirrored.reshape(-1, *[1] * (a.ndim - 1)), a[:, :, ::-1], a) for a in (x, shown))
         label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, N)
@@ -187,14 +200,24 @@ def train_vision(model, world, out, steps, batch=128):
         loss, on, scores = F.cross_entropy(guess["ground"][label > -2], (label[label > -2] >= 0).long()), label >= 0, {}
         for column, name in enumerate(ATTRIBUTES):
             if name != "size" or whole_scale:
-                loss = loss + (2 if name == "shape" else 1) * F.cross_entropy(guess[name][on], told[on][:, column])  # the slow one
+                loss = loss + (2 if name == "shape" else 1) * F.cross_entropy(
+                    guess[name][on], told[on][:, column]
+                )  # the slow one
                 scores[name] = (guess[name][on].argmax(-1) == told[on][:, column]).float().mean().item()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if step % 50 == 49:
-            log(out, {"stage": "vision", "step": step + 1, "loss": round(loss.item(), 4), **{k: round(v, 4) for k, v in scores.items()}})
+            log(
+                out,
+                {
+                    "stage": "vision",
+                    "step": step + 1,
+                    "loss": round(loss.item(), 4),
+                    **{k: round(v, 4) for k, v in scores.items()},
+                },
+            )
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save(out / "vision.pt", both, step + 1, optimizers)
 
@@ -331,7 +354,9 @@ def initialise(model):
         elif name == "model.embed_tokens.weight":
             nn.init.normal_(p, std=0.08)
         else:
-            nn.init.normal_(p, std=0.6 / p.shape[1] ** 0.5 * (0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+            nn.init.normal_(
+                p, std=0.6 / p.shape[1] ** 0.5 * (0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+            )
 
 
 def train_merger(model, world, full, directions, picture, out, steps, batch=192):
@@ -347,7 +372,9 @@ def train_merger(model, world, full, directions, picture, out, steps, batch=192)
         s = np.sort(rng.choice(len(index) - HELD, batch, replace=False))
         label = torch.from_numpy(blocks(np.asarray(index[s]), 28, 60, 15))  # (B, 16)
         told = torch.from_numpy(table[s][np.arange(batch)[:, None], label.clamp(min=0)]).long()
-        goal = 0.8 * sum(basis[k][told[..., k].clamp(min=0)] for k in range(4)) * (label >= 0)[..., None] + 0.6 * picture
+        goal = (
+            0.8 * sum(basis[k][told[..., k].clamp(min=0)] for k in range(4)) * (label >= 0)[..., None] + 0.6 * picture
+        )
         found = merger(torch.from_numpy(np.asarray(full[s])).float().reshape(-1, WIDTH)).view(batch, 16, WIDTH)
         weight = (label > -2).float() * torch.where(label >= 0, 3.0, 1.0)
         loss = ((found - goal).square().mean(-1) * weight).sum() / weight.sum()
@@ -361,23 +388,56 @@ def train_merger(model, world, full, directions, picture, out, steps, batch=192)
 
 # -- 4. text -----------------------------------------------------------------------------------------------------------
 
-LOOK = [(0.04, "pairs", {}), (0.02, "copy", {}), (0.14, "recite", {"most": 12}), (0.06, "walk", {"depth": 2}), (0.08, "walk", {"depth": 3}),
-        (0.26, "check", {"decisions": 10, "most": 1}), (0.32, "check", {"decisions": 10}), (0.08, "describe", {})]  # fmt: skip
-APPLY = [(0.02, "pairs", {}), (0.01, "copy", {}), (0.08, "recite", {"most": 16}), (0.05, "walk", {"depth": 3}), (0.05, "walk", {"depth": 4}),
-         (0.1, "check", {"decisions": 10, "most": 1}), (0.25, "check", {"decisions": 10}), (0.06, "describe", {}),
-         *[(share, "apply", {"depth": depth}) for depth, share in ((1, 0.08), (2, 0.1), (3, 0.1), (4, 0.1))]]  # fmt: skip
-WHOLE = [(0.03, "recite", {"most": 20}), (0.03, "recite", {"most": 58, "each": 8}), (0.07, "recite", {"most": 12, "crops": True, "each": 6}),
-         (0.02, "walk", {"depth": 4, "each": 6}), (0.04, "walk", {"depth": 6, "each": 8}), (0.05, "check", {"decisions": 10, "most": 1}),
-         (0.17, "check", {"decisions": 10}), (0.02, "describe", {}), (0.05, "name_crop", {}), (0.02, "apply", {"depth": 1}),
-         (0.05, "apply", {"depth": 2}), (0.06, "apply", {"depth": 3, "each": 5}), (0.09, "apply", {"depth": 4, "each": 6}),
-         (0.1, "apply", {"depth": 6, "each": 8}), (0.05, "apply", {"depth": 2, "crops": True, "each": 5}),
-         (0.07, "apply", {"depth": 3, "crops": True, "each": 6}), (0.08, "apply", {"depth": 4, "crops": True, "each": 7})]  # fmt: skip
+LOOK = [
+    (0.04, "pairs", {}),
+    (0.02, "copy", {}),
+    (0.14, "recite", {"most": 12}),
+    (0.06, "walk", {"depth": 2}),
+    (0.08, "walk", {"depth": 3}),
+    (0.26, "check", {"decisions": 10, "most": 1}),
+    (0.32, "check", {"decisions": 10}),
+    (0.08, "describe", {}),
+]
+APPLY = [
+    (0.02, "pairs", {}),
+    (0.01, "copy", {}),
+    (0.08, "recite", {"most": 16}),
+    (0.05, "walk", {"depth": 3}),
+    (0.05, "walk", {"depth": 4}),
+    (0.1, "check", {"decisions": 10, "most": 1}),
+    (0.25, "check", {"decisions": 10}),
+    (0.06, "describe", {}),
+    *[(share, "apply", {"depth": depth}) for depth, share in ((1, 0.08), (2, 0.1), (3, 0.1), (4, 0.1))],
+]
+WHOLE = [
+    (0.03, "recite", {"most": 20}),
+    (0.03, "recite", {"most": 58, "each": 8}),
+    (0.07, "recite", {"most": 12, "crops": True, "each": 6}),
+    (0.02, "walk", {"depth": 4, "each": 6}),
+    (0.04, "walk", {"depth": 6, "each": 8}),
+    (0.05, "check", {"decisions": 10, "most": 1}),
+    (0.17, "check", {"decisions": 10}),
+    (0.02, "describe", {}),
+    (0.05, "name_crop", {}),
+    (0.02, "apply", {"depth": 1}),
+    (0.05, "apply", {"depth": 2}),
+    (0.06, "apply", {"depth": 3, "each": 5}),
+    (0.09, "apply", {"depth": 4, "each": 6}),
+    (0.1, "apply", {"depth": 6, "each": 8}),
+    (0.05, "apply", {"depth": 2, "crops": True, "each": 5}),
+    (0.07, "apply", {"depth": 3, "crops": True, "each": 6}),
+    (0.08, "apply", {"depth": 4, "crops": True, "each": 7}),
+]
 # (share of the steps, mixture, tokens of a row, Muon's rate, AdamW's); the last phase decays over its second half.
 # Slow at first: large steps would tear the prepared heads down before the rest of the model has learnt to use them.
 PHASES = [(0.08, LOOK, 512, 0.004, 2e-3), (0.16, APPLY, 512, 0.008, 1.5e-3), (0.76, WHOLE, 1024, 0.007, 1.5e-3)]
-TESTS = {"recite": ("recite", {"most": 12}), "walk 4": ("walk", {"depth": 4}), "check": ("check", {"decisions": 10}),
-         **{f"N={n}": ("apply", {"depth": n, "blind": 0}) for n in (1, 2, 3, 4, 6)},
-         **{f"M, N={n}": ("apply", {"depth": n, "blind": 0, "crops": True}) for n in (2, 3, 4, 6)}}  # fmt: skip
+TESTS = {
+    "recite": ("recite", {"most": 12}),
+    "walk 4": ("walk", {"depth": 4}),
+    "check": ("check", {"decisions": 10}),
+    **{f"N={n}": ("apply", {"depth": n, "blind": 0}) for n in (1, 2, 3, 4, 6)},
+    **{f"M, N={n}": ("apply", {"depth": n, "blind": 0, "crops": True}) for n in (2, 3, 4, 6)},
+}
 
 
 def stream(out, seed, held=False):
@@ -403,7 +463,9 @@ class Packed:
     length = 0  # nothing is held from before
 
     def __init__(self, group, query):
-        number = group + torch.arange(len(group))[:, None] * (group.max() + 1)  # (B, T), another one for each group of each row
+        number = group + torch.arange(len(group))[:, None] * (
+            group.max() + 1
+        )  # (B, T), another one for each group of each row
         self.sizes = number.flatten().unique_consecutive(return_counts=True)[1].tolist()
         self.sees = [((q == 0) | (q == q[:, None])).tril() for q in query.flatten().split(self.sizes)]  # (n, n) each
 
@@ -411,14 +473,18 @@ class Packed:
         B, H, T, K = q.shape
         groups = [x.transpose(1, 2).flatten(0, 1).split(self.sizes) for x in (q, k, v)]  # (n, H, K) each
         heads = lambda x: x.transpose(0, 1)[None]  # (1, H, n, K)
-        outs = [F.scaled_dot_product_attention(*map(heads, parts), attn_mask=sees)[0].transpose(0, 1)
-                for *parts, sees in zip(*groups, self.sees)]  # fmt: skip
+        outs = [
+            F.scaled_dot_product_attention(*map(heads, parts), attn_mask=sees)[0].transpose(0, 1)
+            for *parts, sees in zip(*groups, self.sees)
+        ]
         return torch.cat(outs).view(B, T, H, K).transpose(1, 2)
 
 
 def predict(model, batch, full, crop):
     """Scores (n, V) of the n learned tokens of packed rows, their targets, weights, and where they stand (B, T)."""
-    ids, group, query, place, target, weight, shown = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
+    ids, group, query, place, target, weight, shown = (
+        torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch
+    )
     seen = [full[s] if s >= 0 else crop[~s] for s in shown]
     embeds = model.visual.merger(torch.from_numpy(np.concatenate(seen)).float()) if seen else None
     hidden = model(ids, position_ids=place, image_embeds=embeds, cache=Packed(group, query))  # (B, T, D)
@@ -454,7 +520,9 @@ def train_text(rank, world, out, steps, batch, seed):
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     optimizers = Muon(matrices, 1.0), torch.optim.AdamW(rest, 1.0, betas=(0.9, 0.98), weight_decay=0.05)
     first = restore(out / "text.pt", model, optimizers)
-    full, crop = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("full", "crop"))  # one copy for all processes
+    full, crop = (
+        np.load(out / f"{name}.npy", mmap_mode="r") for name in ("full", "crop")
+    )  # one copy for all processes
     held, queue, worker, now = stream(out, 7, held=True), mp.get_context("spawn").Queue(6), None, None
     ends = np.cumsum([round(share * steps) for share, *_ in PHASES])
     for step in range(first, steps):
@@ -465,9 +533,14 @@ def train_text(rank, world, out, steps, batch, seed):
                 worker.terminate()
             now, queue = phase, mp.get_context("spawn").Queue(6)
             worker = mp.get_context("spawn").Process(
-                target=draw, args=(out, seed + 1000 * step + rank, mixture, max(1, batch // world // length), length, queue), daemon=True)
+                target=draw,
+                args=(out, seed + 1000 * step + rank, mixture, max(1, batch // world // length), length, queue),
+                daemon=True,
+            )
             worker.start()
-        factor = min(1, (step - (ends[phase - 1] if phase else 0) + 1) / 30, 2.06 * (1 - step / steps) / PHASES[-1][0] + 0.03)
+        factor = min(
+            1, (step - (ends[phase - 1] if phase else 0) + 1) / 30, 2.06 * (1 - step / steps) / PHASES[-1][0] + 0.03
+        )
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
@@ -485,7 +558,16 @@ def train_text(rank, world, out, steps, batch, seed):
             optimizer.zero_grad()
         if rank == 0 and step % 200 == 199:
             scores = exact(model, held, full, crop, TESTS, 6)
-            log(out, {"stage": "text", "step": step + 1, "tokens": (step + 1) * batch, "loss": round(loss.item(), 4), **scores})
+            log(
+                out,
+                {
+                    "stage": "text",
+                    "step": step + 1,
+                    "tokens": (step + 1) * batch,
+                    "loss": round(loss.item(), 4),
+                    **scores,
+                },
+            )
             save(out / "text.pt", model, step + 1, optimizers)
     if rank == 0:
         log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 12)})
@@ -506,7 +588,9 @@ def log(out, entry):
 
 
 def save(path, model, step=0, optimizers=()):
-    torch.save({"model": model.state_dict(), "step": step, "optimizers": [o.state_dict() for o in optimizers]}, f"{path}.tmp")
+    torch.save(
+        {"model": model.state_dict(), "step": step, "optimizers": [o.state_dict() for o in optimizers]}, f"{path}.tmp"
+    )
     os.replace(f"{path}.tmp", path)
 
 
@@ -546,18 +630,33 @@ def draw_curve(out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/tiny", metavar="DIR", help="working folder; stages that it holds are not done again (default runs/tiny)")
-    parser.add_argument("--pictures", type=int, default=96000, help="scenes to draw, 2000 of them held out (default 96000)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/tiny",
+        metavar="DIR",
+        help="working folder; stages that it holds are not done again (default runs/tiny)",
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=96000, help="scenes to draw, 2000 of them held out (default 96000)"
+    )
     parser.add_argument("--vision-steps", type=int, default=6000, help="batches of 128 pictures (default 6000)")
     parser.add_argument("--text-steps", type=int, default=3300, help="updates of the text stage (default 3300)")
     parser.add_argument("--batch", type=int, default=8192, help="tokens an update, over all processes (default 8192)")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
     args = parser.parse_args(argv)
-    if args.pictures < HELD + 500 or min(args.vision_steps, args.text_steps, args.processes) < 1 or args.batch < 1024 * args.processes:
-        raise InputError(f"found {args.pictures} pictures, {args.batch} tokens an update on {args.processes} processes, "
-                         f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens a process at least")  # fmt: skip
+    if (
+        args.pictures < HELD + 500
+        or min(args.vision_steps, args.text_steps, args.processes) < 1
+        or args.batch < 1024 * args.processes
+    ):
+        raise InputError(
+            f"found {args.pictures} pictures, {args.batch} tokens an update on {args.processes} processes, "
+            f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens a process at least"
+        )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     world = pictures(out / "pictures", args.pictures, args.seed, args.processes)

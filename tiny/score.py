@@ -22,7 +22,15 @@ from tiny.demo import BASE
 from tiny.report import provenance
 from tiny.world import LOOK, OBJECTS, SIDE, Terse
 
-AIMS = {"N = 2": 0.98, "N = 3": 0.97, "N = 4": 0.96, "N = 6": 0.85, "M, N = 2": 0.96, "M, N = 3": 0.96, "M, N = 4": 0.90}
+AIMS = {
+    "N = 2": 0.98,
+    "N = 3": 0.97,
+    "N = 4": 0.96,
+    "N = 6": 0.85,
+    "M, N = 2": 0.96,
+    "M, N = 3": 0.96,
+    "M, N = 4": 0.90,
+}
 FOLDER = 10  # policies drawn at once: their names differ
 
 
@@ -55,35 +63,76 @@ class Scores:
         for first in range(0, self.policies, FOLDER):
             with tempfile.TemporaryDirectory() as folder:
                 data = Path(folder) / "data"
-                make_dataset(data, scenes, depth=depth, variant=variant, policies=min(FOLDER, self.policies - first), queries=1, sft=1,
-                             test=queries or self.queries, seed=self.seed + 100 * depth + first, style=Terse(), size=(SIDE, SIDE))  # fmt: skip
+                make_dataset(
+                    data,
+                    scenes,
+                    depth=depth,
+                    variant=variant,
+                    policies=min(FOLDER, self.policies - first),
+                    queries=1,
+                    sft=1,
+                    test=queries or self.queries,
+                    seed=self.seed + 100 * depth + first,
+                    style=Terse(),
+                    size=(SIDE, SIDE),
+                )
                 policies = load_policies(data)
                 items = load_items(data, "test.jsonl", policies)
-                row, _ = evaluate(self.model, self.processor, change(items) if change else items, policies, max_response=200,
-                                  **{"policy_in_context": True, **how})  # fmt: skip
+                row, _ = evaluate(
+                    self.model,
+                    self.processor,
+                    change(items) if change else items,
+                    policies,
+                    max_response=200,
+                    **{"policy_in_context": True, **how},
+                )
             right, n = right + round(row["accuracy"] * row["n"]), n + row["n"]
             worst = min([worst, *[one["accuracy"] for one in row["by_policy"].values()]])
-        self.rows.append({"name": name, "accuracy": right / n, "interval": wilson(right, n), "n": n, "policies": self.policies,
-                          "worst_policy": worst, "aim": AIMS.get(name)})  # fmt: skip
+        self.rows.append(
+            {
+                "name": name,
+                "accuracy": right / n,
+                "interval": wilson(right, n),
+                "n": n,
+                "policies": self.policies,
+                "worst_policy": worst,
+                "aim": AIMS.get(name),
+            }
+        )
 
 
 def markdown(rows, about):
-    lines = ["# Scores of the tiny base", "", about, "", "| | exact answers | 95 % interval | worst policy | policies | n | aim |", "| --- " * 7 + "|"]
+    lines = [
+        "# Scores of the tiny base",
+        "",
+        about,
+        "",
+        "| | exact answers | 95 % interval | worst policy | policies | n | aim |",
+        "| --- " * 7 + "|",
+    ]
     for row in rows:
         low, high = row["interval"]
-        lines.append(f"| {row['name']} | {row['accuracy']:.3f} | {low:.3f} – {high:.3f} | {row['worst_policy']:.2f} | {row['policies']} | {row['n']} "
-                     f"| {row['aim'] or '–'} |")  # fmt: skip
+        lines.append(
+            f"| {row['name']} | {row['accuracy']:.3f} | {low:.3f} – {high:.3f} | {row['worst_policy']:.2f} | {row['policies']} | {row['n']} "
+            f"| {row['aim'] or '–'} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tiny.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
-    parser.add_argument("--out", default="runs/score", metavar="DIR", help="folder of scores.json and scores.md (default runs/score)")
+    parser.add_argument(
+        "--out", default="runs/score", metavar="DIR", help="folder of scores.json and scores.md (default runs/score)"
+    )
     parser.add_argument("--policies", type=int, default=20, help="new policies a row (default 20)")
     parser.add_argument("--queries", type=int, default=48, help="pictures a policy (default 48)")
     parser.add_argument("--seed", type=int, default=77, help="of scenes and policies (default 77)")
-    parser.add_argument("--clevr-root", metavar="FOLDER", help="also on pictures of this folder in the official CLEVR layout")
+    parser.add_argument(
+        "--clevr-root", metavar="FOLDER", help="also on pictures of this folder in the official CLEVR layout"
+    )
     args = parser.parse_args(argv)
     if min(args.policies, args.queries) < 1:
         raise InputError(f"found {args.policies} policies, {args.queries} queries, expected one of each at least")
@@ -91,21 +140,33 @@ def main(argv=None):
     count = max(1000, 2 * FOLDER * args.queries)
     usual, seed = scenes_of(args.seed, count), args.seed + 1
     rows = [(name, usual, int(name[-1]), name[0].replace("N", "T"), {}) for name in AIMS]
-    rows += [("N = 3, without the policy", usual, 3, "T", {"policy_in_context": False}),
-             ("N = 3, a wrong picture", usual, 3, "T", {"change": swapped}),
-             ("N = 3, no object behind another", scenes_of(seed + 3, count, {**LOOK, "visible": 0.99}), 3, "T", {}),
-             ("N = 3, from farther away (focal length 1.3 for 1.6)", scenes_of(seed, count, {**LOOK, "zoom": 1.3}), 3, "T", {}),
-             ("N = 3, from nearer (1.8)", scenes_of(seed + 1, count, {"area": 1.6, "zoom": 1.8}), 3, "T", {}),
-             ("N = 3, lamps moved by up to 3 units more", scenes_of(seed + 2, count, lamps=3.0), 3, "T", {})]  # fmt: skip
+    rows += [
+        ("N = 3, without the policy", usual, 3, "T", {"policy_in_context": False}),
+        ("N = 3, a wrong picture", usual, 3, "T", {"change": swapped}),
+        ("N = 3, no object behind another", scenes_of(seed + 3, count, {**LOOK, "visible": 0.99}), 3, "T", {}),
+        (
+            "N = 3, from farther away (focal length 1.3 for 1.6)",
+            scenes_of(seed, count, {**LOOK, "zoom": 1.3}),
+            3,
+            "T",
+            {},
+        ),
+        ("N = 3, from nearer (1.8)", scenes_of(seed + 1, count, {"area": 1.6, "zoom": 1.8}), 3, "T", {}),
+        ("N = 3, lamps moved by up to 3 units more", scenes_of(seed + 2, count, lamps=3.0), 3, "T", {}),
+    ]
     if args.clevr_root:
         blender = read_clevr(args.clevr_root)
-        rows.append(("N = 3, Blender's pictures", blender, 3, "T", {"queries": min(args.queries, len(blender["test"]))}))
+        rows.append(
+            ("N = 3, Blender's pictures", blender, 3, "T", {"queries": min(args.queries, len(blender["test"]))})
+        )
     for name, scenes, depth, variant, how in tqdm(rows, desc="score", unit="row", disable=None):
         scores.ask(name, scenes, depth, variant, **how)
         print(f"{name}: {scores.rows[-1]['accuracy']:.3f}", flush=True)
     made = provenance()
-    about = (f"Written by `python -m tiny.score --policies {args.policies} --queries {args.queries} --seed {args.seed}`; "
-             f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}.")  # fmt: skip
+    about = (
+        f"Written by `python -m tiny.score --policies {args.policies} --queries {args.queries} --seed {args.seed}`; "
+        f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}."
+    )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scores.json", {"about": about, "rows": scores.rows})
     table = markdown(scores.rows, about)

@@ -20,16 +20,30 @@ from data.clevr_policy import grow
 from tiny.world import ACTIONS, ID, KINDS, NODES, POLICIES
 
 COLUMN = {"shape": 0, "color": 1, "size": 2, "material": 3}  # of the pictures' attribute table
-VALUES = [(kind, word) for kind, words in zip(KINDS, (SIZES, COLORS, MATERIALS, SHAPES)) for word in words]  # in spoken order
+VALUES = [
+    (kind, word) for kind, words in zip(KINDS, (SIZES, COLORS, MATERIALS, SHAPES)) for word in words
+]  # in spoken order
 KIND = np.array([KINDS.index(kind) for kind, _ in VALUES])
 VALUE_ID = [ID[word] for _, word in VALUES]
-INDEX = np.array([{"shape": SHAPES, "color": COLORS, "size": SIZES, "material": MATERIALS}[kind].index(word) for kind, word in VALUES])
+INDEX = np.array(
+    [
+        {"shape": SHAPES, "color": COLORS, "size": SIZES, "material": MATERIALS}[kind].index(word)
+        for kind, word in VALUES
+    ]
+)
 TABLE_COLUMN = np.array([COLUMN[kind] for kind, _ in VALUES])
 NODE_ID, ACTION_ID, POLICY_ID = ([ID[word] for word in words] for words in (NODES, ACTIONS, POLICIES))
 THEN, ELSE, STOP, COLON, YES, NO, OF = (ID[word] for word in ("then", "else", ".", ":", "yes", "no", "of"))
 PICTURE = [ID["<|vision_start|>"], *[ID["<|image_pad|>"]] * 16, ID["<|vision_end|>"]]
 CROP = [ID["<|vision_start|>"], *[ID["<|image_pad|>"]] * 4, ID["<|vision_end|>"]]
-OPEN = [ID["<|im_start|>"], ID["system"], ID["You are a helpful assistant."], ID["<|im_end|>"], ID["<|im_start|>"], ID["user"]]
+OPEN = [
+    ID["<|im_start|>"],
+    ID["system"],
+    ID["You are a helpful assistant."],
+    ID["<|im_end|>"],
+    ID["<|im_start|>"],
+    ID["user"],
+]
 TURN = [ID["<|im_end|>"], ID["<|im_start|>"], ID["assistant"]]
 END = [ID["<|im_end|>"]]
 PAD = ID["<|endoftext|>"]
@@ -152,7 +166,17 @@ def weigh(sentence, firm):
     after_name, after_then, after_else, word = (3, 4, 2, 2) if firm else (2, 2, 1.5, 1)
     out, n = [1], len(sentence)
     for k in range(1, n):
-        out.append(after_name if k == 1 else after_then if k == n - 3 else after_else if k == n - 1 else 1 if k in (n - 4, n - 2) else word)
+        out.append(
+            after_name
+            if k == 1
+            else after_then
+            if k == n - 3
+            else after_else
+            if k == n - 1
+            else 1
+            if k in (n - 4, n - 2)
+            else word
+        )
     return out
 
 
@@ -206,7 +230,9 @@ class Stream:
         """A grown tree, often one of those grown before, under new names: growing is the slow part."""
         pool = self.trees.setdefault(depth, [])
         if len(pool) < 50 or self.rng.random() < fresh:
-            scenes = self.rng.choice(len(self.table), min(len(self.table), max(1200, 60 * 2**depth)), replace=False).astype(np.int32)
+            scenes = self.rng.choice(
+                len(self.table), min(len(self.table), max(1200, 60 * 2**depth)), replace=False
+            ).astype(np.int32)
             nodes, leaves = planted(self.rng, depth, Codes(self.code[scenes]))
             made = nodes, [(path, scenes[alive]) for path, alive in leaves]
             if len(pool) < keep:
@@ -332,7 +358,9 @@ class Stream:
     def describe(self, each=4):
         queries = []
         for scene in self.rng.integers(len(self.table), size=each):
-            order = sorted(range(self.count[scene]), key=lambda thing: np.flatnonzero(self.match[:, scene, thing]).tolist())
+            order = sorted(
+                range(self.count[scene]), key=lambda thing: np.flatnonzero(self.match[:, scene, thing]).tolist()
+            )
             ids = [*PICTURE, ID["describe"], COLON, *TURN]
             weight = [0] * len(ids)
             for thing in order:
@@ -385,7 +413,9 @@ def rows(stream, mixture, count, length):
     ids[:] = PAD
     place, weight, pictures = np.zeros((3, count, length), np.int64), np.zeros((count, length), np.float32), []
     target = np.zeros((count, length), np.int64)
-    debt = stream.__dict__.setdefault("debt", {})  # tokens drawn of each kind so far: the kind that lacks most comes next
+    debt = stream.__dict__.setdefault(
+        "debt", {}
+    )  # tokens drawn of each kind so far: the kind that lacks most comes next
     total = sum(share for share, *_ in mixture)
     spent = debt.setdefault(id(mixture), np.zeros(len(mixture)))
     for b in range(count):

@@ -1,9 +1,9 @@
 """The tiny world: pictures of one to three CLEVR objects, 112 x 112 pixels, drawn by the project's own renderer.
 
-    scene, image, index = picture(seed, number)
-    image, index, table, spot = pictures(folder, count, seed)      the same for many, in memory-mapped files, by every core
-    write_tokenizer(folder)                           a word a token, with Qwen's own special tokens among them
-    Terse()                                           how policies read here: `N14 small rubber cube then A9 else A7 .`
+scene, image, index = picture(seed, number)
+image, index, table, spot = pictures(folder, count, seed)      the same for many, in memory-mapped files, by every core
+write_tokenizer(folder)                           a word a token, with Qwen's own special tokens among them
+Terse()                                           how policies read here: `N14 small rubber cube then A9 else A7 .`
 """
 
 import json
@@ -49,7 +49,9 @@ def attributes(scene):
 
 def _fill(job):
     folder, seed, start, stop = job
-    image, index, table, spot = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("image", "index", "table", "spot"))
+    image, index, table, spot = (
+        np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("image", "index", "table", "spot")
+    )
     for number in range(start, stop):
         scene, image[number], index[number] = picture(seed, number)
         table[number] = attributes(scene)
@@ -66,8 +68,12 @@ def pictures(folder, count, seed, workers=os.cpu_count()):
     wanted = {"count": count, "seed": seed}
     if not (done.exists() and json.loads(done.read_text()) == wanted):
         folder.mkdir(parents=True, exist_ok=True)
-        shapes = {"image": ((SIDE, SIDE, 3), np.uint8), "index": ((SIDE, SIDE), np.int8),
-                  "table": ((OBJECTS, 4), np.int8), "spot": ((OBJECTS, 2), np.uint8)}  # fmt: skip
+        shapes = {
+            "image": ((SIDE, SIDE, 3), np.uint8),
+            "index": ((SIDE, SIDE), np.int8),
+            "table": ((OBJECTS, 4), np.int8),
+            "spot": ((OBJECTS, 2), np.uint8),
+        }
         for name, (shape, dtype) in shapes.items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape)).flush()
         jobs = [(folder, seed, start, min(start + 500, count)) for start in range(0, count, 500)]
@@ -81,13 +87,44 @@ def pictures(folder, count, seed, workers=os.cpu_count()):
 
 # -- 2. words ----------------------------------------------------------------------------------------------------------
 
-SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> "
-           "<|video_pad|>").split()  # fmt: skip
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
 SYSTEM = "You are a helpful assistant."  # the chat's default system message: here one token
 ADDED = [SYSTEM, "<think>", "</think>", "\\boxed{", "}"]  # found in a text also where no space stands around them
-NODES, ACTIONS, POLICIES = ([f"{letter}{i}" for i in range(count)] for letter, count in (("N", 64), ("A", 64), ("P", 16)))
-WORDS = ["<unk>", "system", "user", "assistant", ".", ",", ":", "?", "yes", "no", "then", "else", "start", "policy", "updated",
-         "apply", "recite", "walk", "check", "describe", "section", "next", "of", "is", "answer", "and", "not", "the"]  # fmt: skip
+NODES, ACTIONS, POLICIES = (
+    [f"{letter}{i}" for i in range(count)] for letter, count in (("N", 64), ("A", 64), ("P", 16))
+)
+WORDS = [
+    "<unk>",
+    "system",
+    "user",
+    "assistant",
+    ".",
+    ",",
+    ":",
+    "?",
+    "yes",
+    "no",
+    "then",
+    "else",
+    "start",
+    "policy",
+    "updated",
+    "apply",
+    "recite",
+    "walk",
+    "check",
+    "describe",
+    "section",
+    "next",
+    "of",
+    "is",
+    "answer",
+    "and",
+    "not",
+    "the",
+]
 KINDS = ["size", "color", "material", "shape"]  # the order in which a condition names its attributes
 WORDS += KINDS + [*SIZES, *COLORS, *MATERIALS, *SHAPES] + POLICIES + NODES + ACTIONS
 TOKENS = SPECIAL + ADDED + WORDS
@@ -101,17 +138,46 @@ def write_tokenizer(folder):
     words.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
     words.add_tokens([AddedToken(word, special=False) for word in ADDED])
     words.save(str(folder / "tokenizer.json"))
-    added = {str(ID[word]): {"content": word, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
-                             "special": word in SPECIAL} for word in SPECIAL + ADDED}  # fmt: skip
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added, "unk_token": "<unk>",
-        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 4096})  # fmt: skip
-    write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14,
-        "temporal_patch_size": 2, "merge_size": 2, "min_pixels": CROP * CROP, "max_pixels": SIDE * SIDE,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]})  # fmt: skip
-    write_json(folder / "generation_config.json", {
-        "eos_token_id": [ID["<|im_end|>"], ID["<|endoftext|>"]], "pad_token_id": ID["<|endoftext|>"]})  # fmt: skip
+    added = {
+        str(ID[word]): {
+            "content": word,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+            "special": word in SPECIAL,
+        }
+        for word in SPECIAL + ADDED
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": added,
+            "unk_token": "<unk>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 4096,
+        },
+    )
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "min_pixels": CROP * CROP,
+            "max_pixels": SIDE * SIDE,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+    )
+    write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": [ID["<|im_end|>"], ID["<|endoftext|>"]], "pad_token_id": ID["<|endoftext|>"]},
+    )
 
 
 class Terse:
@@ -122,7 +188,9 @@ class Terse:
     def name(self, rng, depth, taken=()):
         free = [name for name in POLICIES if name not in taken]
         if not free:
-            raise InputError(f"found {len(taken)} policies, expected at most {len(POLICIES)}: the tiny base knows no more names")
+            raise InputError(
+                f"found {len(taken)} policies, expected at most {len(POLICIES)}: the tiny base knows no more names"
+            )
         return free[int(rng.integers(len(free)))]
 
     def label(self, policy, rng):
@@ -130,7 +198,9 @@ class Terse:
         new = {}
         for entries, names in ((policy["nodes"], NODES), (policy["leaves"], ACTIONS)):
             if len(entries) > len(names):
-                raise InputError(f"found a policy of {len(entries)} sections, expected at most {len(names)}: the tiny base knows no more names")
+                raise InputError(
+                    f"found a policy of {len(entries)} sections, expected at most {len(names)}: the tiny base knows no more names"
+                )
             new |= {entry["id"]: names[k] for entry, k in zip(entries, rng.permutation(len(names)).tolist())}
         policy["root"] = new[policy["root"]]
         for leaf in policy["leaves"]:
@@ -143,7 +213,9 @@ class Terse:
         attribute, value = node["asked"]
         spoken = {**node["held"], attribute: value}
         shown = {**spoken, attribute: f"{attribute} of {IMAGE}"} if node["crop"] else spoken
-        node["quote"], node["question"] = (" ".join(words[kind] for kind in KINDS if kind in words) for words in (spoken, shown))
+        node["quote"], node["question"] = (
+            " ".join(words[kind] for kind in KINDS if kind in words) for words in (spoken, shown)
+        )
 
     def sentence(self, node, words):
         return f"{node['id']} {words} then {node['branches']['yes']} else {node['branches']['no']}"
@@ -175,4 +247,6 @@ class Terse:
 
     def chain(self, policy, path):
         nodes = {node["id"]: node for node in policy["nodes"]}
-        return " ".join(f"{self.sentence(nodes[step['node']], nodes[step['node']]['quote'])} {step['answer']}" for step in path)
+        return " ".join(
+            f"{self.sentence(nodes[step['node']], nodes[step['node']]['quote'])} {step['answer']}" for step in path
+        )
