@@ -21,16 +21,19 @@ from tqdm import tqdm
 
 import model as qwen
 from data import InputError, command, gta_score, rewards
-from data.dataset import load_items, load_policies, messages
+from data.dataset import load_items, load_policies
 from data.referral import branching_error, referral
 from data.sections import recitation, recitation_items
-from rollout import sample
-from train_sft import check_length
-from training import locate, option, parse, write_json
+from rollout import PolicyRollout
+from support.checkpoint import write_json
+from support.config import option, parse
+from training import locate
 
 
 @dataclass
 class Config:
+    """options"""
+
     model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
     adapter: str = option("", "LoRA adapter on top of --model")
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
@@ -40,7 +43,7 @@ class Config:
     policy_in_context: bool = option(False, "put each item's policy in front of its prompt")
     seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart")
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
-    limit: int = option(0, "items to evaluate, the first so many; 0: all", least=0)
+    limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
     batch: int = option(256, "prompts that are read and answered together; lower it when memory runs out", least=1)
@@ -80,18 +83,13 @@ def sections(items):
     return {(item["policy"], step["node"]) for item in items for step in item.get("path", [])}
 
 
-def respond(model, processor, prompts, max_response):
-    """Greedy responses [(text, tokens, finished)] to encoded prompts."""
-    groups = sample(
-        model,
-        prompts,
-        1,
-        max_tokens=max_response,
-        temperature=0.0,
-        stop_ids=processor.stop_ids,
-        banned_ids=processor.banned_ids,
-    )
-    return [(processor.decode(r.tokens), len(r.tokens), r.finished) for (r,) in groups]
+def respond(model, rollout, items, policy_in_context):
+    """Greedy responses [(text, tokens of its prompt, its own tokens, finished)]."""
+    answers = rollout.greedy(model, items, policy_in_context)
+    return [
+        (rollout.processor.decode(response.tokens), len(prompt.input_ids), len(response.tokens), response.finished)
+        for prompt, response in answers
+    ]
 
 
 def judge(text, item, policy):
@@ -136,16 +134,11 @@ def evaluate(
     row: accuracy with its 95 % interval, the mean of every other verdict, the same by depth and by policy, seconds.
     """
     began, records, asked = time.perf_counter(), [], []
+    rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=max_prompt, max_tokens=max_response)
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start : start + batch]]
-        prompts = []
-        for item in part:
-            policy = policies[item["policy"]] if policy_in_context else None
-            prompts.append(processor.encode(messages(item, policy), add_generation_prompt=True))
-            check_length(item, "prompt", prompts[-1].input_ids, max_prompt)
-        responses = respond(model, processor, prompts, max_response)
-        for item, prompt, (text, tokens, finished) in zip(part, prompts, responses):
+        for item, (text, *lengths, finished) in zip(part, respond(model, rollout, part, policy_in_context)):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
@@ -153,8 +146,8 @@ def evaluate(
                 "answer": item["answer"],
                 **judge(text, item, policies[item["policy"]]),
                 "finished": finished,
-                "prompt_tokens": len(prompt.input_ids),
-                "tokens": tokens,
+                "prompt_tokens": lengths[0],
+                "tokens": lengths[1],
                 "response": text,
             }
             if seen is not None:

@@ -929,15 +929,16 @@ class Processor:
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
     def encode(self, messages, add_generation_prompt=False):
-        """Tokens of a chat and patches of its pictures, given as paths or PIL.Images. Returns `Encoded`."""
+        """Tokens of a chat and patches of its pictures: paths, PIL.Images, or what `images` made of one. -> `Encoded`."""
         ids = self.tokenizer.encode(self.chat(messages, add_generation_prompt), add_special_tokens=False).ids
         pictures = [part["image"] for message in messages for part in parts(message) if part["type"] == "image"]
-        pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in pictures]
+        pictures = [image if isinstance(image, (Image.Image, tuple)) else open_image(image) for image in pictures]
         if (found := ids.count(self.image_pad_id)) != len(pictures):
             raise InputError(f"found {found} image tokens in a chat, expected {len(pictures)}, one a picture")
         if not pictures:
             return Encoded(torch.tensor(ids), None, None)
-        pixel_values, grid_thw = self.images(pictures)
+        scaled = [image if isinstance(image, tuple) else self.images([image]) for image in pictures]
+        pixel_values, grid_thw = map(torch.cat, zip(*scaled))  # (N, 1176), (n, 3)
         merged = iter((grid_thw.prod(1) // self.merge_size**2).tolist())
         ids = [copy for id in ids for copy in [id] * (next(merged) if id == self.image_pad_id else 1)]
         return Encoded(torch.tensor(ids), pixel_values, grid_thw)

@@ -20,27 +20,27 @@ import torch
 
 from data import InputError, command
 from data.dataset import KINDS, load_items, load_policies, messages, target
-from train_sft import Examples, check_length, response_ids
-from training import CommonConfig, Run, likelihood, option, parse, reader, redefault, replayed_items, rng
+from support.batching import rng
+from support.config import CommonConfig, option, parse, redefault
+from train_sft import check_length, learn, response_ids
+from training import Run
 
-# -- 1. config (the rest of it: training.CommonConfig) ----------------------------------------------------------------
+# -- 1. options (the rest of them: support/config.py) ------------------------------------------------------------------
 
 
 @dataclass
 class Config(CommonConfig):
+    """the method"""
+
     split: str = redefault(CommonConfig, "split", "cpt.jsonl")
     epochs: float = redefault(CommonConfig, "epochs", 5.0)
     kinds: str = option("applied", f"kinds of items to learn, by commas: {', '.join(KINDS)}")
     mask_visual: float = option(
-        1.0,
-        "share of the visual tokens that m_t masks, drawn anew for each update; 1 is the"
-        " paper's, 0 predicts every picture token",
-        least=0,
-        most=1,
+        1.0, "share of the visual tokens that m_t masks, drawn anew for each update; 1 is the paper's", least=0, most=1
     )
 
 
-# -- 2. what is learned -----------------------------------------------------------------------------------------------
+# -- 2. what is learned ------------------------------------------------------------------------------------------------
 
 
 class Sequences:
@@ -70,7 +70,7 @@ class Sequences:
         parts = [item.get(key, "") for key in ("question", "cot", "answer")] + ([policy["text"]] if policy else [])
         return sum(map(len, parts))
 
-    def read(self, step, i):
+    def encode(self, step, i):
         """Item i with the mask of this step."""
         item = self.items[i]
         text = target(item)
@@ -89,28 +89,13 @@ class Sequences:
         return m
 
 
-# -- 3. train ---------------------------------------------------------------------------------------------------------
+# -- 3. train ----------------------------------------------------------------------------------------------------------
 
 
 def train(config):
     with Run(config, stage="cpt") as run:
         model, processor = run.load()
-        own = Sequences(config.data, config.split, processor, config)
-        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, True)
-        read = reader(run, own, replay, processor.pad_id)
-        optimizer = run.optimizer(model)
-        steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
-
-        for step in run.steps(model, optimizer, steps):
-            with run.phase("read"):
-                parts = read(step)
-            with run.phase("learn"):
-                loss, tokens, seen = likelihood(run, model, parts)  # L and sum_t m_t, over all ranks
-                run.reduce_gradients(model)
-                grad_norm = run.update(model, optimizer, step, steps)
-            run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)
-            run.checkpoint(step + 1, model, optimizer)
-        run.finish(model)
+        learn(run, model, processor, Sequences(config.data, config.split, processor, config))
 
 
 def main(argv=None):

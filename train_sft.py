@@ -1,11 +1,11 @@
-"""Stage 2, CoT-SFT: answer without the policy in the prompt, and think in its words before answering.
+"""Stage 2, CoT-SFT: answer without the policy in the prompt, and reason in its terms before answering.
 
     L = -1/|O| sum_{o in O} log p(o_t | Q, I, o_<t),     response o = [C; A]
 
 with O the response tokens of the global batch: neither prompt nor picture carries loss, and the policy P is not there.
 LoRA of rank 8 by default, as in the paper. Options that leave it: --answer-only is its "direct SFT" baseline,
 --policy-in-prompt trains with the policy that the test takes away, --replay DIR fills a share of each batch with other
-policies' items, their policy in the prompt, so that the model does not forget how to read one.
+policies' items, their policy in the prompt, so that the model keeps following policies in its prompt.
 
     python train_sft.py --model M --init runs/cpt --data data/clevr --out runs/sft
     torchrun --nproc_per_node 4 train_sft.py ...          the same result on any number of ranks
@@ -15,13 +15,17 @@ from dataclasses import dataclass
 
 from data import InputError, command
 from data.dataset import load_items, load_policies, messages, target
-from training import CommonConfig, Run, likelihood, option, parse, reader, redefault, replayed_items
+from support.batching import Ahead, batches, collate, mixture, replayed_items, share, token_logprobs
+from support.config import CommonConfig, option, parse, redefault
+from training import Run
 
-# -- 1. config (the rest of it: training.CommonConfig) ----------------------------------------------------------------
+# -- 1. options (the rest of them: support/config.py) ------------------------------------------------------------------
 
 
 @dataclass
 class Config(CommonConfig):
+    """the method"""
+
     split: str = redefault(CommonConfig, "split", "sft.jsonl")
     full: bool = redefault(CommonConfig, "full", False)
     lr: float = redefault(CommonConfig, "lr", 1e-4)
@@ -31,11 +35,11 @@ class Config(CommonConfig):
     policy_in_prompt: bool = option(False, "put each item's policy in its prompt")
 
 
-# -- 2. what is learned -----------------------------------------------------------------------------------------------
+# -- 2. what is learned ------------------------------------------------------------------------------------------------
 
 
 class Examples:
-    """A file of items as (prompt: Encoded, response: token ids, None): what the model reads, and what it shall say."""
+    """A file of items as (prompt: Encoded, response: token ids, None): what is read, and what is learned."""
 
     def __init__(self, folder, split, processor, config, policy_in_prompt=False):
         self.policies = load_policies(folder)
@@ -50,7 +54,7 @@ class Examples:
         policy = self.policies[self.items[i]["policy"]]["text"] if self.policy_in_prompt else ""
         return len(policy) + len(self.items[i]["question"]) + len(self.items[i].get("cot", ""))
 
-    def read(self, step, i):
+    def encode(self, step, i):
         """Item i, the same in every step."""
         item = self.items[i]
         policy = self.policies[item["policy"]] if self.policy_in_prompt else None
@@ -73,28 +77,83 @@ def check_length(item, what, ids, most):
         raise InputError(f"item {item['id']}: {found}, expected at most --max-{what} {most}")
 
 
-# -- 3. train ---------------------------------------------------------------------------------------------------------
+# -- 3. the loss of stages 1 and 2 -------------------------------------------------------------------------------------
+
+
+def likelihood(run, model, parts, weight=1.0):
+    """Add the gradient of weight * L to the model's, L = -1/n sum_t log p(x_t | x_<t) over the n learned tokens of all
+    ranks' micro-batches -> (L, n, tokens read), each over all ranks. parts: [(Batch, 1.0, or 0.0 for a spare one)].
+    """
+    counts = [(here * len(batch.index), here * int(batch.attention_mask.sum())) for batch, here in parts]
+    learned, seen = run.sum([sum(count) for count in zip(*counts)] or [0, 0])
+    loss = 0.0
+    for batch, here in parts:
+        with run.autocast():
+            logp, _ = token_logprobs(model, batch.to(run.device))  # (L,)
+        part = -here * logp.sum() / learned
+        (weight * part).backward()
+        loss += part.detach()
+    return run.sum(loss), int(learned), seen
+
+
+def reader(run, own, replay, pad_id):
+    """step -> [(Batch, weight)]: this rank's micro-batches of an update, of own items and of those to replay.
+
+    own, replay: have len(), size(i) and encode(step, i) -> (prompt, target, learn) as collate takes them.
+    """
+
+    def keys(step):
+        chosen = mixture(step, len(own), len(replay), run.config)
+        sizes = [(replay if replayed else own).size(i) for replayed, i in chosen]
+        return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
+
+    rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).encode(step, i), run.workers)
+    return lambda step: [(collate(*zip(*part), pad_id=pad_id), w) for part, w in run.micro_batches(rows(step))]
+
+
+class Replay:
+    """Items of other policies, each with its policy in the prompt, whose supervised loss joins each step of RL."""
+
+    def __init__(self, config, run, processor):
+        self.config, self.run, self.pad_id = config, run, processor.pad_id
+        self.examples = Examples(config.replay, "sft.jsonl", processor, config, policy_in_prompt=True)
+
+    def __call__(self, model, step):
+        """Add the gradient of their loss to the model's."""
+        config, run = self.config, self.run
+        chosen = batches(len(self.examples), replayed_items(config), config.seed + 1, step, run.rank, run.world)
+        parts = run.micro_batches([self.examples.encode(step, i) for i in chosen])
+        likelihood(run, model, [(collate(*zip(*part), pad_id=self.pad_id), weight) for part, weight in parts])
+
+
+# -- 4. train ----------------------------------------------------------------------------------------------------------
+
+
+def learn(run, model, processor, own):
+    """The loop of stages 1 and 2: read a global batch, add up gradients, update, report. own: see `reader`."""
+    config = run.config
+    replay = config.replay and Examples(config.replay, "sft.jsonl", processor, config, True)
+    micro_batches = reader(run, own, replay, processor.pad_id)
+    optimizer = run.optimizer(model)
+    steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
+
+    for step in run.steps(model, optimizer, steps):
+        with run.phase("read"):
+            parts = micro_batches(step)
+        with run.phase("learn"):
+            loss, tokens, seen = likelihood(run, model, parts)  # L and its number of tokens, over all ranks
+            run.reduce_gradients(model)
+            grad_norm = run.update(model, optimizer, step, steps)
+        run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)
+        run.checkpoint(step + 1, model, optimizer)
+    run.finish(model)
 
 
 def train(config):
     with Run(config, stage="sft") as run:
         model, processor = run.load()
         own = Examples(config.data, config.split, processor, config, config.policy_in_prompt)
-        replay = config.replay and Examples(config.replay, config.replay_split, processor, config, True)
-        read = reader(run, own, replay, processor.pad_id)
-        optimizer = run.optimizer(model)
-        steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
-
-        for step in run.steps(model, optimizer, steps):
-            with run.phase("read"):
-                parts = read(step)
-            with run.phase("learn"):
-                loss, tokens, seen = likelihood(run, model, parts)  # L and |O|, over all ranks
-                run.reduce_gradients(model)
-                grad_norm = run.update(model, optimizer, step, steps)
-            run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)
-            run.checkpoint(step + 1, model, optimizer)
-        run.finish(model)
+        learn(run, model, processor, own)
 
 
 def main(argv=None):

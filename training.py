@@ -1,6 +1,6 @@
 """What the three training scripts share: where they start, their ranks, folder, optimiser, checkpoints and metrics.
 
-A reader of the method needs little of it: `likelihood`, the loss of stages 1 and 2. A script reads
+A reader of the method can skip this file. A script reads
 
     with Run(config, stage="sft") as run:
         model, processor = run.load()
@@ -13,9 +13,8 @@ A reader of the method needs little of it: `likelihood`, the loss of stages 1 an
             run.checkpoint(step + 1, model, optimizer)        # also where SIGTERM ends the run, with exit code 0
         run.finish(model)
 
-Flags are in support/config.py, batches in support/batching.py, a checkpoint's files in support/checkpoint.py; their names can
-be imported from here, too. FSDP is in support/sharding.py. `python training.py plan` (support/plan.py) tells what a run
-needs in memory.
+Flags: support/config.py; a checkpoint's files: support/checkpoint.py; FSDP: support/sharding.py. `python training.py
+plan` (support/plan.py) estimates what a run needs in memory.
 """
 
 import atexit
@@ -40,24 +39,8 @@ from tqdm import tqdm
 
 import model as qwen
 from data import InputError, command
-from support.batching import (
-    Ahead,
-    Batch,
-    batches,
-    collate,
-    is_fsdp,
-    learned_hidden,
-    mixture,
-    pack,
-    packing_pays,
-    replayed_items,
-    response_logprobs,
-    rng,
-    share,
-    token_logprobs,
-)  # noqa: F401
+from support.batching import is_fsdp, rng
 from support.checkpoint import Checkpoints, cut_logs, trainable, write_json
-from support.config import CommonConfig, option, parse, redefault  # noqa: F401
 from support.sharding import shard, unsharded, whole
 
 # -- 1. where a run starts --------------------------------------------------------------------------------------------
@@ -116,17 +99,15 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
     "resume",
     "overwrite",
     "save_every",
-    "async_save",
     "keep",
-    "workers",
     "micro_batch",
     "fsdp",
     "timeout",
     "device",
     "gradient_checkpointing",
     "compile",
-    "max_skipped",
 }
+MAX_SKIPPED = 0.1  # share of updates (of ten at least) that NaN or infinity may cost before the run stops
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
 
@@ -151,8 +132,8 @@ class Run:
         self.base, self.adapter = locate(config.init or config.model)
         self.adapter = config.adapter or self.adapter
         self._lock, self._new = None, False
-        self.step, self.skipped, self.extra, self._spare = 0, 0, {}, []
-        self.workers = config.workers if cuda else 0  # on a CPU threads would only take turns with the training itself
+        self.step, self.skipped, self.extra = 0, 0, {}
+        self.workers = 4 if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
         if config.batch_size % self.world:
             raise InputError(f"--batch-size {config.batch_size}: found {self.world} ranks, expected a divisor of it")
@@ -287,19 +268,19 @@ class Run:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x.tolist()
 
-    def micro_batches(self, rows):
+    def micro_batches(self, rows, spare=()):
         """Split a rank's rows into [(at most --micro-batch rows, weight 1.0)].
 
-        Under FSDP each forward pass is a collective: a rank with fewer parts repeats a row with weight 0.0, or the
-        others would wait for it for ever.
+        Under FSDP each forward pass is a collective: a rank with fewer parts adds its first row, or `spare`, with
+        weight 0.0, or the others would wait for it for ever.
         """
         size = self.config.micro_batch
         parts = [(rows[i : i + size], 1.0) for i in range(0, len(rows), size)]
-        if self.fsdp:
-            self._spare = rows[:1] or self._spare
-            if not self._spare:
+        if self.fsdp and (missing := int(self.max(len(parts))) - len(parts)):
+            spare = rows[:1] or list(spare)
+            if not spare:
                 raise InputError(f"rank {self.rank}: found no item, expected at least as many items as ranks")
-            parts += [(self._spare, 0.0)] * (int(self.max(len(parts))) - len(parts))
+            parts += [(spare, 0.0)] * missing
         return parts
 
     def reduce_gradients(self, model):
@@ -337,7 +318,7 @@ class Run:
                 _dissolve_lora(model)
         elif not full:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
-            qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None, dropout=config.lora_dropout)
+            qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None)
         if not frozen:
             self.parameters = sum(p.numel() for p in model.parameters())
         if full:
@@ -392,7 +373,7 @@ class Run:
     def update(self, model, optimizer, step, steps):
         """Clip, step, clear the gradients -> their norm before clipping.
 
-        A norm that is not finite skips the update and is counted; past --max-skipped of the updates the run ends.
+        A norm that is not finite skips the update and is counted; past MAX_SKIPPED of the updates the run ends.
         """
         gradients = [p.grad for p in trainable(model).values() if p.grad is not None]
         local = [g.to_local() for g in gradients] if self.fsdp else gradients
@@ -406,9 +387,9 @@ class Run:
             optimizer.step()
         else:
             self.skipped += 1
-            if self.skipped > self.config.max_skipped * max(step + 1, 10):
+            if self.skipped > MAX_SKIPPED * max(step + 1, 10):
                 found = f"a gradient norm of {norm}, {self.skipped} of {step + 1} updates were skipped for such ones"
-                most = f"a share of {self.config.max_skipped} (--max-skipped)"
+                most = f"a share of {MAX_SKIPPED} at most"
                 raise InputError(f"step {step}: found {found}, expected {most}")
         optimizer.zero_grad()
         return norm
@@ -497,11 +478,9 @@ class Run:
         extra: a JSON-able dict that the resumed run finds in run.extra. score: the one with the highest is kept, too.
         """
         stop = bool(self.max(int(self._stop)))  # a signal reaches the ranks at different moments
-        with self.phase("save"):
-            self.checkpoints.publish_if_done()
-            if stop or (self.config.save_every and step % self.config.save_every == 0):
-                wait = stop or not self.config.async_save
-                self.checkpoints.save(step, model, optimizer, extra or {}, score, wait)
+        if stop or (self.config.save_every and step % self.config.save_every == 0):
+            with self.phase("save"):
+                self.checkpoints.save(step, model, optimizer, extra or {}, score)
         if stop:
             if self.is_main:
                 print(f"{self.stage}: stopped by a signal after step {step}, --resume continues", file=sys.stderr)
@@ -525,7 +504,6 @@ class Run:
         """Write the final weights (<out>/model in the hub's layout, or <out>/adapter) and results.json -> results."""
         self._new = False
         with self.phase("finish"):
-            self.checkpoints.publish_if_done(wait=True)
             if self.fsdp:
                 model = whole(model, self.dtype, self.is_main)
             name, save = ("model", qwen.save_pretrained) if self.config.full else ("adapter", qwen.save_adapter)
@@ -535,58 +513,7 @@ class Run:
         return results
 
 
-# -- 3. a step of stages 1 and 2 ---------------------------------------------------------------------------------------
-
-
-def reader(run, own, replay, pad_id):
-    """read(step) -> [(Batch, weight)]: this rank's micro-batches of an update, of own items and of those to replay.
-
-    own, replay: have len(), size(i) and read(step, i) -> (prompt, target, learn) as collate takes them.
-    """
-
-    def keys(step):
-        chosen = mixture(step, len(own), len(replay), run.config)
-        sizes = [(replay if replayed else own).size(i) for replayed, i in chosen]
-        return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
-
-    rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).read(step, i), run.workers)
-    return lambda step: [(collate(*zip(*part), pad_id=pad_id), w) for part, w in run.micro_batches(rows(step))]
-
-
-def likelihood(run, model, parts, weight=1.0):
-    """Add the gradient of weight * L to the model's, L = -1/n sum_t log p(x_t | x_<t) over the n learned tokens of all
-    ranks' micro-batches -> (L, n, tokens read), each over all ranks.
-    """
-    counts = [(here * len(batch.index), here * int(batch.attention_mask.sum())) for batch, here in parts]
-    learned, read = run.sum([sum(count) for count in zip(*counts)] or [0, 0])
-    loss = 0.0
-    for batch, here in parts:
-        with run.autocast():
-            logp, _ = token_logprobs(model, batch.to(run.device))  # (N,)
-        part = -here * logp.sum() / learned
-        (weight * part).backward()
-        loss += part.detach()
-    return run.sum(loss), int(learned), read
-
-
-# -- 4. what it tells --------------------------------------------------------------------------------------------------
-
-
-def tracker(config, run):
-    """track(step, metrics) to TensorBoard or wandb, where --tracker asks for it."""
-    if not config.tracker or not run.is_main:
-        return lambda step, metrics: None
-    try:
-        if config.tracker == "wandb":
-            import wandb
-
-            wandb.init(project="trimpi", name=run.out.name, config=vars(config))
-            return lambda step, metrics: wandb.log(metrics, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(f"--tracker {config.tracker}: {error}, expected it to be installed") from None
-    writer = SummaryWriter(run.out / "tensorboard")
-    return lambda step, metrics: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+# -- 3. what it tells --------------------------------------------------------------------------------------------------
 
 
 def memory_gb(device):

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from model import Config, Encoded, Qwen25VL, load_pretrained, save_pretrained
+from support.engine import sample
 from tiny.report import provenance
 from training import compile_blocks
 
@@ -133,8 +134,6 @@ def prompts_of(size, policy):
 
 def measure(case, folder, size):
     """Time one case in this process; what is warmed up is a tenth of it."""
-    import rollout
-
     common = dict(max_tokens=size["tokens"], min_tokens=size["tokens"], stop_ids=[2], banned_ids=[IMAGE, 4])
     plain, n = prompts_of(size, 0), size["responses"]
     if case == "transformers":
@@ -157,11 +156,11 @@ def measure(case, folder, size):
         aware = prompts_of(size, size["policy"])
         if case == "compiled":
             compile_blocks(model)
-        if case == "unshared":
-            rollout.shared_prefixes = lambda keys, known=(): [(0, list(range(len(keys))))]
         prompts, counts = (plain, n) if case in ("ours", "compiled", "grpo") else (plain + aware, n // 2)
-        work = lambda T: rollout.sample(model, prompts, counts, **{**common, "max_tokens": T, "min_tokens": T})
-    work(4) if CASES[case] == "transformers" else rollout.sample(model, plain[:1], 2, max_tokens=2)
+        lengths = [0] * len(plain) + [0 if case == "unshared" else size["policy"]] * len(aware)
+        shared = lengths[: len(prompts)]
+        work = lambda T: sample(model, prompts, counts, shared=shared, **{**common, "max_tokens": T, "min_tokens": T})
+    work(4) if CASES[case] == "transformers" else sample(model, plain[:1], 2, max_tokens=2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
     work(size["tokens"])

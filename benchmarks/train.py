@@ -50,7 +50,7 @@ def batch_of(size):
 
 def ours(case, folder, size):
     """-> (model, loss()): the loss as train_sft.py and train_rl.py compute it."""
-    from training import collate, pack, packing_pays, token_logprobs
+    from support.batching import collate, pack, packing_pays, token_logprobs
 
     model = qwen.load_pretrained(folder)
     if case == "sft":

@@ -44,7 +44,7 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
 
     model, processor: as model.py gives them; attempts: responses sampled for each item; batch: items in flight.
     """
-    from rollout import sample
+    from support.engine import common_length, sample
 
     kept = []
     order = sorted(range(len(items)), key=lambda k: items[k]["policy"])  # one policy's items share its prefix
@@ -53,6 +53,11 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
         encoded = [
             processor.encode(m, add_generation_prompt=True) for m in prompts([items[k] for k in part], policies, mode)
         ]
+        alone = {}  # the policy by itself: what its items' prompts begin with is read once
+        for k in part:
+            if (policy := items[k]["policy"]) not in alone:
+                alone[policy] = processor.encode(messages({"images": [], "question": ""}, policies[policy]))
+        shared = [common_length(prompt, alone[items[k]["policy"]]) for k, prompt in zip(part, encoded)]
         seeds = [[(seed * 1_000_003 + k) * 1009 + a for a in range(attempts)] for k in part]
         groups = sample(
             model,
@@ -63,6 +68,7 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
             seeds=seeds,
             stop_ids=processor.stop_ids,
             banned_ids=processor.banned_ids,
+            shared=shared,
         )
         for k, group in zip(part, groups):
             chain = keep(items[k], [processor.decode(response.tokens) for response in group], mode)

@@ -62,9 +62,6 @@ def exact_chain(response, item, policy=None):
     return float(same and accuracy(None, response, item) == 1.0)
 
 
-REWARDS = {"accuracy": accuracy, "format": format}
-
-
 # -- calling functions of other people's making --------------------------------------------------------------------------
 
 

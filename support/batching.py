@@ -3,7 +3,7 @@
 Randomness derives from (seed, step, item) alone. So any number of ranks sees the same global batch, and a run that is
 resumed replays nothing.
 
-Axes: B batch, T tokens, S keys, R learned tokens of a row, N learned tokens of a batch, D width.
+Axes: model.py.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def rng(*key):
 def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
     """Item indices of this rank's share of the global batch number `step`.
 
-    The stream is one shuffled epoch behind the other, so no item is dropped at an epoch's end; `limit` (items) ends it,
+    The stream is one shuffled epoch after another, so no item is dropped at an epoch's end; `limit` (items) ends it,
     and its last batch may be short. Ranks take every world-th index: together they hold each of the batch exactly once.
     """
     start, stop = step * batch_size, min((step + 1) * batch_size, limit or math.inf)
@@ -86,7 +86,7 @@ class Batch:
     input_ids: torch.Tensor  # (B,T) int64
     attention_mask: torch.Tensor  # (B,T) int64: 1 where a token stands
     labels: torch.Tensor  # (B,T) int64: the token after position t where it is learned, else -100
-    index: torch.Tensor  # (N,) int64: flat positions b*T + t of the learned ones
+    index: torch.Tensor  # (L,) int64: flat positions b*T + t of the learned ones
     pixel_values: torch.Tensor | None  # (patches, 1176) fp32, the rows' pictures one after the other
     image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
     position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed; attention_mask is then bool (B,T,T)
@@ -132,7 +132,7 @@ def pack(model, prompts, responses, pad_id):
     """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
 
     prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last
-    token, which predicts its first, so that every place predicts one token; positions restart behind the prompt.
+    token, which predicts its first, so that every place predicts one token; positions restart after the prompt.
     """
     shared = [prompt.input_ids[:-1] for prompt in prompts]
     length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
@@ -164,7 +164,7 @@ def pack(model, prompts, responses, pad_id):
 
 
 def packing_pays(model, prompts, responses, most=1 << 14):
-    """Are responses packed behind one prompt (dense mask) cheaper to read than one by one (causal), in operations?"""
+    """Are responses packed after one prompt (dense mask) cheaper to read than one by one (causal), in operations?"""
     c = model.config
     per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
     packed = [len(prompt.input_ids) + sum(map(len, group)) for prompt, group in zip(prompts, responses)]
@@ -173,9 +173,9 @@ def packing_pays(model, prompts, responses, most=1 << 14):
     return max(packed) <= most and cost(packed, dense=2) < cost(alone, dense=1)
 
 
-def lay_out(model, prompts, responses, shared_prefix, pad_id):
-    """All responses as one Batch: packed behind their prompts (shared_prefix "on", "auto" if it pays) or one a row."""
-    if shared_prefix == "on" or shared_prefix == "auto" and packing_pays(model, prompts, responses):
+def lay_out(model, prompts, responses, pad_id):
+    """All responses as one Batch: packed after their prompts where that pays, else one per row."""
+    if packing_pays(model, prompts, responses):
         return pack(model, prompts, responses, pad_id)
     rows = [(prompt, tokens) for prompt, group in zip(prompts, responses) for tokens in group]
     return collate(*zip(*rows), pad_id=pad_id)
@@ -189,7 +189,7 @@ def is_fsdp(model):
 
 
 def learned_hidden(model, batch):
-    """The hidden states that predict the learned tokens of the batch -> (N,D), in the order of batch.index."""
+    """The hidden states that predict the learned tokens of the batch -> (L,D), in the order of batch.index."""
     # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
     mask = None if batch.position_ids is None else batch.attention_mask
     hidden = model(batch.input_ids, mask, batch.pixel_values, batch.image_grid_thw, batch.position_ids)  # (B,T,D)
@@ -200,31 +200,6 @@ def learned_hidden(model, batch):
 
 
 def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
-    """log p of the batch's learned tokens -> (N,) float32, in the order of batch.index, and entropies (N,) | None."""
-    hidden, targets = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (N,D), (N,)
+    """log p of the batch's learned tokens -> (L,) float32, in the order of batch.index, and entropies (L,) | None."""
+    hidden, targets = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
     return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)
-
-
-def response_logprobs(model, batch, *, temperature=1.0, entropy=False):
-    """The same laid out by rows -> (logp (B,R), entropy (B,R) | None): learned tokens from the left, then zeros."""
-    counts = (batch.labels != -100).sum(1)  # (B,)
-    where = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (B,R)
-    spread = lambda x: None if x is None else x.new_zeros(where.shape).masked_scatter(where, x)
-    return tuple(spread(x) for x in token_logprobs(model, batch, temperature=temperature, entropy=entropy))
-
-
-def words_kl(h, W, h_teacher, W_teacher, count, temperature):
-    """KL(pi || teacher) of each token over the `count` likeliest words of pi, (N,): OPCD beyond the sampled word.
-
-    h, h_teacher: hidden states (N,D); W, W_teacher: output weights (V,D).
-    """
-    with torch.no_grad():
-        words = torch.cat([(rows @ W.T).topk(min(count, len(W))).indices for rows in h.split(256)])  # (N,C)
-
-    def log_probs(h, W):  # one word's log-probability gives the normaliser of all
-        logits = torch.einsum("nd,ncd->nc", h, W[words]).float() / temperature
-        likeliest, _ = linear_logprob(h, W, words[:, 0], temperature=temperature)
-        return logits - logits[:, :1] + likeliest[:, None]
-
-    log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,23 +38,36 @@ class Checkpoints:
     def __init__(self, run):
         self.run, self.folder = run, run.out / "checkpoints"
         self.shards = run.world if run.fsdp else 1
-        self.thread, self.pending = None, None
 
     # -- write
 
-    def save(self, step, model, optimizer, extra, score, wait=True):
-        """Write step's checkpoint aside; with wait also publish it, else publish_if_done() of a later step does.
+    def save(self, step, model, optimizer, extra, score=None):
+        """Write step's checkpoint aside, and publish it once every rank has written its shard.
 
-        The tensors are copied first, so training may go on while a thread writes them. Raises InputError where the disk
-        has no room; what is aside then disappears, and the older checkpoints stay.
+        Raises InputError where the disk has no room; what is aside then disappears, and the older checkpoints stay.
         """
-        self.publish_if_done(wait=True)
-        run = self.run
+        run, final = self.run, self.folder / f"step-{step:08d}"
         tensors = {}
         for name, p in trainable(model).items():
             for key, t in {"param": p.detach(), **optimizer.state.get(p, {})}.items():
                 t = t.to_local() if hasattr(t, "to_local") else t
-                tensors[f"{key}.{name}"] = t.cpu().contiguous() if wait else t.to("cpu", copy=True).contiguous()
+                tensors[f"{key}.{name}"] = t.cpu().contiguous()
+        aside = final.with_suffix(".tmp")
+        size = sum(t.nbytes for t in tensors.values())
+        run.on_main(lambda: self._prepare(aside, final, size))
+        crc, failure = 0, None
+        try:
+            if run.rank < self.shards:
+                save_file(tensors, aside / shard_name(run.rank, self.shards))
+                crc = sync(aside / shard_name(run.rank, self.shards))
+        except (OSError, SafetensorError) as error:
+            failure = error
+        if run.max(0 if failure is None else 1):
+            if run.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            reason = failure or "another rank could not write its shard"
+            raise InputError(f"{final}: {reason}; the checkpoint is not there, older ones are")
+        sums = run.sum([crc if r == run.rank else 0 for r in range(run.world)])
         state = {
             "step": step,
             "stage": run.stage,
@@ -65,43 +77,8 @@ class Checkpoints:
             "config": dataclasses.asdict(run.config),
             "version": code_version(),
             "torch": torch.__version__,
+            "shards": [int(x) for x in sums][: self.shards],
         }
-        final = self.folder / f"step-{step:08d}"
-        aside = final.with_suffix(".tmp")
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        run.on_main(lambda: self._prepare(aside, final, size))
-
-        def write():
-            if run.rank >= self.shards:
-                return 0
-            save_file(tensors, aside / shard_name(run.rank, self.shards))
-            return sync(aside / shard_name(run.rank, self.shards))
-
-        self.thread = self.thread or ThreadPoolExecutor(1)
-        self.pending = (self.thread.submit(write), aside, final, state)
-        if wait:
-            self.publish_if_done(wait=True)
-
-    def publish_if_done(self, wait=False):
-        """Give what is being written its name, once every rank has written its shard (wait: until then)."""
-        if self.pending is None:
-            return
-        written, aside, final, state = self.pending
-        run = self.run
-        if not wait and run.max(0 if written.done() else 1):
-            return
-        self.pending, crc, failure = None, 0, None
-        try:
-            crc = written.result()
-        except (OSError, SafetensorError) as error:
-            failure = error
-        if run.max(0 if failure is None else 1):
-            if run.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            reason = failure or "another rank could not write its shard"
-            raise InputError(f"{final}: {reason}; the checkpoint is not there, older ones are")
-        sums = run.sum([crc if r == run.rank else 0 for r in range(run.world)])
-        state["shards"] = [int(x) for x in sums][: self.shards]
         run.on_main(lambda: self._publish(aside, final, state))
 
     def _prepare(self, aside, final, size):

@@ -1,12 +1,14 @@
 """The config of a command: dataclass defaults < --config file.json < flags.
 
-A field is an option: its name, type, default, --help line and limits stand in one place, and nowhere else.
+A field is an option: its name, type, default, --help line and limits stand in one place, and nowhere else. A class of
+fields is a heading of --help: its docstring.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,72 +27,86 @@ def redefault(base, name, default):
     return field(default=default, metadata=base.__dataclass_fields__[name].metadata)
 
 
+# -- options of all three stages ---------------------------------------------------------------------------------------
+
+
 @dataclass
-class CommonConfig:
+class Start:
+    """what is read and written"""
+
     model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
-    data: str = option("", "folder of policies.json and the .jsonl files", required=True)
-    split: str = option("", "file of the items to learn from, inside --data")
-    out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
     init: str = option(
         "", "start from the stage before: its run's folder; an adapter is continued, or merged by --full"
     )
     adapter: str = option("", "start from this LoRA adapter on top of --model")
-    full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
-    lora_rank: int = option(8, "rank of the adapter", least=1)
-    lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
-    lora_dropout: float = option(0.0, "dropout before A, probability", least=0, most=0.99)
-    lora_targets: str = option("", "layers with an adapter: names by commas or a regex; empty: all of the text blocks")
-    train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
-    lr: float = option(1e-5, "peak learning rate", above=0)
-    weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
-    beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
-    warmup: int = option(0, "steps of linear warm-up", least=0)
-    schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
-    batch_size: int = option(128, "items an update, over all ranks and micro-batches", least=1)
-    micro_batch: int = option(4, "items a forward pass; fewer need less memory, and the results stay the same", least=1)
-    epochs: float = option(1.0, "passes over the data", above=0)
-    steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
+    data: str = option("", "folder of policies.json and the .jsonl files", required=True)
+    split: str = option("", "file of the items to learn from, inside --data")
     replay: str = option(
         "",
-        "folder of other policies' items, learned with their policy in the prompt, so that the"
-        " model does not forget how to read one",
+        "folder of other policies' items, learned with their policy in the prompt (its sft.jsonl), "
+        "so that the model keeps following policies in its prompt",
     )
-    replay_split: str = option("sft.jsonl", "file of the items to replay, inside --replay")
     replay_share: float = option(0.5, "share of each batch that is replayed, if --replay is given", least=0, most=0.9)
-    workers: int = option(4, "threads that read and scale pictures one step ahead on GPU machines; 0: none", least=0)
-    max_prompt: int = option(
-        4096, "longest prompt, tokens with its pictures; a longer one is an error, never cut", least=1
-    )
-    max_response: int = option(2048, "longest response in tokens", least=1)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    max_skipped: float = option(
-        0.1, "share of updates (of ten at least) that NaN or infinity may cost before the run stops", least=0, most=1
-    )
+    out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
+    max_prompt: int = option(4096, "longest prompt, tokens with its pictures; a longer one is an error", least=1)
+    max_response: int = option(2048, "longest response, tokens", least=1)
     seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
+
+
+@dataclass
+class Update:
+    """the update"""
+
+    full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
+    train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
+    lora_rank: int = option(8, "rank of the adapter", least=1)
+    lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
+    lora_targets: str = option("", "layers with an adapter: names by commas or a regex; empty: all of the text blocks")
+    lr: float = option(1e-5, "peak learning rate", above=0)
+    warmup: int = option(0, "steps of linear warm-up", least=0)
+    schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
+    beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    batch_size: int = option(128, "items per update, over all ranks and micro-batches", least=1)
+    micro_batch: int = option(4, "items per forward pass; fewer need less memory, same results", least=1)
+    epochs: float = option(1.0, "passes over the data", above=0)
+    steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
+
+
+@dataclass
+class Machine:
+    """the machine"""
+
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",
-        "of matrix products; trained weights and AdamW stay float32, frozen ones take it;"
-        " auto: bfloat16 on GPUs, float32 on CPUs",
+        "of matrix products; trained weights and AdamW stay float32, frozen ones take it; auto: "
+        "bfloat16 on GPUs, float32 on CPUs",
         choices=("auto", "float32", "bfloat16"),
     )
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass: less memory, a third more time"
     )
-    compile: bool = option(
-        False, "torch.compile what is around attention, in learning and sampling: half a minute at the start"
-    )
+    compile: bool = option(False, "torch.compile all but attention, learning and sampling: half a minute at the start")
     fsdp: str = option(
         "auto",
         "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
         choices=("auto", "on", "off"),
     )
+    timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
     save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run", least=0)
-    async_save: bool = option(False, "write checkpoints in a thread while training goes on: for large models")
-    keep: int = option(2, "newest checkpoints to keep (the best, where a run names one, stays besides)", least=1)
+    keep: int = option(2, "newest checkpoints to keep, and the best where a run names one", least=1)
     resume: bool = option(False, "continue from the newest whole checkpoint of --out; from the start if there is none")
     overwrite: bool = option(False, "delete the run that --out holds")
-    timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
+
+
+@dataclass
+class CommonConfig(Start, Update, Machine):
+    """common to all stages"""
+
+
+# -- reading them ------------------------------------------------------------------------------------------------------
 
 
 def parse(config_class, doc, argv=None):
@@ -101,15 +117,21 @@ def parse(config_class, doc, argv=None):
     """
     kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items()}
     options = {f.name: f for f in dataclasses.fields(config_class)}
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=layout)
+    example = re.search(r"^ +((?:python|torchrun) .*?)(?:   .*)?$", doc, re.MULTILINE)
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog=example and f"example:\n  {example[1]}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = lambda message: _refuse(f"{message} (--help lists the flags)")
     parser.add_argument("--config", metavar="FILE", help="JSON of option names and values; flags win over it")
-    for name, f in options.items():
-        text = f.metadata["help"].replace("%", "%%")
-        text += "" if f.metadata.get("required") else f" (default: {f.default!r})"
-        extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": name.upper()}
-        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
+    for heading, names in _headings(config_class).items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": name.upper()}
+            text = _help(options[name])
+            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
     flags = vars(parser.parse_args(argv))
     values = {**_read_config(flags.pop("config"), options), **flags}
     config = config_class(**{key: _convert(key, v, kinds[key], options[key].metadata) for key, v in values.items()})
@@ -117,6 +139,27 @@ def parse(config_class, doc, argv=None):
         if f.metadata.get("required") and not getattr(config, name):
             raise InputError(f"--{name.replace('_', '-')} is missing: {f.metadata['help']}")
     return config
+
+
+def _headings(config_class):
+    """{heading: option names}: each option under the docstring of the class that introduced it."""
+    parents = [cls for cls in config_class.__mro__ if dataclasses.is_dataclass(cls)]
+    owner = {name: cls.__doc__ for cls in parents for name in cls.__annotations__}  # the last one introduced it
+    return {
+        cls.__doc__: [name for name in cls.__annotations__ if owner[name] == cls.__doc__]
+        for cls in parents
+        if cls.__doc__ in owner.values()
+    }
+
+
+def _help(f):
+    """An option's line: what it does, its choices, its default."""
+    text = f.metadata["help"]
+    if "choices" in f.metadata:
+        text += f"; one of: {', '.join(choice or '(empty)' for choice in f.metadata['choices'])}"
+    if not f.metadata.get("required"):
+        text += f" (default: {'none' if f.default is None else f.default if f.default != '' else 'empty'})"
+    return text.replace("%", "%%")
 
 
 def _refuse(message):

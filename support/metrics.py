@@ -15,16 +15,30 @@ metrics.jsonl holds a row a step; means over all ranks:
                                     these is in it, none to speak of in a trained model, .02 in a random one
     speed                           seconds, tokens a second by phase, memory: what differs from run to run
 
-validation.jsonl has accuracies, samples.jsonl whole groups. Axes: N responses, n some of them, R their tokens.
+validation.jsonl has accuracies, samples.jsonl whole groups. Axes: model.py.
 """
 
 import sys
+from dataclasses import dataclass
 
 import torch
 
+from data import InputError
 from data.rewards import guarded
 from support.batching import batches
-from training import tracker
+from support.config import option
+
+
+@dataclass
+class Reporting:
+    """reporting"""
+
+    check: int = option(64, "queries on which the policy in the prompt is tried before training; 0: none", least=0)
+    validation: str = option("test.jsonl", "file of the validation items, inside --data")
+    validate_every: int = option(0, "steps between validations without the policy; 0: none", least=0)
+    validate_items: int = option(128, "queries per validation", least=1)
+    samples_every: int = option(10, "steps between whole groups in samples.jsonl; 0: none", least=0)
+    tracker: str = option("", "also log to", choices=("", "tensorboard", "wandb"))
 
 
 class Tally(dict):
@@ -35,15 +49,21 @@ class Tally(dict):
         super().__init__(dict.fromkeys(names, 0.0))
 
     @torch.no_grad()
-    def add(self, loss, mask, aware, A, clip, log_ratio, entropy, kl, difference):
-        """Count a micro-batch: loss (), aware (n,1), mask 1 on its tokens; else values of the tokens, (n,R)."""
-        ratio = log_ratio.exp()
-        low, high = (ratio < 1 - clip[0]) & (A < 0), (ratio > 1 + clip[1]) & (A > 0)
-        self["loss"] += loss
-        for name, x in {"tokens": mask, "entropy": entropy, "kl": kl, "clipped_low": low, "clipped_high": high}.items():
-            self[name] += (x * mask).sum()
-        self["standard_tokens"] += (mask * ~aware).sum()
-        self["difference"] += (difference.abs() * mask * ~aware).sum()
+    def add(self, loss, micro, here, clip):
+        """Count a rollout.MicroBatch: loss (), the weight `here` of its responses, clip (low, high)."""
+        mask, ratio = here * micro.mask, (micro.logp - micro.logp_old).exp()  # (b,R)
+        sums = {
+            "loss": loss,
+            "tokens": mask.sum(),
+            "entropy": (micro.entropy * mask).sum(),
+            "clipped_low": ((ratio < 1 - clip[0]) & (micro.A < 0)).mul(mask).sum(),
+            "clipped_high": ((ratio > 1 + clip[1]) & (micro.A > 0)).mul(mask).sum(),
+            "standard_tokens": (mask * ~micro.aware).sum(),
+            "difference": ((micro.logp_old - micro.logp_sampler).abs() * mask * ~micro.aware).sum(),
+            "kl": 0.0 if micro.kl is None else (micro.kl * mask).sum(),
+        }
+        for name, value in sums.items():
+            self[name] += value
 
 
 class Reporter:
@@ -53,10 +73,10 @@ class Reporter:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.track = items, rewards, tracker(config, run)
 
-    def __call__(self, step, data, rewards, A, tally, grad_norm, failed):
-        """The row of a step, and what is due after it. rewards, A (N,): totals, advantages; failed: a share."""
+    def __call__(self, step, data, rewards, tally, grad_norm, failed):
+        """The row of a step, and what is due after it. rewards (B,): totals; failed: a share."""
         run, right, lengths = self.run, (data.rewards[:, 0] >= 1).double(), data.lengths
-        dead = [bool((A[data.ids == g] == 0).all()) for g in range(len(data.groups))]
+        dead = [bool((data.A[data.ids == g] == 0).all()) for g in range(len(data.groups))]
         cut = sum(not response.finished for response in data.list)
         sums = {**tally, "responses": len(lengths), "length": lengths.sum(), "cut": cut}
         sums |= {"groups": len(dead), "dead": sum(dead)}
@@ -90,7 +110,7 @@ class Reporter:
         self.track(step, metrics)
         every, validate = self.config.samples_every, self.config.validate_every
         if every and step % every == 0 and data.groups:
-            run.append("samples", self.sample(step, data.groups[0], rewards, A))
+            run.append("samples", self.sample(step, data.groups[0], rewards, data.A))
         if validate and (step + 1) % validate == 0:
             run.append("validation", {"step": step, "accuracy": self.accuracy(self.items), "n": len(self.items)})
 
@@ -104,21 +124,22 @@ class Reporter:
         item = {"id": group.item["id"], "policy": group.item["policy"], "answer": group.item["answer"]}
         return {"step": step, **item, "responses": rows}
 
-    def accuracy(self, items, policies=None):
-        """Share of right greedy responses, over all ranks; with policies, each item's policy stands in its prompt."""
+    def accuracy(self, items, policy_in_prompt=False):
+        """Share of right greedy responses, over all ranks; each item's policy stands in its prompt, or not."""
         mine = items[self.run.rank :: self.run.world]
         with self.run.phase("validate"), self.run.gathered(self.model):
-            texts = self.rollout.greedy(self.model, mine, policies)
+            answers = self.rollout.greedy(self.model, mine, policy_in_prompt)
+        texts = [self.rollout.processor.decode(response.tokens) for _, response in answers]
         right = sum(guarded(self.rewards[0][1], "", text, item, 60.0) == 1 for text, item in zip(texts, mine))
         return self.run.sum(right) / len(items)
 
     def does_the_policy_help(self, items):
         """Before training: warn where the policy in the prompt does not raise accuracy, as PolicyRollout then harms."""
         config, rollout = self.config, self.rollout
-        if not config.check or config.noise or not (rollout.K or rollout.teach):
+        if not config.check or not (rollout.K or rollout.keep_policy_prompts):
             return
         items = [items[i] for i in batches(len(items), min(config.check, len(items)), config.seed, 0)]
-        without, given = self.accuracy(items), self.accuracy(items, rollout.policies)
+        without, given = self.accuracy(items), self.accuracy(items, policy_in_prompt=True)
         self.run.append("validation", {"step": 0, "without_policy": without, "with_policy": given, "n": len(items)})
         if given <= without:
             self.say(
@@ -130,3 +151,20 @@ class Reporter:
     def say(self, line, file=None):
         if self.run.is_main:
             print(line, file=file, flush=True)
+
+
+def tracker(config, run):
+    """track(step, metrics) to TensorBoard or wandb, where --tracker asks for it."""
+    if not config.tracker or not run.is_main:
+        return lambda step, metrics: None
+    try:
+        if config.tracker == "wandb":
+            import wandb
+
+            wandb.init(project="trimpi", name=run.out.name, config=vars(config))
+            return lambda step, metrics: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(f"--tracker {config.tracker}: {error}, expected it to be installed") from None
+    writer = SummaryWriter(run.out / "tensorboard")
+    return lambda step, metrics: [writer.add_scalar(name, value, step) for name, value in metrics.items()]

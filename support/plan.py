@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-from training import CommonConfig, option, parse, redefault
+from support.config import CommonConfig, option, parse, redefault
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
           "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
@@ -33,6 +33,8 @@ GB = 1e9
 
 @dataclass
 class Config:
+    """options"""
+
     model: str = option(
         "",
         f"checkpoint folder, hub id, or one of {', '.join(SIZES)}; all: a table of these in each stage",

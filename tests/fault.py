@@ -50,10 +50,10 @@ PORO = {
 }
 RUNS = {  # name: (stage, ranks, flags)
     "cpt": ("cpt", 1, {"kinds": "applied,document"}),
-    "sft": ("sft", 1, {"lora_dropout": 0.1, "async_save": True}),
+    "sft": ("sft", 1, {}),
     "rl": ("rl", 1, PORO),
     "cpt, two ranks, sharded": ("cpt", 2, {"fsdp": "on"}),
-    "sft, two ranks": ("sft", 2, {"lora_dropout": 0.1}),
+    "sft, two ranks": ("sft", 2, {}),
     "rl, two ranks": ("rl", 2, PORO),
 }
 ALL = {"steps": 8, "save_every": 1, "keep": 2, "resume": True}

@@ -8,7 +8,8 @@ from small import arguments, metrics, quiet, small_data
 import train_cpt
 from data import InputError
 from model import Processor, load_pretrained
-from training import collate, parse, token_logprobs
+from support.batching import collate, token_logprobs
+from support.config import parse
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def sequences(folder, *flags):
 
 
 def batch_of(rows, i, step=0):
-    return collate(*zip(rows.read(step, i)), pad_id=rows.processor.pad_id)
+    return collate(*zip(rows.encode(step, i)), pad_id=rows.processor.pad_id)
 
 
 def test_loss_equals_cross_entropy_by_hand_in_float64(folder):
@@ -68,7 +69,7 @@ def test_other_pictures_change_the_text_loss(folder):
 
 def test_the_policy_stands_in_front_and_is_learned(folder):
     rows = sequences(folder)
-    prompt, response, m = rows.read(0, 0)
+    prompt, response, m = rows.encode(0, 0)
     words = rows.processor.tokenizer.decode(
         torch.cat([prompt.input_ids, torch.tensor(response)])[m].tolist(), skip_special_tokens=False
     )
@@ -84,11 +85,11 @@ def test_kinds_choose_the_items_and_whether_the_policy_is_in_front(folder, kinds
     rows = sequences(folder, "--kinds", kinds)
     assert len(rows) == count
     if front is not None:
-        assert all(("yes: A" in rows.processor.decode(rows.read(0, i)[0].input_ids)) == front for i in range(count))
+        assert all(("yes: A" in rows.processor.decode(rows.encode(0, i)[0].input_ids)) == front for i in range(count))
 
 
 def test_a_document_is_the_policy_alone(folder):
-    prompt, response, m = sequences(folder, "--kinds", "document").read(0, 0)
+    prompt, response, m = sequences(folder, "--kinds", "document").encode(0, 0)
     text = Processor.from_pretrained(folder / "model").decode(prompt.input_ids)
     assert response == [] and text.rstrip().endswith("policy P1: red? yes: A, no: B") and m.all()
 
@@ -97,19 +98,19 @@ def test_unmasking_grows_with_its_share_and_is_drawn_anew(folder):
     """--mask-visual 1 masks all picture tokens, 0 none; in between another part of them each update."""
     visual = lambda rows, step: sum(
         (~torch.isin(x, rows.visual) & ~m | torch.isin(x, rows.visual) & m).sum().item()
-        for x, m in [(torch.cat([p.input_ids, torch.tensor(r)]), m) for p, r, m in [rows.read(step, 2)]]
+        for x, m in [(torch.cat([p.input_ids, torch.tensor(r)]), m) for p, r, m in [rows.encode(step, 2)]]
     )
     counts = [visual(sequences(folder, "--mask-visual", share), 0) for share in ("1", "0.5", "0")]
     assert counts[0] == 0 < counts[1] < counts[2] == 18  # 112 x 112: 16 tokens and two marks
     half = sequences(folder, "--mask-visual", "0.5")
-    assert not torch.equal(half.read(0, 2)[2], half.read(1, 2)[2]) and torch.equal(
-        half.read(1, 2)[2], half.read(1, 2)[2]
+    assert not torch.equal(half.encode(0, 2)[2], half.encode(1, 2)[2]) and torch.equal(
+        half.encode(1, 2)[2], half.encode(1, 2)[2]
     )
 
 
 def test_a_prompt_over_the_limit_is_named_and_never_cut(folder):
     with pytest.raises(InputError, match=r"item i1: found a prompt of \d+ tokens, expected at most --max-prompt 40"):
-        sequences(folder, "--max-prompt", "40").read(0, 1)
+        sequences(folder, "--max-prompt", "40").encode(0, 1)
 
 
 def test_the_policy_is_learned(folder, tmp_path):

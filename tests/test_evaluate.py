@@ -9,7 +9,8 @@ from small import small_data, write_lines
 
 import evaluate
 from data import InputError
-from data.dataset import load_items, load_policies
+from data.dataset import load_items, load_policies, messages
+from rollout import PolicyRollout
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 def says(monkeypatch):
     """Put words into the model's mouth: item after item, in the order of evaluation (by policy)."""
     return lambda texts: monkeypatch.setattr(
-        evaluate, "respond", lambda model, processor, prompts, most: [(texts.pop(0), 7, True) for _ in prompts]
+        evaluate, "respond", lambda model, rollout, items, aware: [(texts.pop(0), 50, 7, True) for _ in items]
     )
 
 
@@ -84,16 +85,16 @@ def test_seen_and_unseen_paths_are_scored_apart(folder, says):
 
 
 def test_the_policy_stands_in_the_prompt_only_where_asked(folder, monkeypatch):
-    prompts = []
-    monkeypatch.setattr(
-        evaluate,
-        "respond",
-        lambda model, processor, batch, most: (
-            prompts.append([processor.decode(p.input_ids) for p in batch]) or [("", 0, True)] * len(batch)
-        ),
-    )
+    prompts, greedy = [], PolicyRollout.greedy
+
+    def watched(self, *args):
+        answers = greedy(self, *args)
+        prompts.append([self.processor.decode(prompt.input_ids) for prompt, _ in answers])
+        return answers
+
+    monkeypatch.setattr(PolicyRollout, "greedy", watched)
     for flags in ([], ["--policy-in-context"]):
-        evaluate.main(words(folder, *flags))
+        evaluate.main(words(folder, *flags, "--max-response", "2"))
     assert not any("red? yes" in text for text in prompts[0]) and all("yes: A" in text for text in prompts[1])
 
 
@@ -102,14 +103,19 @@ def test_greedy_responses_are_the_models_likeliest_words(folder):
     model, processor = evaluate.load(folder / "model", device="cpu")
     policies = load_policies(folder / "data")
     item = load_items(folder / "data", "test.jsonl", policies)[1]
-    prompt = processor.encode(evaluate.messages(item, policies["P2"]), add_generation_prompt=True)
-    ((text, count, finished),) = evaluate.respond(model, processor, [prompt], 6)
+    prompt = processor.encode(messages(item, policies["P2"]), add_generation_prompt=True)
+    rollout = PolicyRollout(processor, policies, 1, 0, max_tokens=6)
+    ((text, length, count, finished),) = evaluate.respond(model, rollout, [item], True)
     ids = prompt.input_ids[None]
     for _ in range(6):
         logits = model.logits(model(ids, None, prompt.pixel_values, prompt.grid_thw)[:, -1])
         logits[:, processor.banned_ids] = -torch.inf
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    assert text == processor.decode(ids[0, len(prompt.input_ids) :]) and (count, finished) == (6, False)
+    assert text == processor.decode(ids[0, len(prompt.input_ids) :]) and (length, count, finished) == (
+        len(prompt.input_ids),
+        6,
+        False,
+    )
 
 
 def test_results_keep_the_rows_of_other_names(folder, says):
@@ -162,5 +168,8 @@ def test_a_section_that_is_recited_word_for_word_is_right(folder, says):
 
 
 def test_a_prompt_over_the_limit_is_an_error(folder):
-    with pytest.raises(InputError, match=r"item i0: found a prompt of \d+ tokens, expected at most --max-prompt 20"):
+    with pytest.raises(
+        InputError,
+        match=r"item i0: found a prompt of \d+ tokens, 4 of them of pictures, expected at most --max-prompt 20",
+    ):
         evaluate.main(words(folder, "--max-prompt", "20"))

@@ -13,7 +13,7 @@ from small import ROOT, arguments, metrics, quiet, small_data, start_ranks
 
 import train_cpt
 from support import plan
-from training import parse
+from support.config import parse
 
 MICRO = 4
 

@@ -1,5 +1,7 @@
 """Sampling: the right distribution, the same response in any company, everything shared read once."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,12 @@ from torch._dynamo.testing import CompileCounter
 
 from data import InputError
 from model import Processor, add_lora, load_pretrained, lora_layers
-from rollout import PolicyRollout, sample, shared_prefixes
+from rollout import PolicyRollout
 from support import cache, prepacked
-from training import collate, compile_blocks, pack, token_logprobs
+from support.batching import collate, pack, token_logprobs
+from support.engine import common_length, sample
+from training import compile_blocks
+from variants.noisy import NoisyRollout
 
 POLICY = "policy P1: if there is a red cube, answer A1, else go on to section 2. section 2: if blue, A2, else A3. "
 
@@ -166,7 +171,7 @@ def test_stops_lengths_and_bans(model, processor, prompts):
             assert len(r.tokens) >= 4 or not r.finished  # three words, then a stop token
             assert not set(r.tokens[:3]) & set(stops) and not set(r.tokens) & {1, 3}
             assert r.finished == (r.tokens[-1] in stops) and (r.finished or len(r.tokens) == 6)
-    with pytest.raises(InputError, match="seed a response"):
+    with pytest.raises(InputError, match="one seed per response"):
         sample(model, prompts[:1], 2, max_tokens=3, seeds=[[1]])
 
 
@@ -178,7 +183,9 @@ def test_everything_shared_is_read_once(model, processor, prompts, monkeypatch):
     monkeypatch.setattr(model.visual, "forward", watched)
     monkeypatch.setattr(model, "forward", lambda ids, *a, **k: tokens.append(ids.numel()) or forward(ids, *a, **k))
     held = {}
-    sample(model, prompts, 8, max_tokens=1, prefixes=held)
+    alone = processor.encode([{"role": "user", "content": POLICY}])
+    shared = [0] * 5 + [common_length(prompt, alone) for prompt in prompts[5:]]
+    sample(model, prompts, 8, max_tokens=1, shared=shared, prefixes=held)
     distinct = {
         bytes(x.numpy().tobytes())
         for p in prompts
@@ -187,11 +194,13 @@ def test_everything_shared_is_read_once(model, processor, prompts, monkeypatch):
     }
     assert sum(patches) == sum(len(x) // 1176 // 4 for x in distinct)
     keys = [p.input_ids for p in prompts[5:]]
-    policy = max(len(prefix) // 8 for prefix in held)
-    assert policy > len(POLICY) // 2 and all(torch.equal(k[:policy], keys[0][:policy]) for k in keys)
-    assert tokens.count(policy) == 1 and sum(tokens) < sum(len(p.input_ids) for p in prompts) - 3 * policy
+    (policy,) = {len(prefix) // 8 for prefix in held}
+    assert policy == max(shared) > len(POLICY) // 2 and all(torch.equal(k[:policy], keys[0][:policy]) for k in keys)
+    assert tokens.count(policy) == 1 and sum(tokens) == policy + 5 * (
+        max(len(p.input_ids) for p in prompts[:5]) + max(len(p.input_ids) - policy for p in prompts[5:])
+    )  # padded
     tokens.clear()
-    sample(model, prompts[5:6], 1, max_tokens=1, prefixes=held)
+    sample(model, prompts[5:6], 1, max_tokens=1, shared=shared[5:6], prefixes=held)
     assert sum(tokens) == len(keys[0]) - policy
 
 
@@ -201,20 +210,27 @@ def test_held_prefixes_know_their_pictures(model, processor):
     for seed in (1, 2):
         chats = [question(f"{i} what?", picture(84, 84, seed)) for i in range(2)]
         ask = [processor.encode(chat, add_generation_prompt=True) for chat in chats]
-        (first,), _ = sample(model, ask, 1, prefixes=held, **rules)
+        length = common_length(*ask)
+        (first,), _ = sample(model, ask, 1, shared=[length] * 2, prefixes=held, **rules)
         assert abs(first.logprobs[0] - float(fresh(model, ask[0], first.tokens)[0, first.tokens[0]])) < 1e-5
     assert len(held) == 2
 
 
-def test_prefixes_are_those_of_one_policy_each():
-    """All policies begin alike; what counts is what the queries of one policy share."""
-    head, one, other = [np.arange(n) + k for n, k in ((10, 0), (50, 100), (50, 200))]
-    keys = [np.concatenate([head, policy, [300 + i] * 20]) for i in range(6) for policy in (one, other)]
-    keys.append(np.array([7, 7, 7]))
-    groups = sorted((length, sorted(members)) for length, members in shared_prefixes(keys))
-    assert groups == [(0, [12]), (60, [0, 2, 4, 6, 8, 10]), (60, [1, 3, 5, 7, 9, 11])]
-    assert shared_prefixes([keys[0]], {keys[0][:60].tobytes()}) == [(60, [0])]
-    assert shared_prefixes([keys[0], keys[0]]) == [(79, [0, 1])]  # equal prompts keep their last token apart
+def test_a_prompt_shares_what_it_begins_with_but_keeps_its_last_token(model, processor):
+    """Two policies that begin alike are two prefixes; equal prompts, shared wholly, still have a token to start from."""
+    texts = [f"policy P{k}: if red, A1. apply it: {i}" for k in (1, 2) for i in range(2)]
+    chats = [
+        [{"role": "user", "content": text}] for text in [*texts, "policy P1: if red, A1. ", "policy P2: if red, A1. "]
+    ]
+    *prompts, one, other = [processor.encode(chat, add_generation_prompt=True) for chat in chats]
+    shared = [common_length(prompt, policy) for prompt, policy in zip(prompts, (one, one, other, other))]
+    held, rules = {}, dict(max_tokens=3, temperature=0.0)
+    drawn = sample(model, prompts, 1, shared=shared, prefixes=held, **rules)
+    assert len(held) == 2 and {len(name) // 8 for name in held} == set(shared) and len(set(shared)) == 1
+    assert [r.tokens for (r,) in drawn] == [r.tokens for (r,) in sample(model, prompts, 1, **rules)]
+    whole = [len(prompts[0].input_ids)] * 2
+    again = sample(model, [prompts[0]] * 2, 1, shared=whole, **rules)
+    assert [r.tokens for (r,) in again] == [drawn[0][0].tokens] * 2
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -287,13 +303,22 @@ def test_a_frozen_sampler_reads_each_policy_once_a_run(folder, model, processor,
 
 
 def test_noise_replaces_the_policy(processor, model):
-    item = {"id": "i", "policy": "P1", "question": "what? ", "images": [], "answer": "A1"}
-    rollout = PolicyRollout(processor, {}, 1, 1, noise=0.5, max_tokens=2)
-    chat = question("what?", picture(56, 56))
-    rollout.encode = lambda item, policy=None: processor.encode(chat, add_generation_prompt=True)
-    (group,) = rollout(model, [item], [[1, 2]])
+    """NoisyRollout: the other half reads the same tokens, its pictures with noise of the deviation asked for."""
+    item = {
+        "id": "i",
+        "policy": "P1",
+        "question": "what? ",
+        "images": [processor.images([picture(56, 56)])],
+        "answer": "A",
+    }
+    policies, options = {"P1": {"text": POLICY, "images": []}}, SimpleNamespace(noise=0.5)
+    (group,) = NoisyRollout(processor, policies, 1, 1, options=options, max_tokens=2)(model, [item], [[1, 2]])
     assert torch.equal(group.prompt.input_ids, group.policy_prompt.input_ids)
     assert 0.4 < (group.prompt.pixel_values - group.policy_prompt.pixel_values).std() < 0.6
+    with pytest.raises(InputError, match="item i: found no picture"):
+        NoisyRollout(processor, policies, 1, 1, options=options, max_tokens=2)(
+            model, [{**item, "images": []}], [[1, 2]]
+        )
 
 
 def test_too_long_a_prompt_is_named_not_cut(processor, model):

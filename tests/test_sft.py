@@ -12,7 +12,8 @@ import train_sft
 from data import clevr
 from data.dataset import load_items, load_policies
 from model import Processor, load_pretrained
-from training import collate, mixture, parse, token_logprobs
+from support.batching import collate, mixture, token_logprobs
+from support.config import parse
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def examples(folder, *flags):
 def test_loss_is_cross_entropy_of_the_response_alone(folder):
     """By hand in float64: the prompt ends where the assistant's turn begins, and <|im_end|> belongs to the response."""
     model, rows = load_pretrained(folder / "model"), examples(folder)
-    prompt, response, _ = rows.read(0, 3)
+    prompt, response, _ = rows.encode(0, 3)
     text = rows.processor.tokenizer.decode(response, skip_special_tokens=False)
     assert text == "<think>it is so so so </think>\\boxed{A}<|im_end|>"
     batch = collate([prompt], [response], pad_id=rows.processor.pad_id)
@@ -49,15 +50,15 @@ def test_loss_is_cross_entropy_of_the_response_alone(folder):
 
 def test_the_policy_is_in_the_prompt_only_where_asked(folder):
     plain, aware = examples(folder), examples(folder, "--policy-in-prompt")
-    assert "policy P1" not in plain.processor.decode(plain.read(0, 0)[0].input_ids)
-    assert "policy P1: red? yes: A, no: B" in aware.processor.decode(aware.read(0, 0)[0].input_ids)
-    assert plain.read(0, 0)[1] == aware.read(0, 0)[1]
-    assert len(aware.read(0, 1)[0].grid_thw) == 2  # P2 has a picture of its own
+    assert "policy P1" not in plain.processor.decode(plain.encode(0, 0)[0].input_ids)
+    assert "policy P1: red? yes: A, no: B" in aware.processor.decode(aware.encode(0, 0)[0].input_ids)
+    assert plain.encode(0, 0)[1] == aware.encode(0, 0)[1]
+    assert len(aware.encode(0, 1)[0].grid_thw) == 2  # P2 has a picture of its own
 
 
 def test_answer_only_leaves_the_chain_of_thought_out(folder):
     rows = examples(folder, "--answer-only")
-    assert rows.processor.decode(rows.read(0, 3)[1]) == "\\boxed{A}"
+    assert rows.processor.decode(rows.encode(0, 3)[1]) == "\\boxed{A}"
 
 
 def test_micro_batches_change_nothing_but_memory(folder):

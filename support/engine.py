@@ -1,0 +1,346 @@
+"""Sampling: from prompts to responses, each picture encoded once, each shared prefix and prompt read once.
+
+    1. The next token    temperature, top-k, top-p, inverse-CDF sampling with one uniform per (seed, position)
+    2. Prompts           pictures encoded once, prefixes that several prompts share
+    3. sample            rows that write responses; when one ends, its row takes the next that waits
+
+What is drawn depends on the prompt and on the response's seed alone, not on what else is sampled. Keys and values
+live in support/cache.py.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import InputError
+from support.cache import Segment, Slots, padding_bias
+from support.prepacked import prepacked
+
+# -- 1. the next token -------------------------------------------------------------------------------------------------
+
+
+def uniforms(seed, count):
+    """The random numbers of one response, float64 (count,), one per position: they depend on its seed alone."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+
+@dataclass
+class Rules:
+    """How the next token is drawn from the logits."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_tokens: int  # before a stop token may be drawn
+    stop_ids: torch.Tensor
+    banned_ids: torch.Tensor
+
+    def draw(self, logits, u, used):
+        """One token per row and its log-probability under the distribution it was drawn from.
+
+        logits (B,V) fp32, overwritten; u (B,) float64 in [0, 1); used (B,) tokens written so far. Returns tokens (B,)
+        and logp (B,) float64; at temperature 0 the best token, and its log-probability at temperature 1.
+        """
+        logits[:, self.banned_ids] = -torch.inf
+        if self.min_tokens and int(used.min()) < self.min_tokens:
+            early = (used < self.min_tokens).to(logits.device)[:, None]
+            logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early, -torch.inf)
+        if self.temperature not in (0, 1):
+            logits /= self.temperature
+        logits = truncate(logits, self.top_k, self.top_p)
+        best = logits.argmax(-1) if self.temperature == 0 else None
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B,V)
+        padded = weights if weights.shape[1] % 128 == 0 else F.pad(weights, (0, -weights.shape[1] % 128))
+        blocks = padded.unflatten(1, (-1, 128))  # (B, V/128, 128): only their sums are added up in float64
+        mass = blocks.sum(-1).double().cumsum(-1)  # (B, V/128)
+        tokens = invert(mass, blocks, u.to(mass.device)[:, None]) if best is None else best
+        return tokens, (weights.gather(1, tokens[:, None]).double().log() - mass[:, -1:].log())[:, 0]
+
+
+def truncate(logits, top_k, top_p):
+    """-inf for all tokens but the top_k best (0: all), of those all but the fewest that reach the share top_p."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # what stands before a token reaches the share already; never the first
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def invert(mass, blocks, u):
+    """The token (B,) where the cumulative distribution passes u (B,1): first its block of 128, then the token.
+
+    mass (B, V/128) float64: cumulative weight at each block's end; blocks (B, V/128, 128) fp32.
+    """
+    u = below(u * mass[:, -1:], mass[:, -1:])
+    block = torch.searchsorted(mass, u, right=True)  # (B,1)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, 128))[:, 0].double().cumsum(-1)  # (B,128)
+    rest = below(u - torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0), inside[:, -1:])
+    return (block * 128 + torch.searchsorted(inside, rest, right=True))[:, 0]
+
+
+def below(x, end):
+    """x, but less than `end`: rounding must not pass the last token."""
+    return torch.minimum(x, end.nextafter(torch.zeros_like(end)))
+
+
+# -- 2. prompts -------------------------------------------------------------------------------------------------------
+
+PREFILL = 1 << 14  # tokens of one prefill pass, padding included
+BUDGET = 1 << 17  # tokens of prompts and responses held at a time
+
+
+class Pictures:
+    """The pictures of all prompts, numbered by content, so that equal ones are one; each encoded when first needed."""
+
+    def __init__(self, model):
+        self.model, self.merge = model, model.config.vision.spatial_merge_size**2
+        self.patches, self.features = {}, {}  # by number
+
+    def key(self, prompt):
+        """A prompt as (key (T,), [(place, number) of its pictures]): equal keys are the same prompt.
+
+        The key is the token ids with those of picture number i replaced by -1 - i.
+        """
+        key, numbers = prompt.input_ids.cpu().numpy().copy(), []
+        if prompt.grid_thw is None:
+            return key, numbers
+        counts = prompt.grid_thw.prod(1)  # (n,) patches
+        for patches, grid in zip(prompt.pixel_values.split(counts.tolist()), prompt.grid_thw):
+            content = hashlib.sha1(np.ascontiguousarray(patches.cpu().numpy()))
+            content.update(str(grid.tolist()).encode())
+            numbers.append(int.from_bytes(content.digest()[:7], "big"))
+            self.patches[numbers[-1]] = patches, grid
+        tokens = counts.numpy() // self.merge  # (n,)
+        places = np.flatnonzero(key == self.model.config.image_token_id)
+        key[places] = np.repeat(-1 - np.array(numbers), tokens)
+        return key, list(zip(places[np.cumsum(tokens) - tokens].tolist(), numbers))
+
+    def encode(self, numbers):
+        """Features (I,D) of these pictures one after the other; None without pictures."""
+        if new := [i for i in dict.fromkeys(numbers) if i not in self.features]:
+            device = self.model.head_weight.device
+            pixels = torch.cat([self.patches[i][0] for i in new])  # (U,1176)
+            grids = torch.stack([self.patches[i][1] for i in new])  # (n,3)
+            features = self.model.visual(pixels.to(device), grids.to(device))
+            self.features |= dict(zip(new, features.split((grids.prod(1) // self.merge).tolist())))
+        return torch.cat([self.features[i] for i in numbers]) if numbers else None
+
+
+def common_length(prompt, start):
+    """How many tokens two prompts (Encoded) begin with alike, their pictures aside."""
+    n = min(len(prompt.input_ids), len(start.input_ids))
+    differ = (prompt.input_ids[:n] != start.input_ids[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n
+
+
+# -- 3. sample ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Response:
+    tokens: list  # up to and with the stop token
+    logprobs: list  # of each token, under the distribution it was drawn from
+    finished: bool  # False: cut at max_tokens
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts,
+    n,
+    *,
+    max_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_tokens=0,
+    stop_ids=(),
+    banned_ids=(),
+    seeds=None,
+    budget=BUDGET,
+    shared=None,
+    prefixes=None,
+):
+    """n responses to each prompt -> [[Response]], in the order of the prompts.
+
+    prompts: model.Encoded each; n: int, or one for each prompt.
+    max_tokens: longest response; min_tokens: how many tokens come before a stop token may.
+    temperature 0: greedy. top_k 0 and top_p 1 leave the distribution whole. banned_ids are never drawn.
+    seeds: [[int]], one per response (default: from the numbers of prompt and response).
+    budget: tokens of prompts and responses held at a time; what does not fit waits.
+    shared: [int], how many tokens at each prompt's start (its policy) are read once for all prompts that begin so.
+    prefixes: a dict that keeps those for later calls; empty it when the weights change.
+    """
+    counts = [n] * len(prompts) if isinstance(n, int) else list(n)
+    seeds = seeds or [[(p << 32) + i for i in range(count)] for p, count in enumerate(counts)]
+    if [len(s) for s in seeds] != counts or max_tokens < 1 or temperature < 0:
+        raise InputError(
+            f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds, max_tokens {max_tokens}"
+            f", temperature {temperature}; expected one seed per response, a positive length, no negative temperature"
+        )
+    decoder = Decoder(model, prompts, seeds, max_tokens, budget, shared, {} if prefixes is None else prefixes)
+    stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))
+    rules = Rules(temperature, top_k, top_p, min_tokens, stop_ids, banned_ids)
+    with prepacked(model):
+        while decoder.waiting or any(decoder.rows):
+            decoder.admit()
+            decoder.step(rules)
+    return decoder.responses
+
+
+@dataclass
+class Row:
+    """A response being written."""
+
+    prompt: int
+    number: int  # among the responses to its prompt
+    position: int  # of its first token
+    uniforms: np.ndarray  # (max_tokens,) float64
+    tokens: list
+    logprobs: list
+
+
+class Decoder:
+    """B rows, each writing one response; a row whose response ends takes the next that waits.
+
+    `waiting` holds (prompt, number) of the responses without a row, `ready` the prompts that have been read. Prompts
+    that share a prefix are read together and follow one another.
+    """
+
+    def __init__(self, model, prompts, seeds, max_tokens, budget, shared, prefixes):
+        self.model, self.prompts, self.seeds, self.max_tokens = model, prompts, seeds, max_tokens
+        self.device, self.pictures = model.head_weight.device, Pictures(model)
+        self.keys = [self.pictures.key(prompt) for prompt in prompts]
+        self.responses, self.left = [[None] * len(s) for s in seeds], [len(s) for s in seeds]
+        self.ready = {}  # {p: (Segment, index there, last hidden state (D,), position of the first token)}
+        self.prefixes = prefixes  # {name: Segment}
+        # what each prompt shares, as bytes of its key; it keeps its last token to itself, as the response starts there
+        self.prefix = [
+            key[: min(n, len(key) - 1)].tobytes() for (key, _), n in zip(self.keys, shared or [0] * len(prompts))
+        ]
+        first = {name: p for p, name in reversed([*enumerate(self.prefix)])}
+        order = sorted(range(len(prompts)), key=lambda p: (first[self.prefix[p]], len(self.keys[p][0])))
+        self.waiting = [(p, i) for p in order for i in range(len(seeds[p]))][::-1]  # the next is the last
+
+        own = [math.ceil(self.own_length(p) / len(seeds[p])) for p, _ in self.waiting]
+        B = max(1, min(len(self.waiting), budget // (max_tokens + max(own, default=0))))  # a row bears part of a prompt
+        self.rows = [None] * B
+        self.slots = Slots(model, B, max_tokens)
+        self.hidden = model.head_weight.new_zeros(
+            B, model.config.hidden_size
+        )  # (B,D) what the next token is drawn from
+
+    def shared_length(self, p):
+        return len(self.prefix[p]) // 8  # bytes per token id
+
+    def own_length(self, p):
+        return len(self.keys[p][0]) - self.shared_length(p)
+
+    # -- prompts
+
+    def admit(self):
+        """Give free rows to waiting responses, once an eighth of the rows is free: so prompts are read in batches."""
+        free = [r for r, row in enumerate(self.rows) if row is None]
+        if not self.waiting:
+            return self.shrink() if len(free) >= len(self.rows) / 4 else None
+        if len(free) < len(self.rows) / 8:
+            return None
+        jobs = [self.waiting.pop() for _ in free[: len(self.waiting)]]
+        self.read_prompts(list(dict.fromkeys(p for p, _ in jobs if p not in self.ready)))
+        for r, (p, i) in zip(free, jobs):
+            _, _, self.hidden[r], position = self.ready[p]
+            self.rows[r] = Row(p, i, position, uniforms(self.seeds[p][i], self.max_tokens), [], [])
+        self.connect()
+
+    def read_prompts(self, new):
+        """Read prompts: those of one prefix in one pass, as far as PREFILL allows, after the prefix itself."""
+        while new:
+            name, length = self.prefix[new[0]], self.shared_length(new[0])
+            if length and name not in self.prefixes:
+                self.prefixes[name] = self.forward(new[:1], None, 0, length)[0]
+            longest, members = 0, []
+            for p in new:
+                longest = max(longest, self.own_length(p))
+                if self.prefix[p] != name or longest * len(members) > PREFILL:
+                    break
+                members.append(p)
+            segment, hidden, position = self.forward(members, self.prefixes.get(name), length, None)
+            for b, p in enumerate(members):
+                self.ready[p] = segment, b, hidden[b], int(position[b])
+            new = new[len(members) :]
+
+    def forward(self, members, parent, first, last):
+        """Read tokens first..last of some prompts -> (Segment, last hidden states (B,D), next positions (B,))."""
+        prompts, lengths = [self.prompts[p] for p in members], torch.tensor([len(self.keys[p][0]) for p in members])
+        ids = torch.zeros(len(members), int(lengths.max()), dtype=torch.long)  # (B,T)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt.input_ids)] = prompt.input_ids
+        grids = [prompt.grid_thw for prompt in prompts if prompt.grid_thw is not None]
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        position_ids, delta = self.model.positions(ids, real, torch.cat(grids) if grids else None)
+        seen = slice(first, last)
+        pictures = [i for p in members for place, i in self.keys[p][1] if first <= place < (last or place + 1)]
+        segment = Segment(parent)
+        ids, position_ids = ids[:, seen].to(self.device), position_ids[:, :, seen].to(self.device)
+        embeds = self.pictures.encode(pictures)
+        x = self.model(ids, position_ids=position_ids, cache=segment, image_embeds=embeds)  # (B,T,D)
+        own = (last or lengths) - first  # tokens read of each prompt
+        if last is None and int(own.min()) < x.shape[1]:
+            segment.bias = padding_bias(own, x.shape[1], x)
+        return segment, x[torch.arange(len(x)), own - 1], lengths + delta
+
+    def connect(self):
+        self.slots.connect({r: self.ready[row.prompt][:2] for r, row in enumerate(self.rows) if row})
+
+    def shrink(self):
+        """Nothing waits: drop the rows that have ended, and the prompts that nobody reads."""
+        keep = [r for r, row in enumerate(self.rows) if row]
+        self.rows, self.hidden = [self.rows[r] for r in keep], self.hidden[keep]
+        self.slots.keep(torch.tensor(keep, device=self.device))
+        readers = {}
+        for p, (segment, *_) in self.ready.items():
+            readers.setdefault(segment, []).append(p)
+        for segment, prompts in readers.items():
+            if 2 * len(prompts) <= len(segment.keys[0]):
+                segment.keep(torch.tensor([self.ready[p][1] for p in prompts], device=self.device))
+                self.ready |= {p: (segment, b, *self.ready[p][2:]) for b, p in enumerate(prompts)}
+        self.connect()
+
+    # -- responses
+
+    def step(self, rules):
+        """Draw the next token of every row, end the responses that are complete, and read the tokens of the others."""
+        u = torch.tensor([row.uniforms[len(row.tokens)] if row else 0.0 for row in self.rows], dtype=torch.float64)
+        used = torch.tensor([len(row.tokens) if row else self.max_tokens for row in self.rows])
+        logits = self.model.logits(self.hidden).float()  # (B,V)
+        tokens, logps = rules.draw(logits, u, used)
+        stops = set(rules.stop_ids.tolist())
+        for r, (row, token, logp) in enumerate(zip(self.rows, tokens.tolist(), logps.tolist())):
+            if row:
+                row.tokens.append(token)
+                row.logprobs.append(logp)
+                if token in stops or len(row.tokens) == self.max_tokens:
+                    self.end(r, token in stops)
+        if any(self.rows):
+            longest = max(len(row.tokens) for row in self.rows if row)
+            place = np.array([len(row.tokens) if row else longest for row in self.rows]) - 1  # where the token belongs
+            self.slots.set(place)
+            position = np.array([row.position if row else 0 for row in self.rows]) + place
+            position_ids = torch.from_numpy(position).to(self.device).expand(3, -1)[..., None]  # (3,B,1)
+            self.hidden = self.model(tokens[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
+
+    def end(self, r, finished):
+        """Row r is free; forget its prompt after the last response to it."""
+        row = self.rows[r]
+        self.responses[row.prompt][row.number] = Response(row.tokens, row.logprobs, finished)
+        self.rows[r] = None
+        self.left[row.prompt] -= 1
+        if not self.left[row.prompt]:
+            del self.ready[row.prompt]

@@ -1,0 +1,1 @@
+"""Rivals and ablations, one script each: the difference to train_rl.py, its flags and its source."""
