@@ -1,13 +1,14 @@
 """The study's bookkeeping: what it averages, what it compares, and that it does nothing twice."""
 
-import importlib.util
+import importlib
 import json
 import time
 
 import pytest
 
 from data import InputError
-from tiny import study
+from support.config import parse
+from tiny import demo, study
 
 
 def row(world, policy, seed, name, accuracy, **more):
@@ -46,7 +47,15 @@ def test_every_run_of_the_plan_is_known_and_starts_from_one_that_is():
     named = {name for _, names, *_ in study.PLAN for name in names}
     assert named <= set(study.RUNS) and {world for world, *_ in study.PLAN} == set(study.WORLDS)
     assert {before for _, before, _ in study.RUNS.values() if before} <= set(study.RUNS)
-    assert all(importlib.util.find_spec(script) for script, *_ in study.RUNS.values())
+
+
+def test_every_run_s_flags_are_accepted_by_its_script():
+    """A flag that went, or a value that is no longer a choice, would end a study hours after it began."""
+    for script, _, flags in [*study.RUNS.values(), *demo.RUNS.values()]:
+        Config = importlib.import_module(script).Config
+        options = parse(Config, "", ["--model", "M", "--data", "D", "--out", "O", *demo.COMMON, *flags])
+        assert options.max_prompt == 2000
+        assert script != "train_rl" or options.algorithm == "dapo"
 
 
 def test_what_is_done_is_not_done_again_and_time_ends_it(tmp_path, monkeypatch):

@@ -33,10 +33,9 @@ LEARN = "--batch-size 16 --micro-batch 16 --beta2 0.98"
 CPT = f"{LEARN} --steps 60 --lr 5e-4".split()
 SFT = f"{LEARN} --steps 40 --lr 3e-4".split()
 # DAPO's loss (mean over a step's tokens, no KL) on every group: no dynamic sampling. report.LOSS says so under tables.
-RL = (
-    "--algorithm dapo --dynamic-tries 0 --batch-size 8 --micro-batch 64 --steps 80 --lr 2e-4 --beta2 0.98 --check 0"
-).split()
-GRPO, PORO = "--group-size 8 --policy-rollouts 0".split(), "--group-size 4 --policy-rollouts 4".split()  # equal cost
+RL = "--dynamic-tries 0 --batch-size 8 --micro-batch 64 --steps 80 --lr 2e-4 --beta2 0.98 --check 0".split()
+GRPO = "--algorithm dapo --group-size 8 --policy-rollouts 0".split()
+PORO = "--algorithm dapo --group-size 4 --policy-rollouts 4".split()  # samples as many responses
 
 # name: (script, stage that it starts from, flags); the names are the study's, too
 RUNS = {

@@ -173,7 +173,7 @@ def demo_table(results):
     for row in results["rows"]:
         low, high = (round(100 * bound) for bound in row["interval"])
         sides = [row[side]["accuracy"] for side in ("seen", "unseen")]
-        shares = [f"{100 * share:.0f}" for share in (*sides, row["exact_chain"])]
+        shares = ["–" if share is None else f"{100 * share:.0f}" for share in (*sides, row["exact_chain"])]
         title = f"{TITLES[row['name']]} (`{row['name']}`)"
         lines.append([title, f"{100 * row['accuracy']:.1f} ({low}–{high})", *shares, PAPER.get(row["name"], "–")])
     head = ["", f"accuracy % (95 %), n = {results['rows'][0]['n']}", "paths SFT showed", "never shown"]

@@ -52,7 +52,7 @@ def rl(*flags, steps=60):
 
 
 def group(G, K):
-    return f"--group-size {G} --policy-rollouts {K}"
+    return f"--algorithm dapo --group-size {G} --policy-rollouts {K}"
 
 
 def cpt(kinds, *flags):
