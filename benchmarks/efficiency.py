@@ -1,4 +1,4 @@
-"""What internalising a policy saves: prompt tokens, time to the first token, tokens a second, FLOPs.
+"""What internalising a policy saves: prompt tokens, time to the first token, tokens per second, FLOPs.
 
     python -m benchmarks.efficiency --model runs/rl --data data/clevr --runs runs/cpt runs/sft runs/rl --out costs.json
 
@@ -33,7 +33,7 @@ RECIPE = (  # METHOD: the paper's ClevrPolicy runs; G and K are ours
 def text_flops(config, tokens, held=0, scored=1):
     """FLOPs of reading `tokens` after `held` cached ones, with next-token scores for `scored` of them.
 
-    Matrix products count 2 a weight and token; attention 4 H C for each pair (token, what it sees).
+    Matrix products count 2 per weight and token; attention 4 H C for each pair (token, what it sees).
     """
     D, H, J, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     weights = D * C * (2 * H + 2 * J) + 3 * D * config.intermediate_size
@@ -96,7 +96,7 @@ def query_flops(config, lengths, response, policy, kept=False):
 
 
 def training_flops(config, run, lengths, steps, batch, response):
-    """FLOPs of a run. Full tuning costs three forward passes a sequence, LoRA two: frozen weights need no gradient.
+    """FLOPs of a run. Full tuning costs three forward passes per sequence, LoRA two: frozen weights need no gradient.
 
     run: its config; steps, batch: updates and items each; response: mean tokens of a response. VM-CPT reads P with
     every item; SFT does not; RL also samples G responses given x and K given (P, x), and learns from G + K given x.
@@ -196,7 +196,7 @@ def read(model, encoded, cache, start=0, pictures=0):
 
 @torch.no_grad()
 def time_query(model, encoded, new_tokens, cache=None, start=0, pictures=0):
-    """(seconds to the first token, tokens a second after it); always `new_tokens` tokens, so that speeds compare."""
+    """(seconds to the first token, tokens per second after it); always `new_tokens` tokens, so that speeds compare."""
     device, cache = model.head_weight.device, cache or Cache()
     began = tick(device)
     token = read(model, encoded, cache, start, pictures)

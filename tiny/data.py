@@ -47,7 +47,7 @@ def thin(items, count, rng):
 
 
 def leave_out(folder, share, sft, seed):
-    """Rewrite a folder's sft.jsonl and cpt.jsonl: `sft` items a policy, none through the sections that are left out."""
+    """Rewrite a folder's sft.jsonl and cpt.jsonl: `sft` items per policy, none through sections left out."""
     policies = json.load(open(os.path.join(folder, "policies.json")))
     read = lambda name: [json.loads(line) for line in open(os.path.join(folder, name))]
     chosen, hidden = [], {}

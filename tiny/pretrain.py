@@ -649,8 +649,8 @@ def main(argv=None):
     positive = min(args.vision_steps, args.text_steps, args.processes) >= 1
     if not positive or args.pictures < HELD + 500 or args.batch < 1024 * args.processes:
         raise InputError(
-            f"found {args.pictures} pictures, {args.batch} tokens an update on {args.processes} processes, "
-            f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens a process at least"
+            f"found {args.pictures} pictures, {args.batch} tokens of an update on {args.processes} processes, "
+            f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens per process at least"
         )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

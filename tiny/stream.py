@@ -1,6 +1,6 @@
 """The text stream that the tiny base learns from: policies and questions about them, packed several to a row.
 
-A row holds groups; a group is a prefix (a policy, mostly) with several queries behind it, and each query sees its own
+A row holds groups; a group is a prefix (a policy, mostly) with several queries after it, and each query sees its own
 prefix and itself only, as if it stood there alone. What is asked:
 
     apply       a picture and a policy: the sentences on the path, recited and decided, then the action
@@ -123,7 +123,7 @@ def scatter(rng, depth, words):
 
 
 class Query:
-    """Tokens behind a prefix, the weight of predicting each, and the pictures among them, as feature numbers."""
+    """Tokens after a prefix, the weight of predicting each, and the pictures among them, as feature numbers."""
 
     def __init__(self, ids, weight, pictures=()):
         self.ids, self.weight, self.pictures = ids, weight, list(pictures)
@@ -340,7 +340,7 @@ class Stream:
         return spoken, True
 
     def check(self, each=3, decisions=6, most=4):
-        """Many decisions about one picture, each behind a bare condition or a whole sentence with random names."""
+        """Many decisions about one picture, each after a bare condition or a whole sentence with random names."""
         rng, queries = self.rng, []
         for scene in rng.integers(len(self.table), size=each):
             ids = [*PICTURE, ID["check"], COLON, *TURN]
