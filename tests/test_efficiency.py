@@ -9,9 +9,7 @@ from small import small_data
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import InputError
-from data.dataset import load_items, load_policies, messages
-from data.efficiency import (
+from benchmarks.efficiency import (
     Cache,
     Lengths,
     grids_of,
@@ -25,6 +23,8 @@ from data.efficiency import (
     training_flops,
     vision_flops,
 )
+from data import InputError
+from data.dataset import load_items, load_policies, messages
 from evaluate import load
 
 

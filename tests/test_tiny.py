@@ -1,4 +1,4 @@
-"""The tiny world: its words, policies, stream and base fit the house that they are made for."""
+"""The tiny world: its words, policies, stream and base fit the code that they are made for."""
 
 import json
 import re
@@ -16,40 +16,21 @@ from data.dataset import load_items, load_policies, messages, target
 from data.referral import recall, referral, visits
 from model import Config, Processor, Qwen25VL, rotate
 from tiny import data as tiny_data
-from tiny import demo, pretrain, report
+from tiny import demo, pretrain, report, study
 from tiny.pretrain import CONFIG, blocks, initialise, orthogonal, patches, predict, prepare, trunk
 from tiny.stream import CROP, PICTURE, Codes, Stream, coded, matches, planted, positions, rows
 from tiny.world import ID, picture, write_tokenizer
 
-BASE = Path(__file__).resolve().parent.parent / "tiny" / "base"
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "tiny" / "base"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small data set of two layers, a third of its sections left out of SFT, some values shown by crops."""
     out = tmp_path_factory.mktemp("tiny") / "data"
-    tiny_data.main(
-        [
-            "--out",
-            str(out),
-            "--depth",
-            "3",
-            "--variant",
-            "M",
-            "--policies",
-            "2",
-            "--queries",
-            "60",
-            "--sft",
-            "6",
-            "--test",
-            "8",
-            "--leave-out",
-            "0.34",
-            "--seed",
-            "3",
-        ]
-    )
+    flags = "--depth 3 --variant M --policies 2 --queries 60 --sft 6 --test 8 --leave-out 0.34 --seed 3"
+    tiny_data.main(["--out", str(out), *flags.split()])
     return out
 
 
@@ -83,7 +64,7 @@ def test_every_word_of_a_data_set_is_one_token_and_comes_back(folder, processor)
 
 
 def test_referral_reads_a_terse_chain_section_by_section(folder):
-    """No full stop parts its sentences: a section is worked through where a decision went before, and not where it is named."""
+    """No full stop parts its sentences: a section counts where a decision led to it, and not where it is only named."""
     policies = load_policies(folder)
     for item in load_items(folder, "test.jsonl", policies):
         policy, due = policies[item["policy"]], [step["node"] for step in item["path"]]
@@ -118,17 +99,12 @@ def test_the_stream_speaks_as_the_processor_does(folder, processor):
     item = load_items(folder, "test.jsonl", policies)[0]
     policy = policies[item["policy"]]
     text = re.split(r"(<image>)", policy["text"])
-    mine = [
-        ID["<|im_start|>"],
-        ID["system"],
-        ID["You are a helpful assistant."],
-        ID["<|im_end|>"],
-        ID["<|im_start|>"],
-        ID["user"],
-    ]
+    start = ("<|im_start|>", "system", "You are a helpful assistant.", "<|im_end|>", "<|im_start|>", "user")
+    mine = [ID[token] for token in start]
     for part in text:
         mine += CROP if part == "<image>" else [ID[word] for word in part.split()]
-    mine += [*PICTURE, ID["apply"], ID[policy["name"]], ID[":"], ID["<|im_end|>"], ID["<|im_start|>"], ID["assistant"]]
+    end = ("apply", policy["name"], ":", "<|im_end|>", "<|im_start|>", "assistant")
+    mine += [*PICTURE, *[ID[token] for token in end]]
     assert processor.encode(messages(item, policy), add_generation_prompt=True).input_ids.tolist() == mine
 
 
@@ -188,7 +164,7 @@ def attention_of(model, layer, ids):
 
 
 def test_prepared_heads_find_what_followed_a_name_before(table):
-    """The circuit that saves the base most of its training: from a second mention to the word behind the first one."""
+    """The circuit that saves the base most of its training: from a second mention to the word after the first one."""
     prefix, _, _, (query,) = Stream(4, table).pairs()
     ids = torch.tensor([[*prefix, *query.ids]])
 
@@ -258,25 +234,10 @@ def test_muon_moves_every_direction_alike():
 
 
 def fake_results():
-    row = {
-        "accuracy": 0.5,
-        "n": 4,
-        "interval": [0.2, 0.8],
-        "exact_chain": 0.25,
-        "seen": {"accuracy": 0.5},
-        "unseen": {"accuracy": None},
-    }
-    return {
-        "seed": 0,
-        "depth": 3,
-        "policy": "P1",
-        "text": "policy P1 <x>",
-        "left_out": ["N1"],
-        "trimpi": "x",
-        "seconds": 1,
-        **report.provenance(),
-        "rows": [{"name": name, **row} for name in demo.ROWS],
-    }
+    row = {"accuracy": 0.5, "n": 4, "interval": [0.2, 0.8], "exact_chain": 0.25}
+    row |= {"seen": {"accuracy": 0.5}, "unseen": {"accuracy": None}}
+    drawn = {"seed": 0, "depth": 3, "policy": "P1", "text": "policy P1 <x>", "left_out": ["N1"], "seconds": 1}
+    return {**drawn, **report.provenance(), "rows": [{"name": name, **row} for name in demo.ROWS]}
 
 
 @pytest.fixture
@@ -302,7 +263,7 @@ def test_the_report_asks_no_network_and_escapes_what_models_say(page):
 
 
 @pytest.mark.parametrize("width", (1280, 400))
-def test_a_browser_opens_the_report_without_a_word_and_nothing_sticks_out(page, width):
+def test_a_browser_opens_the_report_silently_and_nothing_sticks_out(page, width):
     """No error in its console, and no part wider than the window (what is scrolled inside its own box aside)."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser:
@@ -316,24 +277,57 @@ def test_a_browser_opens_the_report_without_a_word_and_nothing_sticks_out(page, 
         .replace("<html", f'<html style="width: {width}px"')
         .replace("</body>", f"<script>document.title = 'wide ' + {measure}</script></body>")
     )
-    shown = lambda file: subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--window-size={width},900",
-            file.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    flags = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --dump-dom".split()
+    call = [browser, *flags, "--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},900"]
+    shown = lambda file: subprocess.run([*call, file.as_uri()], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in shown(page).stderr
     assert width / 2 < float(re.search(r"<title>wide ([\d.]+)", shown(probe).stdout)[1]) <= width
+
+
+def test_the_report_and_the_readme_say_which_loss_the_rows_have(page):
+    """Rows called GRPO have DAPO's loss here, and the paper's figures have the paper's: a table must not hide it."""
+    assert "DAPO's" in report.LOSS and report.LOSS.replace("'", "&#x27;") in page.read_text()
+    assert report.LOSS in report.demo_table(fake_results())
+
+
+def test_the_paper_s_figures_stand_beside_its_own_experiments():
+    """65.85 is the paper's TriMPI, and its CPT has the policy in front: rows in response form have no figure there."""
+    assert report.PAPER["trimpi_paper"] == 65.85 and not {"trimpi", "cpt_response_sft"} & set(report.PAPER)
+    assert set(report.PAPER) <= set(report.TITLES)
+
+
+def test_one_name_is_one_experiment_in_demo_and_study():
+    """Where both have a row of that name, stages and flags are the same, but for the number of RL steps."""
+
+    def flags(run):  # the last one given counts
+        pairs = " ".join(map(str, run[2])).split("--")[1:]
+        return {key: value for key, _, value in (pair.strip().partition(" ") for pair in pairs) if key != "steps"}
+
+    for name, run in demo.RUNS.items():
+        assert run[:2] == study.RUNS[name][:2] and flags(run) == flags(study.RUNS[name])
+    assert set(demo.ROWS) | set(study.RUNS) <= set(report.TITLES)
+
+
+def test_the_readme_s_table_is_the_one_that_the_results_give(tmp_path):
+    """`python -m tiny.demo --tables` and `python -m tiny.study --tables` would change nothing: no figure by hand."""
+    for folder, places in (
+        ("", {"demo": report.demo_table(json.loads((ROOT / "results/demo/results.json").read_text()))}),
+        ("results", study.tables((kept := json.loads((ROOT / "results/study.json").read_text()))["rows"], kept)),
+    ):
+        text = (ROOT / folder / "README.md").read_text()
+        (tmp_path / "README.md").write_text(text)
+        report.fill(tmp_path / "README.md", places)
+        assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_table_without_its_place_is_one_line(tmp_path):
+    """Written elsewhere it would stand twice, and the old one would stay."""
+    (tmp_path / "x.md").write_text("<!-- a -->\n<!-- /a -->\n")
+    with pytest.raises(InputError, match="no place for table 'b'"):
+        report.fill(tmp_path / "x.md", {"b": "| 1 |"})
+    report.fill(tmp_path / "x.md", {"a": "| 1 |"})
+    report.fill(tmp_path / "x.md", {"a": "| 2 |"})
+    assert (tmp_path / "x.md").read_text() == "<!-- a -->\n\n| 2 |\n\n<!-- /a -->\n"
 
 
 def test_the_demo_refuses_a_folder_that_holds_another_run(tmp_path):
@@ -348,22 +342,8 @@ def test_the_base_follows_policies_it_never_read_and_is_small(tmp_path):
     from evaluate import evaluate, load
 
     assert (BASE / "model.safetensors").stat().st_size <= 8 * 2**20
-    tiny_data.main(
-        [
-            "--out",
-            str(tmp_path / "d"),
-            "--depth",
-            "2",
-            "--policies",
-            "4",
-            "--queries",
-            "8",
-            "--test",
-            "12",
-            "--seed",
-            "77",
-        ]
-    )
+    flags = "--depth 2 --policies 4 --queries 8 --test 12 --seed 77"
+    tiny_data.main(["--out", str(tmp_path / "d"), *flags.split()])
     policies = load_policies(tmp_path / "d")
     items = load_items(tmp_path / "d", "test.jsonl", policies)
     model, processor = load(str(BASE))

@@ -1,4 +1,4 @@
-"""ClevrPolicy in the tiny world: terse policies over small pictures, in the format and with the flags of data.clevr_policy.
+"""ClevrPolicy in the tiny world: terse policies over small pictures, with the format and flags of data.clevr_policy.
 
     python -m tiny.data --out DIR --depth 3 --policies 1 --queries 400 --sft 24 --leave-out 0.33 --seed 0
 
@@ -21,7 +21,7 @@ from tiny.world import LOOK, OBJECTS, SIDE, Terse
 
 
 def left_out(policy, share, rng):
-    """Names of about `share` of a policy's sections, whole branches, chosen at random: {section, ...}, never the root."""
+    """Names of about `share` of a policy's sections: whole branches, chosen at random, never the root."""
     nodes = {node["id"]: [c for c in node["branches"].values()] for node in policy["nodes"]}
 
     def under(name):
@@ -47,7 +47,7 @@ def thin(items, count, rng):
 
 
 def leave_out(folder, share, sft, seed):
-    """Rewrite a folder's sft.jsonl and cpt.jsonl: `sft` items a policy, none through the sections that are left out."""
+    """Rewrite a folder's sft.jsonl and cpt.jsonl: `sft` items per policy, none through sections left out."""
     policies = json.load(open(os.path.join(folder, "policies.json")))
     read = lambda name: [json.loads(line) for line in open(os.path.join(folder, name))]
     chosen, hidden = [], {}
@@ -83,31 +83,18 @@ def arguments():
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the data folder to write")
     add("--depth", type=int, default=3, metavar="N", help="layers of decisions, 1 to 6 (default 3)")
-    add(
-        "--variant",
-        choices=("T", "M"),
-        default="T",
-        help="T all text, M half of the values shown by pictures (default T)",
-    )
+    variants = "T all text, M half of the values shown by pictures (default T)"
+    add("--variant", choices=("T", "M"), default="T", help=variants)
     add("--policies", type=int, default=1, metavar="P", help="policies internalised at once, 16 at most (default 1)")
     add("--queries", type=int, default=400, metavar="Q", help="training queries per policy (default 400)")
     add("--sft", type=int, metavar="Q", help="of these with a chain of thought, per policy (default queries / 8)")
     add("--test", type=int, metavar="Q", help="test queries per policy, on unseen scenes (default queries / 10)")
     add("--seed", type=int, default=0, help="the same seed writes the same bytes (default 0)")
     add("--clevr-root", metavar="FOLDER", help="scenes and pictures of a folder in the official CLEVR v1.0 layout")
-    add(
-        "--cpt",
-        default="applied,document,section,response",
-        metavar="KINDS",
-        help=f"kinds of VM-CPT items, of {', '.join(KINDS)} (default all)",
-    )
-    add(
-        "--leave-out",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the sections that no SFT item meets (default 0)",
-    )
+    kinds = f"kinds of VM-CPT items, of {', '.join(KINDS)} (default all)"
+    add("--cpt", default="applied,document,section,response", metavar="KINDS", help=kinds)
+    hidden = "share of the sections that no SFT item meets (default 0)"
+    add("--leave-out", type=float, default=0.0, metavar="SHARE", help=hidden)
     add("--processes", type=int, default=1, metavar="N", help="processes that draw scenes and pictures (default 1)")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
@@ -117,16 +104,11 @@ def main(argv=None):
     args = arguments().parse_args(argv)
     sft = max(1, args.queries // 8) if args.sft is None else args.sft
     test = max(1, args.queries // 10) if args.test is None else args.test
-    if not (
-        1 <= args.depth <= 6
-        and 1 <= args.policies <= 16
-        and 1 <= sft <= args.queries
-        and test >= 1
-        and args.processes >= 1
-    ):
+    few = 1 <= args.depth <= 6 and 1 <= args.policies <= 16 and args.processes >= 1
+    if not (few and 1 <= sft <= args.queries and test >= 1):
         raise InputError(
-            f"--depth {args.depth} --policies {args.policies} --queries {args.queries} --sft {sft} --test {test} found, "
-            "expected 1 to 6 layers, 1 to 16 policies, 1 <= sft <= queries, at least one test query"
+            f"--depth {args.depth} --policies {args.policies} --queries {args.queries} --sft {sft} --test {test} "
+            "found, expected 1 to 6 layers, 1 to 16 policies, 1 <= sft <= queries, at least one test query"
         )
     if not 0 <= args.leave_out < 1:
         raise InputError(f"--leave-out {args.leave_out} found, expected a share from 0 to below 1")
@@ -161,13 +143,11 @@ def main(argv=None):
         )
     hidden = leave_out(args.out, args.leave_out, sft, args.seed) if args.leave_out else {}
     for row in report:
-        print(
-            f"{row['name']:4} {row['nodes']:3} sections {row['responses']:3} responses {row['words']:4} words {row['pictures']:3} pictures"
-            + (f"   left out of SFT: {', '.join(hidden[row['name']])}" if hidden else "")
-        )
-    print(
-        f"{args.out}: {args.policies * args.queries} training queries, {args.policies * sft} with chains, {args.policies * test} test queries"
-    )
+        size = f"{row['nodes']:3} sections {row['responses']:3} responses {row['words']:4} words"
+        missing = f"   left out of SFT: {', '.join(hidden[row['name']])}" if hidden else ""
+        print(f"{row['name']:4} {size} {row['pictures']:3} pictures{missing}")
+    train, chains, test = (args.policies * count for count in (args.queries, sft, test))
+    print(f"{args.out}: {train} training queries, {chains} with chains, {test} test queries")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The whole method on the tiny base, in minutes: one policy that the model never saw, with and without its three stages.
+"""The whole method on the tiny base, in minutes: one policy that the model never saw, with and without the stages.
 
     python -m tiny.demo --out runs/demo --seed 0        (make demo SEED=0)
+    python -m tiny.demo --tables                        write README's table and figure again from results/demo
 
-A third of the policy's sections never occurs in the SFT data. Every stage is one of the scripts that users run, two at a
-time; every row answers the same unseen pictures without the policy in the prompt. Writes results.json, report.html and
-report.png. The rows follow the paper's ablation; `trimpi` learns its CPT items in response form, and the base, which still
-reads policies, samples its policy-aware half (both ours); `trimpi_paper` is as the paper has it.
+A third of the policy's sections never occurs in the SFT data. Every stage is one of the scripts that users run, two at
+a time; every row answers the same unseen pictures without the policy in the prompt. Writes results.json, report.html
+and report.png. The rows follow the paper's ablation. `trimpi` is ours in two points: it learns its CPT items in
+response form, and the base, which still follows policies, samples its policy-aware half; `trimpi_paper` is as the paper
+has it.
 """
 
 import argparse
@@ -21,76 +23,48 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError, command
-from tiny.report import provenance, write_report
+from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "tiny" / "base"
 
-COMMON = [
-    "--full",
-    "--no-train-vision",
-    "--warmup",
-    "5",
-    "--max-prompt",
-    "2000",
-    "--max-response",
-    "200",
-    "--overwrite",
-]
-LEARN = ["--batch-size", "16", "--micro-batch", "16", "--beta2", "0.98"]
-CPT = [*LEARN, "--steps", "60", "--lr", "5e-4"]
-SFT = [*LEARN, "--steps", "40", "--lr", "3e-4"]
-RL = [
-    "--algorithm",
-    "dapo",
-    "--dynamic-tries",
-    "0",
-    "--batch-size",
-    "8",
-    "--micro-batch",
-    "64",
-    "--steps",
-    "80",
-    "--lr",
-    "2e-4",
-    "--beta2",
-    "0.98",
-    "--check",
-    "0",
-]
-GRPO, PORO = (
-    ["--group-size", "8", "--policy-rollouts", "0"],
-    ["--group-size", "4", "--policy-rollouts", "4"],
-)  # equal cost
+COMMON = "--full --no-train-vision --warmup 5 --max-prompt 2000 --max-response 200 --overwrite".split()
+LEARN = "--batch-size 16 --micro-batch 16 --beta2 0.98"
+CPT = f"{LEARN} --steps 60 --lr 5e-4".split()
+SFT = f"{LEARN} --steps 40 --lr 3e-4".split()
+# DAPO's loss (mean over a step's tokens, no KL) on every group: no dynamic sampling. report.LOSS says so under tables.
+RL = "--dynamic-tries 0 --batch-size 8 --micro-batch 64 --steps 80 --lr 2e-4 --beta2 0.98 --check 0".split()
+GRPO = "--algorithm dapo --group-size 8 --policy-rollouts 0".split()
+PORO = "--algorithm dapo --group-size 4 --policy-rollouts 4".split()  # samples as many responses
 
-# name: (script, stage that it starts from, flags)
+# name: (script, stage that it starts from, flags); the names are the study's, too
 RUNS = {
     "sft": ("train_sft", None, SFT),
-    "cpt": ("train_cpt", None, [*CPT, "--kinds", "response"]),
-    "cpt_paper": ("train_cpt", None, [*CPT, "--kinds", "applied"]),
+    "cpt_response": ("train_cpt", None, [*CPT, "--kinds", "response"]),
+    "cpt": ("train_cpt", None, [*CPT, "--kinds", "applied"]),
     "sft_poro": ("train_rl", "sft", [*RL, *PORO]),
     "sft_grpo": ("train_rl", "sft", [*RL, *GRPO]),
+    "cpt_response_sft": ("train_sft", "cpt_response", SFT),
     "cpt_sft": ("train_sft", "cpt", SFT),
-    "cpt_paper_sft": ("train_sft", "cpt_paper", SFT),
-    "trimpi": ("train_rl", "cpt_sft", [*RL, *PORO, "--frozen-sampler", "base"]),
-    "cpt_sft_grpo": ("train_rl", "cpt_sft", [*RL, *GRPO]),
-    "trimpi_paper": ("train_rl", "cpt_paper_sft", [*RL, *PORO]),
+    "trimpi": ("train_rl", "cpt_response_sft", [*RL, *PORO, "--frozen-sampler", "base"]),
+    "cpt_response_sft_grpo": ("train_rl", "cpt_response_sft", [*RL, *GRPO]),
+    "trimpi_paper": ("train_rl", "cpt_sft", [*RL, *PORO]),
 }
-ROWS = ["in_context", "no_policy", "sft", "cpt_sft", "sft_grpo", "sft_poro", "cpt_sft_grpo", "trimpi", "trimpi_paper"]
+ROWS = ("in_context no_policy sft cpt_response_sft sft_grpo sft_poro cpt_response_sft_grpo trimpi trimpi_paper").split()
+OWN = "--queries 400 --sft 24 --test 200 --leave-out 0.34".split()
+OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  # to keep in practice on
 
 
 def call(arguments, log):
-    """Run one of the house's commands in a process of its own; its words go to a file, its error becomes ours."""
+    """Run one of our commands in a process of its own; what it prints goes to a file, its error becomes ours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        to_file = {"stdout": file, "stderr": subprocess.STDOUT}
+        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, **to_file)
     if done.returncode:
         last = Path(log).read_text().strip().splitlines()[-1:] or [""]
-        raise InputError(
-            f"{arguments[0]} {arguments[1]}: ended with code {done.returncode}, {last[0]} (whole log: {log})"
-        )
+        said = f"{arguments[0]} {arguments[1]}: ended with code {done.returncode}, {last[0]}"
+        raise InputError(f"{said} (whole log: {log})")
 
 
 def steps_done(run):
@@ -106,25 +80,11 @@ def train(name, out, base, data, replay, seed, slot):
     folder, began = out / name, time.time()
     start = ["--init", out / before] if before else []
     extra = ["--replay", replay] if script != "train_rl" else []
-    arguments = [
-        f"{script}.py",
-        "--model",
-        base,
-        *start,
-        "--data",
-        data,
-        "--out",
-        folder,
-        *extra,
-        *COMMON,
-        *flags,
-        "--seed",
-        seed,
-    ]
+    paths = ["--model", base, *start, "--data", data, "--out", folder, *extra]
     total = int(flags[flags.index("--steps") + 1])
-    with tqdm(total=total, desc=f"{name:14}", unit="step", position=slot, leave=True, disable=None) as bar:
+    with tqdm(total=total, desc=f"{name:21}", unit="step", position=slot, leave=True, disable=None) as bar:
         with ThreadPoolExecutor(1) as one:
-            work = one.submit(call, arguments, out / f"{name}.log")
+            work = one.submit(call, [f"{script}.py", *paths, *COMMON, *flags, "--seed", seed], out / f"{name}.log")
             while not work.done():
                 bar.update(steps_done(folder) - bar.n)
                 time.sleep(0.3)
@@ -135,30 +95,13 @@ def train(name, out, base, data, replay, seed, slot):
 
 def evaluate(row, out, model, data):
     """One row of the table: accuracy on unseen pictures, on paths with and without sections that SFT showed."""
+    paths = ["--model", model, "--data", data, "--out", out / "eval", "--seen", Path(data) / "sft.jsonl"]
     aware = ["--policy-in-context"] if row == "in_context" else []
-    call(
-        [
-            "evaluate.py",
-            "--model",
-            model,
-            "--data",
-            data,
-            "--out",
-            out / "eval",
-            "--name",
-            row,
-            "--seen",
-            Path(data) / "sft.jsonl",
-            "--max-response",
-            200,
-            *aware,
-        ],
-        out / f"{row}.eval.log",
-    )
+    call(["evaluate.py", *paths, "--name", row, "--max-response", 200, *aware], out / f"{row}.eval.log")
 
 
 def run_all(out, base, data, replay, seed):
-    """Every run after the one that it starts from, two at a time, each followed by its evaluation -> {name: seconds}."""
+    """Every run after the one it starts from, two at a time, each followed by its evaluation -> {name: seconds}."""
     seconds, waiting, finished, slots = {}, list(RUNS), set(), [0, 1]
 
     def one(name, slot):
@@ -186,21 +129,49 @@ def run_all(out, base, data, replay, seed):
     return seconds
 
 
+def draw_data(out, depth, seed, clevr_root):
+    """The policy with its queries, and other policies for replay -> their two folders; drawn at the same time."""
+    data, replay = out / "data", out / "others"
+    own = OWN
+    if clevr_root:
+        scenes = lambda split: json.loads(Path(clevr_root, "scenes", f"CLEVR_{split}_scenes.json").read_text())[
+            "scenes"
+        ]
+        train, test = len(scenes("train")), len(scenes("val"))
+        own = ["--clevr-root", Path(clevr_root).resolve()]
+        own += ["--queries", train, "--sft", max(1, train // 2), "--test", test]
+    draw = ["-m", "tiny.data", "--depth", depth]
+    own = [*draw, "--out", data, "--seed", seed, "--cpt", "applied,document,response", *own]
+    others = [*draw, "--out", replay, "--seed", seed + 1000, *OTHERS]
+    with ThreadPoolExecutor(2) as pool:
+        for work in [pool.submit(call, own, out / "data.log"), pool.submit(call, others, out / "others.log")]:
+            work.result()
+    return data, replay
+
+
+def write_tables():
+    """README's table and results/demo/report.png, from results/demo/results.json."""
+    folder = ROOT / "results" / "demo"
+    results = json.loads((folder / "results.json").read_text())
+    fill(ROOT / "README.md", {"demo": demo_table(results)})
+    draw_demo(results["rows"], folder / "report.png")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m tiny.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", default="runs/demo", metavar="DIR", help="folder of all runs and the report (default runs/demo)"
-    )
-    parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
-    parser.add_argument("--depth", type=int, default=3, help="layers of the policy (default 3)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the policy, the scenes and the training (default 0)")
-    parser.add_argument(
-        "--clevr-root", metavar="FOLDER", help="pictures of a folder in the official CLEVR layout instead of our own"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    add = parser.add_argument
+    add("--out", default="runs/demo", metavar="DIR", help="folder of all runs and the report (default runs/demo)")
+    add("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    add("--depth", type=int, default=3, help="layers of the policy (default 3)")
+    add("--seed", type=int, default=0, help="draws the policy, the scenes and the training (default 0)")
+    add("--clevr-root", metavar="FOLDER", help="pictures of a folder in the official CLEVR layout instead of our own")
+    add("--overwrite", action="store_true", help="replace the folder if it exists")
+    add("--tables", action="store_true", help="train nothing; write README's table and figure from results/demo")
     args = parser.parse_args(argv)
+    if args.tables:
+        return write_tables()
     out, began = Path(args.out).resolve(), time.time()
     if not Path(args.model, "model.safetensors").is_file():
         raise InputError(
@@ -213,66 +184,14 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
 
     print(
-        f"drawing a policy of {args.depth} layers, its pictures, and others to keep in practice on (seed {args.seed})",
-        flush=True,
+        f"drawing a policy of {args.depth} layers, its pictures, and policies to replay (seed {args.seed})", flush=True
     )
-    data, replay = out / "data", out / "others"
-    own = [
-        "-m",
-        "tiny.data",
-        "--out",
-        data,
-        "--depth",
-        args.depth,
-        "--seed",
-        args.seed,
-        "--cpt",
-        "applied,document,response",
-    ]
-    if args.clevr_root:
-        counts = {
-            split: len(json.loads(Path(args.clevr_root, "scenes", f"CLEVR_{split}_scenes.json").read_text())["scenes"])
-            for split in ("train", "val")
-        }
-        own += [
-            "--clevr-root",
-            Path(args.clevr_root).resolve(),
-            "--queries",
-            counts["train"],
-            "--sft",
-            max(1, counts["train"] // 2),
-            "--test",
-            counts["val"],
-        ]
-    else:
-        own += ["--queries", 400, "--sft", 24, "--test", 200, "--leave-out", 0.34]
-    others = [
-        "-m",
-        "tiny.data",
-        "--out",
-        replay,
-        "--depth",
-        args.depth,
-        "--seed",
-        args.seed + 1000,
-        "--policies",
-        12,
-        "--queries",
-        24,
-        "--sft",
-        24,
-        "--test",
-        1,
-        "--cpt",
-        "applied",
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        for work in [pool.submit(call, own, out / "data.log"), pool.submit(call, others, out / "others.log")]:
-            work.result()
-
+    data, replay = draw_data(out, args.depth, args.seed, args.clevr_root)
     seconds = run_all(out, Path(args.model).resolve(), data, replay, args.seed)
     found = {row["name"]: row for row in json.loads((out / "eval" / "results.json").read_text())["rows"]}
     policy = json.loads((data / "policies.json").read_text())[0]
+    hidden = data / "left_out.json"
+    kept = lambda row: {key: value for key, value in found[row].items() if key not in ("by_policy", "model")}
     results = {
         "seed": args.seed,
         "depth": args.depth,
@@ -280,18 +199,8 @@ def main(argv=None):
         "text": policy["text"],
         "seconds": round(time.time() - began),
         **provenance(),
-        "left_out": json.loads((data / "left_out.json").read_text())[policy["name"]]
-        if (data / "left_out.json").exists()
-        else [],
-        "trimpi": "CPT items in response form, CoT-SFT with replay, PolicyRollout 4 + 4 whose policy-aware half the base samples; "
-        "trimpi_paper: CPT items with the policy in front, the model itself samples",
-        "rows": [
-            {
-                **{k: v for k, v in found[row].items() if k not in ("by_policy", "model")},
-                "train_seconds": round(seconds.get(row, 0)),
-            }
-            for row in ROWS
-        ],
+        "left_out": json.loads(hidden.read_text())[policy["name"]] if hidden.exists() else [],
+        "rows": [{**kept(row), "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     write_report(out, results)
@@ -300,15 +209,14 @@ def main(argv=None):
 
 
 def table(results):
-    """The rows as text: accuracy with its interval, on paths that SFT has shown and others, and the share of exact chains."""
-    lines = [f"\n{'':14}  {'accuracy':>8}  {'95 % interval':>14}  {'seen':>5}  {'unseen':>6}  {'chains':>6}  {'n':>4}"]
-    share = lambda x: "-" if x is None else f"{x:.2f}"
+    """The rows as text: accuracy with its interval, on paths that SFT showed and others, share of exact chains."""
+    lines = [f"\n{'':21}  {'accuracy':>8}  {'95 % interval':>14}  {'seen':>5}  {'unseen':>6}  {'chains':>6}  {'n':>4}"]
     for row in results["rows"]:
         low, high = row["interval"]
-        sides = [share(row[side]["accuracy"]) if side in row else "-" for side in ("seen", "unseen")]
-        lines.append(
-            f"{row['name']:14}  {row['accuracy']:8.3f}  [{low:.3f}, {high:.3f}]  {sides[0]:>5}  {sides[1]:>6}  {row['exact_chain']:6.2f}  {row['n']:4}"
-        )
+        shares = [(row.get(side) or {}).get("accuracy") for side in ("seen", "unseen")]
+        seen, unseen = ("-" if share is None else f"{share:.2f}" for share in shares)
+        start = f"{row['name']:21}  {row['accuracy']:8.3f}  [{low:.3f}, {high:.3f}]  {seen:>5}  {unseen:>6}"
+        lines.append(f"{start}  {row['exact_chain']:6.2f}  {row['n']:4}")
     return "\n".join(lines)
 
 

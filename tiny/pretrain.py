@@ -1,15 +1,16 @@
-"""The tiny base from nothing: a Qwen2.5-VL of 1.9 M parameters that sees small scenes and follows policies it never read.
+"""The tiny base from nothing: a Qwen2.5-VL of 1.9 M parameters that sees small scenes and follows new policies.
 
     python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
 
     1. pictures   96,000 scenes with the object that each pixel shows
     2. vision     size, colour, material and shape of every patch's object; full pictures and crops
     3. features   the frozen tower's view of every picture, kept
-    4. words      the merger maps what a picture token shows to the sum of its words; two attention layers start as a lookup
+    4. words      the merger maps what a picture token shows to the sum of its words; attention starts as a lookup
     5. text       tiny/stream.py: looking, looking up, applying policies of one to six layers, with crops at the end
 
-Learning to look a name up from random weights takes most of such a training; here the weights start as the circuit that
-does it (previous token -> matching token -> copy), and a few hundred steps finish it. Muon moves the matrices, AdamW the rest.
+From random weights, most of such a training is spent learning to look a name up. Here the weights start as the circuit
+that does it (previous token -> matching token -> copy), and a few hundred steps finish it. Muon moves the matrices,
+AdamW the rest.
 
 Axes: B pictures or rows, N patches, T tokens, D width, K head dim, V vocab.
 """
@@ -48,7 +49,8 @@ CONFIG = {
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "max_position_embeddings": 4096,
     "tie_word_embeddings": True, "bos_token_id": ID["<|endoftext|>"], "eos_token_id": ID["<|im_end|>"],
     "vision_start_token_id": ID["<|vision_start|>"], "vision_end_token_id": ID["<|vision_end|>"],
-    "vision_token_id": ID["<|vision_pad|>"], "image_token_id": ID["<|image_pad|>"], "video_token_id": ID["<|video_pad|>"],
+    "vision_token_id": ID["<|vision_pad|>"], "image_token_id": ID["<|image_pad|>"],
+    "video_token_id": ID["<|video_pad|>"],
     "vision_config": {
         "depth": 3, "hidden_size": WIDTH, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": WIDTH,
         "fullatt_block_indexes": [2], "window_size": SIDE, "patch_size": 14, "temporal_patch_size": 2,
@@ -60,7 +62,7 @@ CONFIG = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix by five Newton-Schulz steps: every direction of a matrix moves alike."""
+    """Momentum, then the nearest orthogonal matrix by five Newton-Schulz steps: all directions move alike."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -109,7 +111,7 @@ MEAN, STD = (
 
 
 def patches(images):
-    """uint8 (B, S, S, 3) -> the processor's patches without the doubled frame, (B, N, 588), merge block by merge block."""
+    """uint8 (B, S, S, 3) -> the processor's patches without the doubled frame, (B, N, 588), by merge blocks."""
     x = (images.astype(np.float32) / 255 - MEAN) / STD
     g = images.shape[1] // 14
     x = x.reshape(-1, g // 2, 2, 14, g // 2, 2, 14, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
@@ -117,7 +119,7 @@ def patches(images):
 
 
 def blocks(index, side, clear, some):
-    """Which object a square of `side` pixels shows, merge block by merge block: (B, squares), -1 ground, -2 too little to say."""
+    """Which object a square of `side` pixels shows, by merge blocks: (B, squares), -1 ground, -2 too little to say."""
     g = index.shape[1] // side
     x = index.reshape(-1, g, side, g, side).transpose(0, 1, 3, 2, 4)
     if side == 14:
@@ -140,7 +142,7 @@ def trunk(visual, x):
 
 
 def fitted(image, index, thing, rng, wider=1.0):
-    """A square about one object, which fills it if `wider` is 1, enlarged to 56 pixels: picture, object index, all inside?"""
+    """A square about one object, filled by it if `wider` is 1, enlarged to 56 pixels: picture, object index, inside?"""
     ys, xs = np.nonzero(index == thing)
     reach = max(6, max(np.ptp(ys), np.ptp(xs)) / 2 * rng.uniform(1.05, 1.45) + 1) * wider
     y, x = (ys.min() + ys.max()) / 2, (xs.min() + xs.max()) / 2
@@ -158,7 +160,7 @@ def cut_out(image, index, spot, rng):
 
 
 def train_vision(model, world, out, steps, batch=128):
-    """Dense labels: every patch names the object it shows; every third batch are crops, the others shifted; half of all is mirrored."""
+    """Dense labels: every patch names its object. Every third batch are crops, the others shifted; half is mirrored."""
     image, index, table, spot = world
     visual, head = model.visual, nn.Linear(WIDTH, sum(LABELS.values()))
     matrices = [p for name, p in visual.blocks.named_parameters() if p.ndim == 2]
@@ -224,8 +226,10 @@ def train_vision(model, world, out, steps, batch=128):
 
 @torch.inference_mode()
 def write_features(model, world, out, batch=128):
-    """What the frozen tower makes of every picture (S, 64, D) and of two crops of each (2 S, 16, D), in half precision: one
-    that an object fills, and one as wide as a large cube in its place, where small looks small (data.clevr_policy.croppable).
+    """What the frozen tower makes of every picture (S, 64, D) and of two crops of each (2 S, 16, D), in half precision.
+
+    One crop is filled by an object; the other is as wide as a large cube, so that small looks small
+    (data.clevr_policy.croppable).
     """
     image, index, table, _ = world
     S, rng = len(image), np.random.default_rng(1)
@@ -257,10 +261,10 @@ def write_features(model, world, out, batch=128):
 def prepare(model, seed=0):
     """Set attention heads to look names up, and words to directions that picture tokens can be sums of.
 
-    Layer 0: heads 0 and 1 pass on the token before; head 2 the latest node name, which is the sentence's; head 3 the words
-    of the condition. Layer 1: head 0 passes on the sentence's name at the token before; heads 1 and 2 find the place whose
-    token before equals this token, and copy what stands there. Layer 2: heads 0 and 1 the same within the sentence of the
-    same name. Heads 3 of layer 1 and 2 of layer 2 attend to the picture tokens that show the condition's words.
+    Layer 0: heads 0 and 1 pass on the token before; head 2 the latest node name, which is the sentence's; head 3 the
+    words of the condition. Layer 1: head 0 passes on the sentence's name at the token before; heads 1 and 2 find the
+    place whose token before equals this token, and copy what stands there. Layer 2: heads 0 and 1 the same within the
+    sentence of the same name. Heads 3 of layer 1 and 2 of layer 2 attend to the picture tokens that show the words.
     Returns {word: direction (D,)} of the 15 attribute values, and the direction of "I am a picture".
     """
     g = torch.Generator().manual_seed(seed)
@@ -494,7 +498,7 @@ def predict(model, batch, full, crop):
 
 @torch.no_grad()
 def exact(model, source, full, crop, tests, count):
-    """Share of queries whose every word is predicted, which is what greedy answers would get exactly right, per test."""
+    """Share of queries whose every word is predicted, per test: what greedy answers would get exactly right."""
     scores = {}
     for name, (kind, arguments) in tests.items():
         length = 1024 if arguments.get("depth") == 6 or arguments.get("crops") else 512
@@ -633,29 +637,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m tiny.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out",
-        default="runs/tiny",
-        metavar="DIR",
-        help="working folder; stages that it holds are not done again (default runs/tiny)",
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=96000, help="scenes to draw, 2000 of them held out (default 96000)"
-    )
-    parser.add_argument("--vision-steps", type=int, default=6000, help="batches of 128 pictures (default 6000)")
-    parser.add_argument("--text-steps", type=int, default=3300, help="updates of the text stage (default 3300)")
-    parser.add_argument("--batch", type=int, default=8192, help="tokens an update, over all processes (default 8192)")
-    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default 2)")
-    parser.add_argument("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
+    add = parser.add_argument
+    add("--out", default="runs/tiny", metavar="DIR", help="working folder; stages in it are kept (default runs/tiny)")
+    add("--pictures", type=int, default=96000, help="scenes to draw, 2000 of them held out (default 96000)")
+    add("--vision-steps", type=int, default=6000, help="batches of 128 pictures (default 6000)")
+    add("--text-steps", type=int, default=3300, help="updates of the text stage (default 3300)")
+    add("--batch", type=int, default=8192, help="tokens of an update, over all processes (default 8192)")
+    add("--processes", type=int, default=2, help="processes of one thread each (default 2)")
+    add("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
     args = parser.parse_args(argv)
-    if (
-        args.pictures < HELD + 500
-        or min(args.vision_steps, args.text_steps, args.processes) < 1
-        or args.batch < 1024 * args.processes
-    ):
+    positive = min(args.vision_steps, args.text_steps, args.processes) >= 1
+    if not positive or args.pictures < HELD + 500 or args.batch < 1024 * args.processes:
         raise InputError(
-            f"found {args.pictures} pictures, {args.batch} tokens an update on {args.processes} processes, "
-            f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens a process at least"
+            f"found {args.pictures} pictures, {args.batch} tokens of an update on {args.processes} processes, "
+            f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens per process at least"
         )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

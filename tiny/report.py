@@ -1,6 +1,7 @@
 """The demo's report: one HTML file that asks no network for anything, and the same bars as a PNG.
 
 write_report(out, results)      out: the demo's folder; results: what it writes to results.json
+fill(path, blocks)              tables in their marked places of a document
 provenance()                    what results were made with
 """
 
@@ -15,35 +16,84 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import InputError
+
+LOSS = (
+    "Loss of rows with GRPO or PolicyRollout: DAPO's, the mean over a step's tokens, clipped at 0.2 and 0.28, no KL, "
+    "no dynamic sampling unless stated. 8 responses per query, for PolicyRollout 4 + 4 unless stated."
+)
+OURS = (
+    "trimpi: CPT items in response form, CoT-SFT, PolicyRollout 4 + 4 whose policy-aware half the base samples. "
+    "trimpi_paper: CPT items with the policy in front, CoT-SFT, PolicyRollout 4 + 4 sampled by the model itself."
+)
 PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474): another model, another size of policy
     "in_context": 13.15,
     "sft": 17.80,
     "cpt_sft": 22.75,
-    "sft_grpo": 47.05,
+    "sft_grpo": 47.05,  # the paper's GRPO, with its own loss and KL
+    "sft_dapo": 67.60,
     "cpt_sft_grpo": 55.90,
-    "trimpi": 65.85,
+    "trimpi_paper": 65.85,  # PoRo-GRPO; its PoRo-DAPO has 77.80
 }
-TITLES = {
+TITLES = {  # rows of the demo and of the study, in words
     "in_context": "policy in the prompt, untrained",
     "no_policy": "untrained, without the policy",
     "sft": "CoT-SFT",
-    "cpt_sft": "CPT + SFT",
     "sft_grpo": "SFT + GRPO",
     "sft_poro": "SFT + PolicyRollout",
-    "cpt_sft_grpo": "CPT + SFT + GRPO",
-    "trimpi": "TriMPI (our CPT and sampler)",
-    "trimpi_paper": "TriMPI (as in the paper)",
-    "sft_dapo": "SFT + DAPO",
-    "sft_poro_dapo": "SFT + PoRo-DAPO",
+    "sft_dapo": "SFT + GRPO, dynamic sampling",
+    "sft_poro_dapo": "SFT + PolicyRollout, dynamic sampling",
     "cpt": "CPT",
+    "cpt_sft": "CPT + SFT",
+    "cpt_sft_grpo": "CPT + SFT + GRPO",
+    "trimpi_paper": "TriMPI as in the paper",
     "cpt_response": "CPT in response form",
     "cpt_response_sft": "CPT in response form + SFT",
     "cpt_response_sft_grpo": "CPT in response form + SFT + GRPO",
+    "trimpi": "TriMPI, our CPT and sampler",
+    "poro 7+1": "SFT + PolicyRollout 7 + 1",
+    "poro 6+2": "SFT + PolicyRollout 6 + 2",
+    "poro 2+6": "SFT + PolicyRollout 2 + 6",
+    "statistics apart": "group statistics of the halves apart",
+    "standard half only": "gradients from the standard half only",
+    "true sampler's ratio": "ratio against the true sampler, truncated",
+    "right ones only": "right policy-aware responses only",
+    "frozen sampler": "SFT + PolicyRollout, frozen sampler",
+    "replay in RL": "SFT + PolicyRollout, replay of other policies",
+    "frozen sampler, replay, long": "SFT + PolicyRollout, frozen sampler, replay, 180 steps",
+    "trimpi, replay, long": "TriMPI, ours, replay, 180 steps",
+    "cpt sections": "CPT on single sections",
+    "cpt sections, sft": "CPT on single sections + SFT",
+    "cpt sections, sft, poro": "CPT on single sections + SFT + PolicyRollout",
+    "cpt documents": "CPT on documents",
+    "cpt documents, sft": "CPT on documents + SFT",
+    "cpt documents, sft, poro": "CPT on documents + SFT + PolicyRollout",
+    "cpt all forms": "CPT on documents, response and paper's form",
+    "cpt all forms, sft": "CPT on all three + SFT",
+    "cpt all forms, sft, poro": "CPT on all three + SFT + PolicyRollout",
+    "cpt half masked": "CPT, half of the picture tokens unmasked",
+    "cpt half masked, sft": "CPT, half unmasked + SFT",
+    "cpt unmasked": "CPT, all picture tokens unmasked",
+    "cpt unmasked, sft": "CPT, all unmasked + SFT",
+    "sft, as long as cpt and sft": "SFT, 100 steps",
+    "sft, as long, poro": "SFT, 100 steps + PolicyRollout",
+    "base, poro": "PolicyRollout from the base, no SFT, 120 steps",
+    "cpt, poro": "CPT in response form + PolicyRollout, no SFT",
+    "sft on all data": "SFT on chains of all 400 queries, 120 steps",
+    "answers only": "SFT on answers only",
+    "lora": "SFT with LoRA",
+    "policy in the prompt": "SFT with P in the prompt, removed at test",
+    "opcd": "OPCD, the sampled token's log-ratio",
+    "opcd, all words": "OPCD, KL over all tokens",
+    "recall reward": "SFT + GRPO with PA3's recall reward",
+    "icpo": "ICPO 7 + 1: right ones only, shaped ratio, bonus",
 }
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 62rem; color: #1c2430; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 62rem }
+body { color: #1c2430; background: #fff }
 h1 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-svg { width: 100%; height: auto; display: block } .bars { max-width: 40rem } svg text { font: 13px system-ui, sans-serif; fill: #1c2430 }
+svg { width: 100%; height: auto; display: block } .bars { max-width: 40rem }
+svg text { font: 13px system-ui, sans-serif; fill: #1c2430 }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap }
@@ -67,9 +117,8 @@ def cpu_name():
 
 def provenance():
     """{"hardware", "torch", "commit"} of results made here and now; "-dirty": with changes that are not committed."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "hardware": f"{os.cpu_count()} cores, {cpu_name()}",
         "torch": torch.__version__,
@@ -100,35 +149,58 @@ def lines_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
 
 
+def markdown_table(head, lines):
+    """A table: a heading, then a list of cells for each line."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def fill(path, blocks):
+    """Write each {name: text} between <!-- name --> and <!-- /name --> of a document, made if it is missing."""
+    path = Path(path)
+    text = path.read_text() if path.exists() else "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in blocks)
+    for name, block in blocks.items():
+        first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(first) != 1 or text.count(last) != 1:
+            raise InputError(f"{path}: found no place for table {name!r}, expected one {first.strip()} ... {last}")
+        text = text[: text.index(first) + len(first)] + f"\n{block}\n\n" + text[text.index(last) :]
+    path.write_text(text)
+
+
+def demo_table(results):
+    """README's table of the demo."""
+    lines = []
+    for row in results["rows"]:
+        low, high = (round(100 * bound) for bound in row["interval"])
+        sides = [row[side]["accuracy"] for side in ("seen", "unseen")]
+        shares = ["–" if share is None else f"{100 * share:.0f}" for share in (*sides, row["exact_chain"])]
+        title = f"{TITLES[row['name']]} (`{row['name']}`)"
+        lines.append([title, f"{100 * row['accuracy']:.1f} ({low}–{high})", *shares, PAPER.get(row["name"], "–")])
+    head = ["", f"accuracy % (95 %), n = {results['rows'][0]['n']}", "paths SFT showed", "never shown"]
+    return markdown_table([*head, "exact chains", "paper, 7B, N = 6"], lines) + f"\n\n{LOSS}"
+
+
 def bars(rows):
     """Accuracy with its interval as SVG: all paths, and beneath them the paths with sections that SFT never showed."""
     left, right, step = 18, 432, 54
-    x = lambda share: left + share * (right - left)
-    out = [
-        f'<svg class="bars" viewBox="0 0 480 {step * len(rows) + 28}" role="img" aria-label="accuracy of every row">'
-    ]
+    x, high = lambda share: left + share * (right - left), step * len(rows)
+    out = [f'<svg class="bars" viewBox="0 0 480 {high + 28}" role="img" aria-label="accuracy of every row">']
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        out.append(
-            f'<line x1="{x(tick)}" x2="{x(tick)}" y1="4" y2="{step * len(rows) + 4}" stroke="#e6eaf0"/>'
-            f'<text x="{x(tick)}" y="{step * len(rows) + 20}" text-anchor="middle">{tick:.2f}</text>'
-        )
+        out.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="4" y2="{high + 4}" stroke="#e6eaf0"/>')
+        out.append(f'<text x="{x(tick)}" y="{high + 20}" text-anchor="middle">{tick:.2f}</text>')
     for k, row in enumerate(rows):
-        y, (low, high) = k * step + 18, row["interval"]
-        out.append(f'<text x="{left}" y="{y - 4}">{TITLES[row["name"]]}</text>')
-        out.append(f'<rect x="{left}" y="{y}" width="{x(row["accuracy"]) - left}" height="18" fill="{BLUE}"/>')
-        out.append(
-            f'<line x1="{x(low)}" x2="{x(high)}" y1="{y + 9}" y2="{y + 9}" stroke="#1c2430" stroke-width="1.5"/>'
+        y, ends, accuracy = k * step + 18, [x(end) for end in row["interval"]], row["accuracy"]
+        bar = lambda top, share, height, fill: (
+            f'<rect x="{left}" y="{top}" width="{x(share) - left}" height="{height}" fill="{fill}"/>'
         )
-        unseen = row.get("unseen") or {}
-        if unseen.get("accuracy") is not None:
-            out.append(
-                f'<rect x="{left}" y="{y + 19}" width="{x(unseen["accuracy"]) - left}" height="8" fill="{PALE}"/>'
-            )
+        out.append(f'<text x="{left}" y="{y - 4}">{TITLES[row["name"]]}</text>{bar(y, accuracy, 18, BLUE)}')
+        out.append(f'<line x1="{ends[0]}" x2="{ends[1]}" y1="{y + 9}" y2="{y + 9}" stroke="{INK}" stroke-width="1.5"/>')
+        unseen = (row.get("unseen") or {}).get("accuracy")
+        out.append("" if unseen is None else bar(y + 19, unseen, 8, PALE))
         if row["name"] in PAPER:
-            out.append(
-                f'<circle cx="{x(PAPER[row["name"]] / 100)}" cy="{y + 9}" r="4.5" fill="#fff" stroke="{RED}" stroke-width="2.5"/>'
-            )
-        out.append(f'<text x="{right + 8}" y="{y + 14}">{row["accuracy"]:.2f}</text>')
+            at = f'cx="{x(PAPER[row["name"]] / 100)}" cy="{y + 9}"'
+            out.append(f'<circle {at} r="4.5" fill="#fff" stroke="{RED}" stroke-width="2.5"/>')
+        out.append(f'<text x="{right + 8}" y="{y + 14}">{accuracy:.2f}</text>')
     return "\n".join([*out, "</svg>"])
 
 
@@ -136,21 +208,18 @@ def curve(title, rows):
     """Share of right responses over the steps of one RL run, standard and policy-aware halves, as SVG."""
     width, height = 270, 120
     out = [
-        f'<svg viewBox="0 0 300 162" role="img" aria-label="{title}: right responses over training">'
-        f'<text x="18" y="14">{title}</text><rect x="18" y="20" width="{width}" height="{height}" fill="none" stroke="#dde3ea"/>'
-        f'<text x="12" y="30" text-anchor="end">1</text><text x="12" y="{20 + height}" text-anchor="end">0</text>'
-        f'<text x="{18 + width}" y="{36 + height}" text-anchor="end">step {len(rows)}</text>'
+        f'<svg viewBox="0 0 300 162" role="img" aria-label="{title}: right responses over training">',
+        f'<text x="18" y="14">{title}</text>',
+        f'<rect x="18" y="20" width="{width}" height="{height}" fill="none" stroke="#dde3ea"/>',
+        f'<text x="12" y="30" text-anchor="end">1</text><text x="12" y="{20 + height}" text-anchor="end">0</text>',
+        f'<text x="{18 + width}" y="{36 + height}" text-anchor="end">step {len(rows)}</text>',
     ]
     for key, color in (("accuracy", BLUE), ("accuracy_aware", RED)):
         values = [row.get(key, 0) for row in rows]
         if any(values):
-            values = [
-                sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1]) for i in range(len(values))
-            ]
-            points = " ".join(
-                f"{18 + width * i / max(1, len(values) - 1):.1f},{20 + height * (1 - v):.1f}"
-                for i, v in enumerate(values)
-            )
+            means = [np.mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+            across = width / max(1, len(means) - 1)
+            points = " ".join(f"{18 + across * i:.1f},{20 + height * (1 - v):.1f}" for i, v in enumerate(means))
             out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
     return "".join([*out, "</svg>"])
 
@@ -158,47 +227,35 @@ def curve(title, rows):
 def cases(out, results, count=4):
     """Some test pictures with every row's response and the path that it should have taken, unseen sections first."""
     items = {item["id"]: item for item in lines_of(out / "data" / "test.jsonl")}
-    said = {
-        row["name"]: {r["id"]: r for r in lines_of(out / "eval" / f"{row['name']}.jsonl")} for row in results["rows"]
-    }
-    first = next(iter(said.values()))
+    names = [row["name"] for row in results["rows"]]
+    said = {name: {r["id"]: r for r in lines_of(out / "eval" / f"{name}.jsonl")} for name in names}
+    first, code = next(iter(said.values())), lambda text: f"<br><code>{html.escape(text)}</code>"
     order = sorted(first, key=lambda key: (bool(first[key].get("seen", True)), key))
-    chosen = order[: count // 2] + order[-(count - count // 2) :]
     parts = []
-    for key in dict.fromkeys(chosen):
+    for key in dict.fromkeys(order[: count // 2] + order[-(count - count // 2) :]):
         item = items[key]
         picture = base64.b64encode((out / "data" / item["images"][0]).read_bytes()).decode()
         kind = "a section that SFT never showed" if not first[key].get("seen", True) else "sections that SFT showed"
-        lines = [
-            f"<div><b>{html.escape(item['answer'])}</b> <small>{kind}</small><br><code>{html.escape(item['cot'])}</code>"
-        ]
+        lines = [f"<div><b>{html.escape(item['answer'])}</b> <small>{kind}</small>{code(item['cot'])}"]
         for name, responses in said.items():
-            response = responses[key]
-            mark = "right" if response["correct"] else "wrong"
-            text = response["response"] if len(response["response"]) < 400 else response["response"][:380] + " …"
-            lines.append(
-                f'<p><small>{TITLES[name]}: <span class="{mark}">{mark}</span></small><br><code>{html.escape(text)}</code></p>'
-            )
-        parts.append(
-            f'<section class="case"><img alt="test picture" src="data:image/png;base64,{picture}">{"".join(lines)}</div></section>'
-        )
+            text, mark = responses[key]["response"], "right" if responses[key]["correct"] else "wrong"
+            text = text if len(text) < 400 else text[:380] + " …"
+            lines.append(f'<p><small>{TITLES[name]}: <span class="{mark}">{mark}</span></small>{code(text)}</p>')
+        shown = f'<img alt="test picture" src="data:image/png;base64,{picture}">'
+        parts.append(f'<section class="case">{shown}{"".join(lines)}</div></section>')
     return "\n".join(parts)
 
 
 def table(rows):
-    share = lambda row, side: (
-        "–" if not row.get(side) or row[side]["accuracy"] is None else f"{row[side]['accuracy']:.3f}"
-    )
-    head = "".join(
-        f"<th>{name}</th>" for name in ("", "accuracy", "95 % interval", "seen", "unseen", "exact chains", "n", "paper")
-    )
-    body = "".join(
-        f"<tr><td>{TITLES[row['name']]}</td><td>{row['accuracy']:.3f}</td><td>{row['interval'][0]:.3f} – {row['interval'][1]:.3f}</td>"
-        f"<td>{share(row, 'seen')}</td><td>{share(row, 'unseen')}</td><td>{row['exact_chain']:.2f}</td><td>{row['n']}</td>"
-        f"<td>{format(PAPER[row['name']] / 100, '.3f') if row['name'] in PAPER else '–'}</td></tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    heads = ("", "accuracy", "95 % interval", "paths SFT showed", "never shown", "exact chains", "n", "paper")
+    share, lines = lambda x: "–" if x is None else f"{x:.3f}", []
+    for row in rows:
+        sides = [share((row.get(side) or {}).get("accuracy")) for side in ("seen", "unseen")]
+        interval, paper = " – ".join(map(share, row["interval"])), PAPER.get(row["name"])
+        cells = [TITLES[row["name"]], share(row["accuracy"]), interval, *sides, f"{row['exact_chain']:.2f}", row["n"]]
+        lines.append([*cells, share(paper and paper / 100)])
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{body}</table></div>'
 
 
 def write_report(out, results):
@@ -206,48 +263,48 @@ def write_report(out, results):
     out, rows = Path(out), results["rows"]
     rl = {TITLES[row["name"]]: lines_of(out / row["name"] / "metrics.jsonl") for row in rows}
     rl = {title: metrics for title, metrics in rl.items() if metrics and "reward" in metrics[0]}
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>TriMPI on a tiny base</title><style>{STYLE}</style></head><body>
 <h1>TriMPI on a tiny base: one policy, without it in the prompt</h1>
-<p>Seed {results["seed"]}: policy {results["policy"]} of {results["depth"]} layers, {rows[0]["n"]} unseen pictures, greedy answers,
-{results["seconds"]} seconds on {html.escape(results["hardware"])}, torch {results["torch"]}, commit {results["commit"]}. No SFT item meets the sections {", ".join(results["left_out"]) or "(none)"}.</p>
+<p>Seed {results["seed"]}: policy {results["policy"]} of {results["depth"]} layers, {rows[0]["n"]} unseen pictures,
+greedy answers, {results["seconds"]} seconds on {html.escape(results["hardware"])}, torch {results["torch"]}, commit
+{results["commit"]}. No SFT item meets the sections {", ".join(results["left_out"]) or "(none)"}.</p>
 <p><code>{html.escape(results["text"])}</code></p>
 <h2>Accuracy</h2>{bars(rows)}
-<p><small>Bar: all paths, with a 95 % interval. Pale bar: paths with a section that no SFT item met. Circle: the paper's figure, for
-Qwen2.5-VL-7B on its own policies of six layers; a reference, not the same task. GRPO has 8 responses a query, PolicyRollout 4 + 4.</small></p>
-{table(rows)}<p><small>trimpi: {html.escape(results["trimpi"])}.</small></p>
+<p><small>Bar: all paths, with a 95 % interval. Pale bar: paths with a section that no SFT item met. Circle: the
+paper's figure with its own GRPO, for Qwen2.5-VL-7B on its own policies of six layers: not the same task.</small></p>
+<p><small>{html.escape(LOSS)}</small></p>
+{table(rows)}<p><small>{html.escape(OURS)}</small></p>
 <h2>Share of right responses while RL runs</h2>
 <div class="curves">{"".join(curve(*run) for run in rl.items())}</div>
-<p><small>Blue: responses to the query alone. Red: responses with the policy in the prompt (PolicyRollout's other half). Mean of five steps.</small></p>
+<p><small>Blue: responses to the query alone. Red: responses with the policy in the prompt (PolicyRollout's other half).
+Mean of five steps.</small></p>
 <h2>Pictures, the paths they call for, and what each stage said</h2>{cases(out, results)}
 </body></html>"""
     (out / "report.html").write_text(page, encoding="utf-8")
+    draw_demo(rows, out / "report.png")
+
+
+def draw_demo(rows, path):
+    """The demo's rows as bars, as a PNG."""
     if not (pyplot := plotting()):
         return
     figure, axis = pyplot.subplots(figsize=(9, 0.55 * len(rows) + 1))
-    place = range(len(rows))
-    accuracy = [row["accuracy"] for row in rows]
-    errors = [
-        [max(0, a - row["interval"][0]) for a, row in zip(accuracy, rows)],
-        [max(0, row["interval"][1] - a) for a, row in zip(accuracy, rows)],
-    ]
+    place, accuracy = np.arange(len(rows)), np.array([row["accuracy"] for row in rows])
+    low, high = np.array([row["interval"] for row in rows]).T
+    errors = np.stack([accuracy - low, high - accuracy]).clip(0)
     axis.barh(place, accuracy, 0.5, xerr=errors, color=BLUE, ecolor=INK, label="all paths")
     unseen = [(row.get("unseen") or {}).get("accuracy") or 0 for row in rows]
-    axis.barh([p + 0.36 for p in place], unseen, 0.2, color=PALE, label="paths with a section that SFT never showed")
-    axis.plot(
-        [PAPER[r["name"]] / 100 for r in rows if r["name"] in PAPER],
-        [k for k, r in enumerate(rows) if r["name"] in PAPER],
-        "o",
-        mfc="white",
-        mec=RED,
-        label="the paper, 7B, six layers",
-    )
-    axis.set_yticks(list(place), [TITLES[row["name"]] for row in rows])
+    axis.barh(place + 0.36, unseen, 0.2, color=PALE, label="paths with a section that SFT never showed")
+    paper = [(PAPER[row["name"]] / 100, k) for k, row in enumerate(rows) if row["name"] in PAPER]
+    axis.plot(*zip(*paper), "o", mfc="white", mec=RED, label="the paper, 7B, six layers, GRPO")
+    axis.set_yticks(place, [TITLES[row["name"]] for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.02)
     axis.set_xlabel("accuracy without the policy in the prompt (first row: with it)")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncol=3, frameon=False)
-    keep(figure, out / "report.png", dpi=150)
+    keep(figure, path, dpi=150)
 
 
 def draw_halves(rows, path):
@@ -259,9 +316,8 @@ def draw_halves(rows, path):
     worlds = sorted({row["world"] for row in rows if row["name"] in names})
     if not worlds or not (pyplot := plotting()):
         return
-    figure, axes = pyplot.subplots(
-        -(-len(worlds) // 3), 3, figsize=(11, 2.6 * -(-len(worlds) // 3) + 0.6), squeeze=False, sharey=True
-    )
+    high = -(-len(worlds) // 3)
+    figure, axes = pyplot.subplots(high, 3, figsize=(11, 2.6 * high + 0.6), squeeze=False, sharey=True)
     for axis in axes.flat[len(worlds) :]:
         axis.axis("off")
     for axis, world in zip(axes.flat, worlds):
@@ -271,13 +327,8 @@ def draw_halves(rows, path):
                 curves = [row[key] for row in found if any(row.get(key, ()))]
                 if curves:
                     mean = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
-                    axis.plot(
-                        10 * np.arange(len(mean)) + 5,
-                        mean,
-                        style,
-                        color=color,
-                        label=f"{TITLES.get(name, name)}{', with P' if style == '--' else ''}",
-                    )
+                    label = f"{TITLES[name]}{', with P' if style == '--' else ''}"
+                    axis.plot(10 * np.arange(len(mean)) + 5, mean, style, color=color, label=label)
         axis.set_title(world, loc="left", fontsize=10)
         axis.set_ylim(0, 1.02)
         axis.tick_params(labelsize=8)
@@ -294,36 +345,33 @@ def draw_study(worlds, path):
     if not (pyplot := plotting()):
         return
     heights = [0.3 * len(rows) + 0.6 for rows in worlds.values()]
-    figure, axes = pyplot.subplots(
-        len(worlds), figsize=(8, sum(heights) + 0.5), height_ratios=heights, squeeze=False, sharex=True
-    )
+    size = {"figsize": (8, sum(heights) + 0.5), "height_ratios": heights}
+    figure, axes = pyplot.subplots(len(worlds), squeeze=False, sharex=True, **size)
     for axis, (world, rows) in zip(axes[:, 0], worlds.items()):
-        names = [f"{TITLES.get(row['name'], row['name'])} ({row['runs']})" for row in rows]
-        errors = [row["half_interval"] or 0 for row in rows]
-        axis.barh(names, [row["accuracy"] for row in rows], 0.65, xerr=errors, color=BLUE, ecolor=INK)
+        names = [f"{TITLES[row['name']]} ({row['runs']})" for row in rows]
+        place, accuracy = range(len(rows)), [row["accuracy"] for row in rows]
+        errors = [row["half_interval"] or 0 if row["runs"] > 3 else 0 for row in rows]
+        axis.barh(place, accuracy, 0.65, xerr=errors, color=BLUE, ecolor=INK)
+        for k, row in enumerate(rows):
+            if 1 < row["runs"] < 4:
+                axis.plot(row["each"], [k] * row["runs"], "o", ms=3, mfc="white", mec=INK)
+        axis.set_yticks(place, names)
         axis.set_title(world, loc="left", fontsize=10)
         axis.tick_params(labelsize=8)
         axis.invert_yaxis()
     axes[-1, 0].set_xlim(0, 1.02)
-    axes[-1, 0].set_xlabel(
-        "accuracy without the policy in the prompt: mean (number of runs), 95 % interval of the mean", fontsize=8
-    )
+    label = "accuracy without P: mean (number of runs), 95 % interval of the mean, or each of two or three runs"
+    axes[-1, 0].set_xlabel(label, fontsize=8)
     keep(figure, path)
 
 
 def draw_depths(worlds, path):
-    """The main rows of tiny.study beside each other in each of the worlds {label: rows}, with the intervals of their means, as a PNG."""
-    colors = {
-        "sft": "#dfe5ec",
-        "sft_grpo": "#8d9aab",
-        "sft_poro": BLUE,
-        "cpt_sft_grpo": "#e3b7ae",
-        "trimpi_paper": "#8cc4a3",
-        "trimpi": GREEN,
-    }
-    worlds = {
-        label: found for label, rows in worlds.items() if "sft_poro" in (found := {row["name"]: row for row in rows})
-    }
+    """The main rows of tiny.study side by side, for each of the worlds {label: rows}, as a PNG: means with their
+    intervals, or each of two or three runs."""
+    colors = {"sft": "#dfe5ec", "sft_grpo": "#8d9aab", "sft_poro": BLUE}
+    colors |= {"cpt_sft_grpo": "#e3b7ae", "trimpi_paper": "#8cc4a3", "trimpi": GREEN}
+    worlds = {label: {row["name"]: row for row in rows} for label, rows in worlds.items()}
+    worlds = {label: rows for label, rows in worlds.items() if "sft_poro" in rows}
     if not worlds or not (pyplot := plotting()):
         return
     figure, axis = pyplot.subplots(figsize=(11, 4))
@@ -331,24 +379,17 @@ def draw_depths(worlds, path):
     for place, rows in enumerate(worlds.values()):
         for k, (name, color) in enumerate(colors.items()):
             if row := rows.get(name):
-                axis.bar(
-                    place + (k - (len(colors) - 1) / 2) * width,
-                    row["accuracy"],
-                    width * 0.94,
-                    yerr=row["half_interval"] or 0,
-                    color=color,
-                    ecolor=INK,
-                    error_kw={"elinewidth": 1},
-                    label=TITLES.get(name, name),
-                )
+                x, few = place + (k - (len(colors) - 1) / 2) * width, row["runs"] < 4
+                how = {"color": color, "ecolor": INK, "error_kw": {"elinewidth": 1}, "label": TITLES[name]}
+                axis.bar(x, row["accuracy"], width * 0.94, yerr=0 if few else row["half_interval"], **how)
+                if few and row["runs"] > 1:
+                    axis.plot([x] * row["runs"], row["each"], "o", ms=3, mfc="white", mec=INK)
         if row := rows.get("in_context"):
-            axis.hlines(
-                row["accuracy"], place - 0.42, place + 0.42, colors=INK, linestyles="dotted", label=TITLES["in_context"]
-            )
+            label = {"linestyles": "dotted", "label": TITLES["in_context"]}
+            axis.hlines(row["accuracy"], place - 0.42, place + 0.42, colors=INK, **label)
     entries = {label: entry for entry, label in zip(*axis.get_legend_handles_labels())}
-    axis.legend(
-        entries.values(), entries.keys(), ncol=4, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1)
-    )
+    below = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+    axis.legend(entries.values(), entries.keys(), ncol=4, fontsize=8, frameon=False, **below)
     axis.set_xticks(range(len(worlds)), worlds)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy without the policy in the prompt", fontsize=9)

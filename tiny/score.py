@@ -2,9 +2,9 @@
 
     python -m tiny.score --out runs/score           20 policies of 48 pictures for every depth and variant: minutes
 
-Besides, at N = 3: the policy missing; every query's picture exchanged for one that calls for another answer (right answers then
-would have to come from elsewhere); scenes in which no object hides another, from another distance, in other light; pictures of a
-folder in the official CLEVR layout (--clevr-root), scaled down. Writes <out>/scores.json and scores.md.
+And at N = 3: the policy missing; every query's picture exchanged for one that calls for another answer (right answers
+would then have to come from elsewhere); scenes in which no object hides another, from another distance, in other light;
+pictures of a folder in the official CLEVR layout (--clevr-root), scaled down. Writes <out>/scores.json and scores.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from data.clevr_policy import make_dataset, read_clevr, sample_scenes, write_jso
 from data.dataset import load_items, load_policies
 from evaluate import evaluate, load, wilson
 from tiny.demo import BASE
-from tiny.report import provenance
+from tiny.report import markdown_table, provenance
 from tiny.world import LOOK, OBJECTS, SIDE, Terse
 
 AIMS = {
@@ -35,7 +35,7 @@ FOLDER = 10  # policies drawn at once: their names differ
 
 
 def scenes_of(seed, count, look=LOOK, lamps=0.0):
-    """Scenes to draw policies on and to ask about; lamps: units by which each lamp is moved besides, at most."""
+    """Scenes to draw policies on and to ask about; lamps: units by which each lamp is moved further, at most."""
     scenes = sample_scenes(seed, {"train": 1500, "test": count}, size=(SIDE, SIDE), objects=(1, OBJECTS), **look)
     rng = np.random.default_rng(seed)
     for scene in scenes["test"]:
@@ -63,76 +63,42 @@ class Scores:
         for first in range(0, self.policies, FOLDER):
             with tempfile.TemporaryDirectory() as folder:
                 data = Path(folder) / "data"
-                make_dataset(
-                    data,
-                    scenes,
-                    depth=depth,
-                    variant=variant,
-                    policies=min(FOLDER, self.policies - first),
-                    queries=1,
-                    sft=1,
-                    test=queries or self.queries,
-                    seed=self.seed + 100 * depth + first,
-                    style=Terse(),
-                    size=(SIDE, SIDE),
-                )
+                number, seed = min(FOLDER, self.policies - first), self.seed + 100 * depth + first
+                size = {"queries": 1, "sft": 1, "test": queries or self.queries, "size": (SIDE, SIDE)}
+                kind = {"depth": depth, "variant": variant, "policies": number, "style": Terse()}
+                make_dataset(data, scenes, **kind, **size, seed=seed)
                 policies = load_policies(data)
                 items = load_items(data, "test.jsonl", policies)
-                row, _ = evaluate(
-                    self.model,
-                    self.processor,
-                    change(items) if change else items,
-                    policies,
-                    max_response=200,
-                    **{"policy_in_context": True, **how},
-                )
+                items = change(items) if change else items
+                how = {"policy_in_context": True, "max_response": 200, **how}
+                row, _ = evaluate(self.model, self.processor, items, policies, **how)
             right, n = right + round(row["accuracy"] * row["n"]), n + row["n"]
             worst = min([worst, *[one["accuracy"] for one in row["by_policy"].values()]])
-        self.rows.append(
-            {
-                "name": name,
-                "accuracy": right / n,
-                "interval": wilson(right, n),
-                "n": n,
-                "policies": self.policies,
-                "worst_policy": worst,
-                "aim": AIMS.get(name),
-            }
-        )
+        row = {"name": name, "accuracy": right / n, "interval": wilson(right, n), "n": n, "policies": self.policies}
+        self.rows.append({**row, "worst_policy": worst, "aim": AIMS.get(name)})
 
 
 def markdown(rows, about):
-    lines = [
-        "# Scores of the tiny base",
-        "",
-        about,
-        "",
-        "| | exact answers | 95 % interval | worst policy | policies | n | aim |",
-        "| --- " * 7 + "|",
-    ]
+    lines = []
     for row in rows:
         low, high = row["interval"]
-        lines.append(
-            f"| {row['name']} | {row['accuracy']:.3f} | {low:.3f} – {high:.3f} | {row['worst_policy']:.2f} | {row['policies']} | {row['n']} "
-            f"| {row['aim'] or '–'} |"
-        )
-    return "\n".join(lines) + "\n"
+        shares = [f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", f"{row['worst_policy']:.2f}"]
+        lines.append([row["name"], *shares, row["policies"], row["n"], row["aim"] or "–"])
+    head = ["", "exact answers", "95 % interval", "worst policy", "policies", "n", "aim"]
+    return f"# Scores of the tiny base\n\n{about}\n\n{markdown_table(head, lines)}\n"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m tiny.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
-    parser.add_argument(
-        "--out", default="runs/score", metavar="DIR", help="folder of scores.json and scores.md (default runs/score)"
-    )
-    parser.add_argument("--policies", type=int, default=20, help="new policies a row (default 20)")
-    parser.add_argument("--queries", type=int, default=48, help="pictures a policy (default 48)")
-    parser.add_argument("--seed", type=int, default=77, help="of scenes and policies (default 77)")
-    parser.add_argument(
-        "--clevr-root", metavar="FOLDER", help="also on pictures of this folder in the official CLEVR layout"
-    )
+    add = parser.add_argument
+    add("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    add("--out", default="runs/score", metavar="DIR", help="folder of scores.json and scores.md (default runs/score)")
+    add("--policies", type=int, default=20, help="new policies per row (default 20)")
+    add("--queries", type=int, default=48, help="pictures per policy (default 48)")
+    add("--seed", type=int, default=77, help="of scenes and policies (default 77)")
+    add("--clevr-root", metavar="FOLDER", help="also on pictures of this folder in the official CLEVR layout")
     args = parser.parse_args(argv)
     if min(args.policies, args.queries) < 1:
         raise InputError(f"found {args.policies} policies, {args.queries} queries, expected one of each at least")
@@ -140,25 +106,19 @@ def main(argv=None):
     count = max(1000, 2 * FOLDER * args.queries)
     usual, seed = scenes_of(args.seed, count), args.seed + 1
     rows = [(name, usual, int(name[-1]), name[0].replace("N", "T"), {}) for name in AIMS]
+    far, near = {**LOOK, "zoom": 1.3}, {"area": 1.6, "zoom": 1.8}
     rows += [
         ("N = 3, without the policy", usual, 3, "T", {"policy_in_context": False}),
         ("N = 3, a wrong picture", usual, 3, "T", {"change": swapped}),
         ("N = 3, no object behind another", scenes_of(seed + 3, count, {**LOOK, "visible": 0.99}), 3, "T", {}),
-        (
-            "N = 3, from farther away (focal length 1.3 for 1.6)",
-            scenes_of(seed, count, {**LOOK, "zoom": 1.3}),
-            3,
-            "T",
-            {},
-        ),
-        ("N = 3, from nearer (1.8)", scenes_of(seed + 1, count, {"area": 1.6, "zoom": 1.8}), 3, "T", {}),
+        ("N = 3, from farther away (focal length 1.3 for 1.6)", scenes_of(seed, count, far), 3, "T", {}),
+        ("N = 3, from nearer (1.8)", scenes_of(seed + 1, count, near), 3, "T", {}),
         ("N = 3, lamps moved by up to 3 units more", scenes_of(seed + 2, count, lamps=3.0), 3, "T", {}),
     ]
     if args.clevr_root:
         blender = read_clevr(args.clevr_root)
-        rows.append(
-            ("N = 3, Blender's pictures", blender, 3, "T", {"queries": min(args.queries, len(blender["test"]))})
-        )
+        most = {"queries": min(args.queries, len(blender["test"]))}
+        rows.append(("N = 3, Blender's pictures", blender, 3, "T", most))
     for name, scenes, depth, variant, how in tqdm(rows, desc="score", unit="row", disable=None):
         scores.ask(name, scenes, depth, variant, **how)
         print(f"{name}: {scores.rows[-1]['accuracy']:.3f}", flush=True)

@@ -1,6 +1,6 @@
 """The text stream that the tiny base learns from: policies and questions about them, packed several to a row.
 
-A row holds groups; a group is a prefix (a policy, mostly) with several queries behind it, and each query sees its own
+A row holds groups; a group is a prefix (a policy, mostly) with several queries after it, and each query sees its own
 prefix and itself only, as if it stood there alone. What is asked:
 
     apply       a picture and a policy: the sentences on the path, recited and decided, then the action
@@ -76,8 +76,8 @@ class Codes:
 
 
 def planted(rng, depth, codes):
-    """A ClevrPolicy tree over these scenes: [(values spoken, yes, no)], children as node numbers or ~leaf, and the leaves'
-    [(path [(node, answer)], scenes that end there)].
+    """A ClevrPolicy tree over these scenes: [(values spoken, yes, no)], children as node numbers or ~leaf, and the
+    leaves' [(path [(node, answer)], scenes that end there)].
     """
     grown, count = grow(rng, depth, codes)
     nodes, leaves = [None] * len(grown), [None] * count
@@ -123,7 +123,7 @@ def scatter(rng, depth, words):
 
 
 class Query:
-    """Tokens behind a prefix, the weight of predicting each, and the pictures among them, as feature numbers."""
+    """Tokens after a prefix, the weight of predicting each, and the pictures among them, as feature numbers."""
 
     def __init__(self, ids, weight, pictures=()):
         self.ids, self.weight, self.pictures = ids, weight, list(pictures)
@@ -198,8 +198,10 @@ def flat(*parts):
 
 
 def crops_by_value(table, clean, rows):
-    """Numbers of the crops that show each value, from the pictures `rows`. Picture s of S shows its object s % (how many it
-    has) alone in two crops: s, cut out to fill the crop, and S + s at the picture's own scale, for sizes. clean: bool (2 S,).
+    """Numbers of the crops that show each value, from the pictures `rows`; clean: bool (2 S,).
+
+    Picture s of S shows its object s % (how many it has) alone in two crops: s, cut out to fill the crop, and S + s at
+    the picture's own scale, for sizes.
     """
     rows = np.asarray(rows)
     count = (table[rows][:, :, 0] >= 0).sum(1)
@@ -212,8 +214,8 @@ def crops_by_value(table, clean, rows):
 
 
 class Stream:
-    """Draws groups of every kind. table: attributes (S, 3, 4) of the pictures that may be used, whose feature numbers begin
-    at `first`; crops: for each value the numbers of the crops that show it. Crop k stands among pictures as ~k."""
+    """Draws groups of every kind. table: attributes (S, 3, 4) of the pictures that may be used, whose feature numbers
+    begin at `first`; crops: for each value the numbers of the crops that show it. Crop k is picture ~k."""
 
     def __init__(self, seed, table, crops=None, first=0):
         self.rng = np.random.default_rng(seed)
@@ -338,7 +340,7 @@ class Stream:
         return spoken, True
 
     def check(self, each=3, decisions=6, most=4):
-        """Many decisions about one picture, each behind a bare condition or a whole sentence with random names."""
+        """Many decisions about one picture, each after a bare condition or a whole sentence with random names."""
         rng, queries = self.rng, []
         for scene in rng.integers(len(self.table), size=each):
             ids = [*PICTURE, ID["check"], COLON, *TURN]
@@ -406,8 +408,8 @@ def positions(ids, pictures, start):
 def rows(stream, mixture, count, length):
     """Pack `count` rows of `length` tokens from a mixture [(share of tokens, kind, arguments)].
 
-    Returns ids (B, T), group and query numbers (B, T) (0 = padding; query 0 = the prefix), positions (3, B, T), target (B, T),
-    weight (B, T) of predicting the target, and the pictures in reading order.
+    Returns ids (B, T), group and query numbers (B, T) (0 = padding; query 0 = the prefix), positions (3, B, T), target
+    (B, T), weight (B, T) of predicting the target, and the pictures in reading order.
     """
     ids, group, query = (np.zeros((count, length), np.int64) for _ in range(3))
     ids[:] = PAD
@@ -431,7 +433,7 @@ def rows(stream, mixture, count, length):
             if not fits:
                 misses += 1
                 continue
-            g, start, spent[choice] = g + 1, k, spent[choice] + used
+            g, spent[choice] = g + 1, spent[choice] + used
             n = len(prefix)
             ids[b, k : k + n], group[b, k : k + n], query[b, k : k + n] = prefix, g, 0
             place[:, b, k : k + n], after = positions(prefix, shown, 0)

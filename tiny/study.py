@@ -1,11 +1,13 @@
-"""The paper's ablation, and what its reviewers asked for, on the tiny base: many short runs of the scripts that users run.
+"""The paper's ablation, and what its reviewers asked for, on the tiny base: many short runs of the public scripts.
 
     python -m tiny.study --out runs/study --hours 6           stop it at any time; the same command goes on
+    python -m tiny.study --tables                             write tables and figures again from results/study.json
 
-Every experiment runs for several policies, and the main ones for three training seeds, the most telling first, so that a study
-cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not done again. Writes
-results/study.json, study.md and three figures: means over policies and seeds with a 95 % interval of the mean (Student's t),
-of the main rows and of all, and what the two halves of PolicyRollout's groups earned while it trained.
+Every experiment runs for several policies, and the main ones for three training seeds, the most telling first, so that
+a study cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not repeated.
+Writes results/study.json, the tables in results/README.md and three figures: the main rows, all rows, and what the two
+halves of PolicyRollout's groups earned during training. A mean of four runs or more has its 95 % interval (Student's
+t); of fewer runs each is printed.
 """
 
 import argparse
@@ -26,64 +28,61 @@ from tqdm import tqdm
 from data import InputError, command
 from data.override import override
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
-from tiny.report import PAPER, draw_depths, draw_halves, draw_study, lines_of, provenance
+from tiny.report import (
+    LOSS,
+    PAPER,
+    TITLES,
+    draw_depths,
+    draw_halves,
+    draw_study,
+    fill,
+    lines_of,
+    markdown_table,
+    provenance,
+)
 from tiny.world import Terse
 
-T95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-)  # Student's t, 1 to 14 degrees of freedom
+# Student's t of the 95 % interval, 1 to 14 degrees of freedom
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
 
 
 def rl(*flags, steps=60):
-    """RL flags with another number of steps and what the experiment changes."""
-    base = list(RL)
-    base[base.index("--steps") + 1] = str(steps)
-    return [*base, *map(str, flags)]
+    """RL's flags with another number of steps and what the experiment changes."""
+    return [*RL, "--steps", str(steps), *" ".join(flags).split()]
 
 
 def group(G, K):
-    return ["--group-size", G, "--policy-rollouts", K]
+    return f"--algorithm dapo --group-size {G} --policy-rollouts {K}"
 
 
 def cpt(kinds, *flags):
-    return [*CPT, "--kinds", kinds, *map(str, flags)]
+    return [*CPT, "--kinds", kinds, *" ".join(flags).split()]
 
 
-# Name of a world: flags of tiny.data, beside 400 training queries, 24 with chains, and 200 test queries. In most, SFT sees no chain
-# through a third of the policy: where it sees all (T4), it alone comes near the base's level, and RL has little left to find.
+# name of a world: flags of tiny.data after OWN. In most of them SFT sees no chain through a third of the policy: where
+# it sees them all (T4), it alone comes near the base's level, and RL has little left to find.
+OWN = "--queries 400 --sft 24 --test 200".split()
+OTHERS = "--policies 12 --queries 24 --sft 24 --test 8 --seed 1000".split()
 WORLDS = {
-    **{f"T{n} a third left out": ["--depth", n, "--leave-out", 0.34] for n in (2, 3, 4)},
-    "T6 a third left out": ["--depth", 6, "--leave-out", 0.34, "--queries", 800, "--sft", 60],
-    **{f"M{n} a third left out": ["--depth", n, "--variant", "M", "--leave-out", 0.34] for n in (2, 4)},
-    "T4": ["--depth", 4],
-    "T3 two at once": ["--depth", 3, "--policies", 2, "--leave-out", 0.34, "--queries", 300, "--test", 100],
-    "T3 four at once": ["--depth", 3, "--policies", 4, "--leave-out", 0.34, "--queries", 200, "--test", 50],
-    "T3 eight at once": ["--depth", 3, "--policies", 8, "--leave-out", 0.34, "--queries", 100, "--test", 25],
+    **{f"T{n} a third left out": f"--depth {n} --leave-out 0.34".split() for n in (2, 3, 4)},
+    "T6 a third left out": "--depth 6 --leave-out 0.34 --queries 800 --sft 60".split(),
+    **{f"M{n} a third left out": f"--depth {n} --variant M --leave-out 0.34".split() for n in (2, 4)},
+    "T4": "--depth 4".split(),
+    "T3 two at once": "--depth 3 --policies 2 --leave-out 0.34 --queries 300 --test 100".split(),
+    "T3 four at once": "--depth 3 --policies 4 --leave-out 0.34 --queries 200 --test 50".split(),
+    "T3 eight at once": "--depth 3 --policies 8 --leave-out 0.34 --queries 100 --test 25".split(),
 }
 
-LONGEST = {2: 48, 3: 64, 4: 96, 6: 144}  # tokens of a response: what the longest right one takes, and a half more
+LONGEST = {2: 48, 3: 64, 4: 96, 6: 144}  # tokens of a response: one and a half times the longest right one, by depth
 
-# name: (script, the run it starts from, flags). The paper's rows first, then one question after the other. GRPO and PolicyRollout
-# are as in the demo: DAPO's loss without KL on every group; the rows named dapo draw on for groups that can teach something.
+# name: (script, the run it starts from, flags). The paper's rows first, then one question after the other. GRPO and
+# PolicyRollout are as in the demo (report.LOSS); the rows named dapo draw on for groups that can teach something.
 RUNS = {
     "sft": ("train_sft", None, SFT),
     "sft_grpo": ("train_rl", "sft", rl(*GRPO)),
     "sft_poro": ("train_rl", "sft", rl(*PORO)),
-    "sft_dapo": ("train_rl", "sft", rl(*GRPO, "--dynamic-tries", 6)),
-    "sft_poro_dapo": ("train_rl", "sft", rl(*PORO, "--dynamic-tries", 6)),
+    "sft_dapo": ("train_rl", "sft", rl(*GRPO, "--dynamic-tries 6")),
+    "sft_poro_dapo": ("train_rl", "sft", rl(*PORO, "--dynamic-tries 6")),
     "cpt": ("train_cpt", None, cpt("applied")),
     "cpt_sft": ("train_sft", "cpt", SFT),
     "cpt_sft_grpo": ("train_rl", "cpt_sft", rl(*GRPO)),
@@ -91,24 +90,21 @@ RUNS = {
     "cpt_response": ("train_cpt", None, cpt("response")),
     "cpt_response_sft": ("train_sft", "cpt_response", SFT),
     "cpt_response_sft_grpo": ("train_rl", "cpt_response_sft", rl(*GRPO)),
-    "trimpi": ("train_rl", "cpt_response_sft", rl(*PORO, "--frozen-sampler", "base")),
+    "trimpi": ("train_rl", "cpt_response_sft", rl(*PORO, "--frozen-sampler base")),
     # 1. K of G + K (8 + 0 and 4 + 4 are above), and what each part of PolicyRollout does
-    **{f"poro {G}+{K}": ("train_rl", "sft", rl(*group(G, K))) for G, K in ((7, 1), (6, 2), (2, 6))},
-    "statistics apart": ("train_rl", "sft", rl(*PORO, "--separate-halves")),
-    "standard half only": ("train_rl", "sft", rl(*PORO, "--standard-only")),
-    "true sampler's ratio": ("train_rl", "sft", rl(*PORO, "--aware-loss", "truncated")),
-    "right ones only": ("train_rl", "sft", rl(*PORO, "--aware-right-only")),
-    "frozen sampler": ("train_rl", "sft", rl(*PORO, "--frozen-sampler", "start")),
-    "replay in RL": ("train_rl", "sft", rl(*PORO, "--replay", "OTHERS")),
-    "frozen sampler, replay, long": (
-        "train_rl",
-        "sft",
-        rl(*PORO, "--frozen-sampler", "start", "--replay", "OTHERS", steps=180),
-    ),
+    **{f"poro {G}+{K}": ("train_rl", "sft", rl(group(G, K))) for G, K in ((7, 1), (6, 2), (2, 6))},
+    "statistics apart": ("variants.halves", "sft", rl(*PORO, "--ablate statistics")),
+    "standard half only": ("variants.halves", "sft", rl(*PORO, "--ablate gradients")),
+    "true sampler's ratio": ("variants.halves", "sft", rl(*PORO, "--ablate ratio")),
+    "right ones only": ("variants.icpo", "sft", rl(*PORO, "--ratio plain --bonus 0")),
+    # 2. who samples the policy-aware half, and what keeps the model following policies in its prompt
+    "frozen sampler": ("train_rl", "sft", rl(*PORO, "--frozen-sampler start")),
+    "replay in RL": ("train_rl", "sft", rl(*PORO, "--replay OTHERS")),
+    "frozen sampler, replay, long": ("train_rl", "sft", rl(*PORO, "--frozen-sampler start --replay OTHERS", steps=180)),
     "trimpi, replay, long": (
         "train_rl",
         "cpt_response_sft",
-        rl(*PORO, "--frozen-sampler", "base", "--replay", "OTHERS", steps=180),
+        rl(*PORO, "--frozen-sampler base --replay OTHERS", steps=180),
     ),
     # 3. what CPT is worth
     "cpt sections": ("train_cpt", None, cpt("section")),
@@ -120,24 +116,24 @@ RUNS = {
     "cpt all forms": ("train_cpt", None, cpt("response,document,applied")),
     "cpt all forms, sft": ("train_sft", "cpt all forms", SFT),
     "cpt all forms, sft, poro": ("train_rl", "cpt all forms, sft", rl(*PORO)),
-    "cpt half masked": ("train_cpt", None, cpt("applied", "--mask-visual", 0.5)),
+    "cpt half masked": ("train_cpt", None, cpt("applied", "--mask-visual 0.5")),
     "cpt half masked, sft": ("train_sft", "cpt half masked", SFT),
-    "cpt unmasked": ("train_cpt", None, cpt("applied", "--mask-visual", 0)),
+    "cpt unmasked": ("train_cpt", None, cpt("applied", "--mask-visual 0")),
     "cpt unmasked, sft": ("train_sft", "cpt unmasked", SFT),
-    "sft, as long as cpt and sft": ("train_sft", None, [*SFT, "--steps", 100]),
+    "sft, as long as cpt and sft": ("train_sft", None, [*SFT, "--steps", "100"]),
     "sft, as long, poro": ("train_rl", "sft, as long as cpt and sft", rl(*PORO)),
     # 4. without SFT; more SFT; answers only; LoRA; the policy in the prompt, removed at test
     "base, poro": ("train_rl", None, rl(*PORO, steps=120)),
     "cpt, poro": ("train_rl", "cpt_response", rl(*PORO)),
-    "sft on all data": ("train_sft", None, [*SFT, "--split", "rl.jsonl", "--steps", 120]),
+    "sft on all data": ("train_sft", None, [*SFT, *"--split rl.jsonl --steps 120".split()]),
     "answers only": ("train_sft", None, [*SFT, "--answer-only"]),
-    "lora": ("train_sft", None, [*SFT, "--no-full", "--lr", 2e-3]),
+    "lora": ("train_sft", None, [*SFT, *"--no-full --lr 2e-3".split()]),
     "policy in the prompt": ("train_sft", None, [*SFT, "--policy-in-prompt"]),
-    # 7. relatives
-    "opcd": ("train_rl", "sft", rl("--algorithm", "opcd", *group(8, 0))),
-    "opcd, all words": ("train_rl", "sft", rl("--algorithm", "opcd", *group(8, 0), "--opcd-words", 204)),
-    "recall reward": ("train_rl", "sft", rl(*GRPO, "--reward", "accuracy=0.6,format=0.1,data.referral:recall=0.3")),
-    "icpo": ("train_rl", "sft", rl(*group(7, 1), "--aware-right-only", "--aware-bonus", 0.2, "--aware-loss", "shaped")),
+    # 5. relatives
+    "opcd": ("variants.opcd", "sft", rl("--group-size 8")),
+    "opcd, all words": ("variants.opcd", "sft", rl("--group-size 8 --top-tokens 204")),
+    "recall reward": ("train_rl", "sft", rl(*GRPO, "--reward accuracy=0.6,format=0.1,data.referral:recall=0.3")),
+    "icpo": ("variants.icpo", "sft", rl(group(7, 1), "--bonus 0.2")),
 }
 
 CORE = ["sft", "sft_grpo", "sft_poro"]
@@ -147,8 +143,11 @@ HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long", "trimp
 EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in HEAL[2:]]
 LONGER = ["sft, as long as cpt and sft", "sft, as long, poro"]
 UNMASKED = ["cpt half masked, sft", "cpt unmasked, sft"]
+MAIN = ["in_context", *CORE, HEAL[2], "cpt_sft", "cpt_sft_grpo", "trimpi_paper"]  # of the table over depths
+MAIN += ["cpt_response_sft", "cpt_response_sft_grpo", "trimpi", HEAL[3]]
 THIRD = " a third left out"
 WIDE = f"T3{THIRD}"
+LESS = "PolicyRollout less GRPO, same policy and seed"
 SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
 PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)],
@@ -178,17 +177,17 @@ PLAN = [  # (world, rows, policies, seed), in this order
 ]
 
 
-COLUMNS = {
-    "seen": "seen",
-    "unseen": "unseen",
+COLUMNS = {  # key of a row: its heading
+    "seen": "paths SFT showed",
+    "unseen": "never shown",
     "exact_chain": "exact chains",
-    "referral": "sections",
+    "referral": "sections quoted rightly",
     "relative": "branching error",
     "with_policy": "with P",
-    "others": "others with P",
+    "others": "other policies with P",
     "recited": "sections recited",
-    "override": "new P under the name",
-    "follows_old": "follows the old",
+    "override": "new P, same name",
+    "follows_old": "follows the old P",
 }
 
 
@@ -218,7 +217,7 @@ class Study:
         return row["world"], row["policy"], row["seed"], row["name"]
 
     def call(self, module, *arguments):
-        """Run one of the house's commands, as its users do, in this process; what it prints goes to a file of this process."""
+        """Run one of our commands, as users do, but in this process; what it prints goes to a file."""
         with written_to(self.out / f"{os.getpid()}.log"):
             return importlib.import_module(module).main([str(a) for a in arguments])
 
@@ -232,36 +231,14 @@ class Study:
         return folder
 
     def run(self, world, policy, seed, name):
-        """Train one run, after the one it starts from, answer the test with and without the policy, and note its row."""
-        flags, shape = WORLDS[world], WORLDS[world][: 4 if "--variant" in WORLDS[world] else 2]
-        short = ["--max-response", LONGEST[flags[1]]]
-        data = self.data(
-            self.out / "data" / world.replace(" ", "_") / str(policy),
-            "--queries",
-            400,
-            "--sft",
-            24,
-            "--test",
-            200,
-            *flags,
-            "--seed",
-            policy,
-        )
-        others = self.data(
-            self.out / "data" / f"others {' '.join(map(str, shape))}".replace(" ", "_"),
-            *shape,
-            "--policies",
-            12,
-            "--queries",
-            24,
-            "--sft",
-            24,
-            "--test",
-            8,
-            "--seed",
-            1000,
-        )
-        place, began, more = self.out / "runs" / world.replace(" ", "_") / f"{policy}-{seed}", time.time(), {}
+        """Train one run, after the one it starts from, answer the test with and without the policy, note its row."""
+        flags = WORLDS[world]
+        shape = flags[: 4 if "--variant" in flags else 2]
+        short = ["--max-response", LONGEST[int(flags[1])]]
+        folder = lambda *names: self.out.joinpath(*(name.replace(" ", "_") for name in names))
+        data = self.data(folder("data", world, str(policy)), *OWN, *flags, "--seed", policy)
+        others = self.data(folder("data", f"others {' '.join(shape)}"), *shape, *OTHERS)
+        place, began, more = folder("runs", world, f"{policy}-{seed}"), time.time(), {}
         if name in ("in_context", "no_policy"):
             found = self.evaluate(self.model, data, place, name, short, name == "in_context")
             trained = self.model
@@ -273,26 +250,12 @@ class Study:
             trained = place / name.replace(" ", "_")
             start = ["--init", place / before.replace(" ", "_")] if before else []
             flags = [others if flag == "OTHERS" else flag for flag in flags]
-            replay = ["--replay", others] if script != "train_rl" else []
+            replay = ["--replay", others] if script in ("train_cpt", "train_sft") else []
             most = (
                 ["--max-response", 1000] if script == "train_cpt" else short
-            )  # a response-form item decides every section
-            self.call(
-                script,
-                "--model",
-                self.model,
-                *start,
-                "--data",
-                data,
-                "--out",
-                trained,
-                *replay,
-                *COMMON,
-                *flags,
-                *most,
-                "--seed",
-                seed,
-            )
+            )  # a response-form item names all sections
+            paths = ["--model", self.model, *start, "--data", data, "--out", trained, *replay]
+            self.call(script, *paths, *COMMON, *flags, *most, "--seed", seed)
             metrics = lines_of(trained / "metrics.jsonl")
             more = {f"curve_{key}": curve for key in ("accuracy", "accuracy_aware") if (curve := windows(metrics, key))}
             found = self.evaluate(trained, data, place, name, short)
@@ -301,7 +264,7 @@ class Study:
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
             more["recited"] = self.evaluate(trained, data, place, f"{name} recited", [*short, "--recite"])["accuracy"]
             if name in ("in_context", *CORE, *REST, *HEAL):
-                changed = self.out / "data" / "override" / str(policy)
+                changed = folder("data", "override", str(policy))
                 if not changed.exists():
                     override(data, changed, 1, Terse())
                 row = self.evaluate(trained, changed, place, f"{name} override", short, True)
@@ -322,31 +285,16 @@ class Study:
 
     def evaluate(self, model, data, place, name, short, aware=False):
         seen = ["--seen", data / "sft.jsonl"] if (data / "sft.jsonl").exists() else []
-        return self.call(
-            "evaluate",
-            "--model",
-            model,
-            "--data",
-            data,
-            "--out",
-            place / "eval" / name.replace(" ", "_"),
-            "--name",
-            "row",
-            *seen,
-            *short,
-            *(["--policy-in-context"] if aware else []),
-        )
+        paths = ["--model", model, "--data", data, "--out", place / "eval" / name.replace(" ", "_"), *seen]
+        return self.call("evaluate", *paths, "--name", "row", *short, *(["--policy-in-context"] if aware else []))
 
 
 def column(out, model, world, policy, seed, names, ends):
-    """The rows of one policy and seed that are missing, in a process of one thread; later runs start from earlier ones."""
+    """The missing rows of one policy and seed, in a process of one thread; later runs start from earlier ones."""
     study, parent = Study(out, model), parent_process()  # a study that was stopped stops its processes, too
     for name in [*(["in_context", "no_policy"] if seed == 0 else []), *names]:
-        if (
-            (world, policy, seed, name) not in study.done
-            and time.time() < ends
-            and (parent is None or parent.is_alive())
-        ):
+        in_time = time.time() < ends and (parent is None or parent.is_alive())
+        if (world, policy, seed, name) not in study.done and in_time:
             study.run(world, policy, seed, name)
     return f"{world}, policy {policy}, seed {seed}"
 
@@ -366,131 +314,130 @@ def summary(rows):
         for name in sorted({row["name"] for row in mine}, key=["in_context", "no_policy", *RUNS].index):
             found = [row for row in mine if row["name"] == name]
             values = {key: [row[key] for row in found if row.get(key) is not None] for key in ("accuracy", *COLUMNS)}
-            worlds[world].append(
-                {
-                    "name": name,
-                    "half_interval": half_interval(values["accuracy"]),
-                    "runs": len(found),
-                    "n": sum(row["n"] for row in found),
-                    **{key: float(np.mean(value)) if value else None for key, value in values.items()},
-                }
-            )
+            means = {key: float(np.mean(value)) if value else None for key, value in values.items()}
+            half, each = half_interval(values["accuracy"]), sorted(values["accuracy"])
+            size = {"runs": len(found), "n": sum(row["n"] for row in found)}
+            worlds[world].append({"name": name, "half_interval": half, "each": each, **size, **means})
     return worlds
 
 
 def differences(rows):
-    """PolicyRollout less GRPO for the same policy and seed: {world: (mean, half of its 95 % interval, pairs)}."""
+    """PolicyRollout less GRPO for the same policy and seed: {world: [each difference, sorted]}."""
     right, found = {Study.key(row): row["accuracy"] for row in rows}, {}
     for world, policy, seed, name in right:
         if name == "sft_poro" and (world, policy, seed, "sft_grpo") in right:
-            found.setdefault(world, []).append(
-                right[world, policy, seed, name] - right[world, policy, seed, "sft_grpo"]
-            )
-    return {world: (float(np.mean(d)), half_interval(d), len(d)) for world, d in found.items() if len(d) > 1}
+            pair = right[world, policy, seed, name] - right[world, policy, seed, "sft_grpo"]
+            found.setdefault(world, []).append(pair)
+    return {world: sorted(found[world]) for world in WORLDS if len(found.get(world, ())) > 1}
 
 
 def correlations(rows):
-    """Over all runs with a policy-aware half: Pearson's r of its accuracy in training, and of the gap between the halves, both in
-    the first ten steps, with the accuracy without the policy in the end."""
-    runs = [
-        (r["curve_accuracy_aware"][0], r["curve_accuracy_aware"][0] - r["curve_accuracy"][0], r["accuracy"])
-        for r in rows
-        if any(r.get("curve_accuracy_aware", ()))
-    ]  # GRPO's has none
+    """Over all runs with a policy-aware half: Pearson's r of its accuracy, and of its lead over the standard half, both
+    in the first ten steps, with the accuracy without the policy in the end."""
+    runs = [row for row in rows if any(row.get("curve_accuracy_aware", ()))]  # GRPO's has none
     if len(runs) < 3:
         return None
-    table = np.corrcoef(np.array(runs).T)
+    aware, standard = ([row[f"curve_{key}"][0] for row in runs] for key in ("accuracy_aware", "accuracy"))
+    table = np.corrcoef([aware, np.subtract(aware, standard), [row["accuracy"] for row in runs]])
     return {"runs": len(runs), "aware_half": float(table[0, 2]), "gap": float(table[1, 2])}
 
 
-def write(rows, folder):
-    """results/study.json, study.md, study.png, study_depths.png and study_halves.png."""
+# -- the tables of results/README.md -----------------------------------------------------------------------------------
+
+
+def spread(values, sign=""):
+    """A cell: mean ± half of its 95 % interval, in per cent; of two or three runs the mean and each of them."""
+    if not values:
+        return "–"
+    mean = f"{100 * np.mean(values):{sign}.1f}"
+    if len(values) > 3:
+        return f"{mean} ± {100 * half_interval(values):.1f}"
+    return f"{mean} ({', '.join(f'{100 * value:.0f}' for value in sorted(values))})" if len(values) > 1 else mean
+
+
+def compare(worlds, columns, names, paper=False):
+    """A table of accuracies: a line for each of the rows `names`, a column for each of the worlds {heading: world}."""
+    found = {(world, row["name"]): row["each"] for world, rows in worlds.items() for row in rows}
+    lines = []
+    for name in names:
+        line = [f"{TITLES[name]} (`{name}`)", *[spread(found.get((world, name))) for world in columns.values()]]
+        lines.append([*line, PAPER.get(name, "–")] if paper else line)
+    return lines
+
+
+def tables(rows, made):
+    """{name: text} of the marked places in results/README.md."""
+    worlds, pairs, tied = summary(rows), differences(rows), correlations(rows)
+    deep = {f"{'M, ' * (w[0] == 'M')}N = {w[1]}": w for w in WORLDS if w in worlds and w.endswith(THIRD)}
+    lines = compare(worlds, deep, MAIN, paper=True)
+    lines.append([LESS, *[spread(pairs.get(world), "+") for world in deep.values()], "–"])
+    runs = {(world, row["name"]): row["runs"] for world, found in worlds.items() for row in found}
+    size = [", ".join(str(runs.get((world, name), 0)) for name in ("sft_poro", "trimpi")) for world in deep.values()]
+    lines.append(["runs of `sft_poro` and of `trimpi`", *size, "–"])
+    several = {head: world for head, world in zip("1248", (WIDE, *SEVERAL)) if world in worlds}
+    about = f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}. {LOSS}"
+    parts = [about]
+    if tied:
+        parts.append(
+            f"Over {tied['runs']} runs, final accuracy correlates with the policy-aware half's accuracy in the first "
+            f"ten steps by r = {tied['aware_half']:.2f}, with its lead over the standard half by r = {tied['gap']:.2f}."
+        )
+    for world, found in worlds.items():
+        shown = [key for key in COLUMNS if any(row[key] is not None for row in found)]
+        percent = lambda key, mean: f"{mean:.3f}" if key == "relative" else f"{100 * mean:.1f}"
+        value = lambda row, key: "–" if row[key] is None else percent(key, row[key])
+        body = []
+        for row in found:
+            title = f"{TITLES[row['name']]} (`{row['name']}`)"
+            body.append([title, spread(row["each"]), *[value(row, key) for key in shown], row["runs"], row["n"]])
+        head = ["", "accuracy %", *[COLUMNS[key] for key in shown], "runs", "n"]
+        parts.append(f"### {world}\n\n{markdown_table(head, body)}")
+        if world in pairs:
+            parts.append(f"{LESS}: {spread(pairs[world], '+')}, {len(pairs[world])} pairs.")
+    return {
+        "depths": markdown_table(["accuracy % without P", *deep, "paper, 7B, T, N = 6"], lines) + f"\n\n{LOSS}",
+        "several": markdown_table(["policies in one model", *several], compare(worlds, several, [*MAIN[:5]]))
+        + f"\n\n{LOSS}",
+        "worlds": "\n\n".join(parts),
+    }
+
+
+def write(rows, folder, made):
+    """study.json, the tables of README.md and three figures; made: the provenance of the rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    worlds, made, pairs, tied = summary(rows), provenance(), differences(rows), correlations(rows)
-    share = lambda x: "–" if x is None else f"{x:.3f}"
-    (folder / "study.json").write_text(
-        json.dumps({**made, "worlds": worlds, "poro_less_grpo": pairs, "correlations": tied, "rows": rows}, indent=1)
-        + "\n"
-    )
-    draw_depths(
-        {f"{world[0]}, N = {world[1]}": found for world, found in worlds.items() if world.endswith(THIRD)},
-        folder / "study_depths.png",
-    )
+    worlds = summary(rows)
+    kept = {"worlds": worlds, "poro_less_grpo": differences(rows), "correlations": correlations(rows), "rows": rows}
+    (folder / "study.json").write_text(json.dumps({**made, **kept}, indent=1) + "\n")
+    fill(folder / "README.md", tables(rows, made))
+    deep = {f"{world[0]}, N = {world[1]}": found for world, found in worlds.items() if world.endswith(THIRD)}
+    draw_depths(deep, folder / "study_depths.png")
     draw_study(worlds, folder / "study.png")
     draw_halves(rows, folder / "study_halves.png")
-    lines = [
-        "# The study on the tiny base",
-        "",
-        "Mean accuracy without the policy in the prompt over policies and seeds, ± half of the 95 % interval of that mean; "
-        "`with P`: accuracy with the policy put back; `sections`: words of the named sections that are right. "
-        f"The paper's figures: Qwen2.5-VL-7B, T, N = 6. {made['hardware']}, torch {made['torch']}, commit {made['commit']}.",
-        "",
-        "SFT + PolicyRollout less SFT + GRPO, the same policy and seed:",
-        "",
-        "| world | difference | ± | pairs |",
-        "| --- " * 4 + "|",
-        *[f"| {world} | {mean:+.3f} | {half:.3f} | {count} |" for world, (mean, half, count) in pairs.items()],
-        "",
-    ]
-    if tied:
-        lines += [
-            f"Over {tied['runs']} runs, accuracy in the end correlates with the policy-aware half's accuracy in the first ten steps by "
-            f"r = {tied['aware_half']:.2f}, with its lead over the standard half by r = {tied['gap']:.2f}.",
-            "",
-        ]
-    for world, found in worlds.items():
-        shown = [key for key in COLUMNS if any(r[key] is not None for r in found)]
-        lines += [
-            f"## {world}",
-            "",
-            "| | accuracy | ± | " + " | ".join(COLUMNS[key] for key in shown) + " | runs | n | paper |",
-            "| --- " * (len(shown) + 6) + "|",
-        ]
-        lines += [
-            f"| {r['name']} | {share(r['accuracy'])} | {share(r['half_interval'])} | "
-            + " | ".join(share(r[key]) for key in shown)
-            + f" | {r['runs']} | {r['n']} | {PAPER.get(r['name'], '–')} |"
-            for r in found
-        ]
-        lines.append("")
-    (folder / "study.md").write_text("\n".join(lines))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m tiny.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out",
-        default="runs/study",
-        metavar="DIR",
-        help="working folder; finished runs in it are kept (default runs/study)",
-    )
-    parser.add_argument(
-        "--results",
-        default=str(ROOT / "results"),
-        metavar="DIR",
-        help="folder of study.json and study.md (default results)",
-    )
-    parser.add_argument("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
-    parser.add_argument(
-        "--policies", type=int, default=5, help="policies per experiment, at most; some take fewer (default 5)"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=3,
-        help="training seeds per policy, at most; some experiments take fewer (default 3)",
-    )
-    parser.add_argument("--hours", type=float, default=6.0, help="after which no run is started any more (default 6)")
-    parser.add_argument("--worlds", default="", metavar="NAMES", help=f"only these, by commas: {', '.join(WORLDS)}")
-    parser.add_argument("--fresh", action="store_true", help="delete what the working folder holds")
+    add, results = parser.add_argument, str(ROOT / "results")
+    add("--out", default="runs/study", metavar="DIR", help="folder to work in, finished runs kept (default runs/study)")
+    add("--results", default=results, metavar="DIR", help="folder of study.json, README.md, figures (default results)")
+    add("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    add("--policies", type=int, default=5, help="policies of an experiment, at most (default 5)")
+    add("--seeds", type=int, default=3, help="training seeds per policy, at most (default 3)")
+    add("--hours", type=float, default=6.0, help="after which no run is started any more (default 6)")
+    add("--worlds", default="", metavar="NAMES", help=f"only these, by commas: {', '.join(WORLDS)}")
+    add("--fresh", action="store_true", help="delete what the working folder holds")
+    add("--tables", action="store_true", help="train nothing; write tables and figures again from study.json")
     args = parser.parse_args(argv)
+    if args.tables:
+        kept = json.loads(Path(args.results, "study.json").read_text())
+        return write(kept["rows"], Path(args.results), {key: kept[key] for key in provenance()})
     wanted = [name.strip() for name in args.worlds.split(",")] if args.worlds else list(WORLDS)
     if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or args.hours <= 0:
         raise InputError(
-            f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, expected some of "
-            f"{', '.join(WORLDS)}, and numbers above 0"
+            f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, "
+            f"expected some of {', '.join(WORLDS)}, and numbers above 0"
         )
     out, ends = Path(args.out).resolve(), time.time() + 3600 * args.hours
     base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
@@ -510,8 +457,8 @@ def main(argv=None):
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for done in tqdm(pool.map(column, *zip(*work)), total=len(work), desc="study", unit="column", disable=None):
             print(done, flush=True)
-            write(lines_of(out / "rows.jsonl"), Path(args.results))
-    print(Path(args.results) / "study.md")
+            write(lines_of(out / "rows.jsonl"), Path(args.results), provenance())
+    print(Path(args.results) / "README.md")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def _fill(job):
 
 
 def pictures(folder, count, seed, workers=os.cpu_count()):
-    """Draw `count` pictures into memory-mapped arrays in `folder`, unless they are there: image uint8 (S, 112, 112, 3),
-    index int8 (S, 112, 112), table int8 (S, 3, 4) and spot uint8 (S, 3, 2), the objects' middles in pixels. Returns the four.
+    """Draw `count` pictures into memory-mapped arrays in `folder`, unless they are there, and return the four: image
+    uint8 (S, 112, 112, 3), index int8 (S, 112, 112), table int8 (S, 3, 4), spot uint8 (S, 3, 2), objects' middles.
     """
     folder = Path(folder)
     done = folder / "done.json"
@@ -132,23 +132,14 @@ ID = {word: i for i, word in enumerate(TOKENS)}
 
 
 def write_tokenizer(folder):
-    """Write tokenizer.json, tokenizer_config.json and the processor's and chat's files of the tiny base into `folder`."""
+    """Write tokenizer.json, tokenizer_config.json and the files of the processor and of sampling into `folder`."""
     words = Tokenizer(WordLevel(ID, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     words.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
     words.add_tokens([AddedToken(word, special=False) for word in ADDED])
     words.save(str(folder / "tokenizer.json"))
-    added = {
-        str(ID[word]): {
-            "content": word,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "single_word": False,
-            "special": word in SPECIAL,
-        }
-        for word in SPECIAL + ADDED
-    }
+    plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    added = {str(ID[word]): {"content": word, **plain, "special": word in SPECIAL} for word in SPECIAL + ADDED}
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -181,7 +172,7 @@ def write_tokenizer(folder):
 
 
 class Terse:
-    """The words of a ClevrPolicy in the tiny world: a style as `data.prose.Prose`, one sentence a node, in random order."""
+    """The words of a ClevrPolicy in the tiny world: a style like `data.prose.Prose`, one sentence per node."""
 
     updated = ""  # the base has no words to say that a policy replaces another
 
@@ -199,7 +190,8 @@ class Terse:
         for entries, names in ((policy["nodes"], NODES), (policy["leaves"], ACTIONS)):
             if len(entries) > len(names):
                 raise InputError(
-                    f"found a policy of {len(entries)} sections, expected at most {len(names)}: the tiny base knows no more names"
+                    f"found a policy of {len(entries)} sections, expected at most {len(names)}, "
+                    "as the tiny base knows no more names"
                 )
             new |= {entry["id"]: names[k] for entry, k in zip(entries, rng.permutation(len(names)).tolist())}
         policy["root"] = new[policy["root"]]

@@ -1,6 +1,6 @@
-"""What internalising a policy saves: prompt tokens, time to the first token, tokens a second, FLOPs.
+"""What internalising a policy saves: prompt tokens, time to the first token, tokens per second, FLOPs.
 
-    python -m data.efficiency --model runs/rl --data data/clevr --runs runs/cpt runs/sft runs/rl --out costs.json
+    python -m benchmarks.efficiency --model runs/rl --data data/clevr --runs runs/cpt runs/sft runs/rl --out costs.json
 
 Three ways to serve a query: without the policy, with it in the prompt, and with it in the prompt but read once and its
 keys and values kept. Training is counted in FLOPs from the runs' own configs, or without --runs from the paper's recipe
@@ -31,14 +31,14 @@ RECIPE = (  # METHOD: the paper's ClevrPolicy runs; G and K are ours
 
 
 def text_flops(config, tokens, held=0, scored=1):
-    """FLOPs of reading `tokens` behind `held` cached ones, with next-token scores for `scored` of them.
+    """FLOPs of reading `tokens` after `held` cached ones, with next-token scores for `scored` of them.
 
-    Matrix products count 2 a weight and token; attention 4 H K for each pair (token, what it sees), L layers.
+    Matrix products count 2 per weight and token; attention 4 H C for each pair (token, what it sees).
     """
-    D, heads, groups, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    weights = D * K * (2 * heads + 2 * groups) + 3 * D * config.intermediate_size
+    D, H, J, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    weights = D * C * (2 * H + 2 * J) + 3 * D * config.intermediate_size
     seen = tokens * held + tokens * (tokens + 1) / 2
-    return config.num_hidden_layers * (2 * weights * tokens + 4 * heads * K * seen) + 2 * D * config.vocab_size * scored
+    return config.num_hidden_layers * (2 * weights * tokens + 4 * H * C * seen) + 2 * D * config.vocab_size * scored
 
 
 def vision_flops(config, grids):
@@ -96,10 +96,10 @@ def query_flops(config, lengths, response, policy, kept=False):
 
 
 def training_flops(config, run, lengths, steps, batch, response):
-    """FLOPs of a run. Full tuning costs three forward passes a sequence, LoRA two: frozen weights need no gradient.
+    """FLOPs of a run. Full tuning costs three forward passes per sequence, LoRA two: frozen weights need no gradient.
 
     run: its config; steps, batch: updates and items each; response: mean tokens of a response. VM-CPT reads P with
-    every item; SFT does not; RL besides samples G responses behind x, K behind (P, x), and learns G + K behind x.
+    every item; SFT does not; RL also samples G responses given x and K given (P, x), and learns from G + K given x.
     """
     passes = (3 if run.get("full", True) else 2) + bool(run.get("gradient_checkpointing", False))
     sequences = steps * batch
@@ -196,7 +196,7 @@ def read(model, encoded, cache, start=0, pictures=0):
 
 @torch.no_grad()
 def time_query(model, encoded, new_tokens, cache=None, start=0, pictures=0):
-    """(seconds to the first token, tokens a second after it); always `new_tokens` tokens, so that speeds compare."""
+    """(seconds to the first token, tokens per second after it); always `new_tokens` tokens, so that speeds compare."""
     device, cache = model.head_weight.device, cache or Cache()
     began = tick(device)
     token = read(model, encoded, cache, start, pictures)
@@ -308,7 +308,7 @@ def table(result):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.efficiency", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.efficiency", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--model", required=True, metavar="M", help="checkpoint, hub id, or the folder of a finished run"
     )
