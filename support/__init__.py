@@ -1,1 +1,1 @@
-"""What the scripts stand on, each file a matter of its own; a reader of the method may skip it."""
+"""What the scripts stand on, one topic per file; a reader of the method can skip it."""

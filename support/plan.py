@@ -53,7 +53,7 @@ class Config:
     train_vision: bool = redefault(CommonConfig, "train_vision", True)
     dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
     budget: int = option(1 << 17, "rl: tokens of prompts and responses that sampling holds at a time, a GPU", least=1)
-    reference: bool = option(True, "rl: a KL term or a frozen sampler holds the start model besides")
+    reference: bool = option(True, "rl: a KL term or a frozen sampler also holds the start model")
     out: str = option("", "write the plan to this file, too")
 
 
