@@ -2,9 +2,9 @@
 
     python -m data.cot --model M --data DIR --mode forward --out DIR/sft_forward.jsonl
 
-gold: the chain that the tree gives. forward: the model answers with the policy in front, and what ends in the right answer
-is kept (the paper's way for ClevrPolicy). reverse: the model is told the right answer and writes the reasoning; nothing is
-filtered (the paper's way for GTAPolicy). The file takes the place of sft.jsonl.
+gold: the chain that the tree gives. forward: the model answers with the policy in front, and what ends in the right
+answer is kept (the paper's way for ClevrPolicy). reverse: the model is told the right answer and writes the reasoning;
+nothing is filtered (the paper's way for GTAPolicy). The file takes the place of sft.jsonl.
 """
 
 import argparse
@@ -12,21 +12,21 @@ import json
 import os
 
 from data import InputError, command
-from data.dataset import load_items, load_policies, messages, target
+from data.dataset import load_items, load_policies, target
 from data.referral import referral
 from data.rewards import accuracy, format, thoughts
 
 REVERSE = (
-    "\n\nThe right response is known: {}. Write down the reasoning that leads to it, section by section, quoting what each "
-    "section of the policy says. Do it inside <think></think>, then give the response in \\boxed{{}}."
+    "\n\nThe right response is known: {}. Write down the reasoning that leads to it, section by section, quoting what "
+    "each section of the policy says. Do it inside <think></think>, then give the response in \\boxed{{}}."
 )
 
 
-def prompts(items, policies, mode):
-    """The chat messages that a generator gets for each item, the policy always in front."""
-    if mode == "reverse":
-        items = [{**item, "question": item["question"] + REVERSE.format(item["answer"])} for item in items]
-    return [messages(item, policies[item["policy"]]) for item in items]
+def asked(item, mode):
+    """The item as a generator gets it: in reverse mode its question tells the right answer."""
+    if mode != "reverse":
+        return item
+    return {**item, "question": item["question"] + REVERSE.format(item["answer"])}
 
 
 def keep(item, responses, mode):
@@ -44,34 +44,17 @@ def generate(model, processor, items, policies, mode, attempts=1, temperature=0.
 
     model, processor: as model.py gives them; attempts: responses sampled for each item; batch: items in flight.
     """
-    from support.engine import common_length, sample
+    from evaluate import PolicyRollout  # here: gold chains need no torch
 
+    aware = PolicyRollout(processor, policies, 0, attempts, max_tokens=max_response, temperature=temperature)
     kept = []
     order = sorted(range(len(items)), key=lambda k: items[k]["policy"])  # one policy's items share its prefix
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        encoded = [
-            processor.encode(m, add_generation_prompt=True) for m in prompts([items[k] for k in part], policies, mode)
-        ]
-        alone = {}  # the policy by itself: what its items' prompts begin with is read once
-        for k in part:
-            if (policy := items[k]["policy"]) not in alone:
-                alone[policy] = processor.encode(messages({"images": [], "question": ""}, policies[policy]))
-        shared = [common_length(prompt, alone[items[k]["policy"]]) for k, prompt in zip(part, encoded)]
         seeds = [[(seed * 1_000_003 + k) * 1009 + a for a in range(attempts)] for k in part]
-        groups = sample(
-            model,
-            encoded,
-            attempts,
-            max_tokens=max_response,
-            temperature=temperature,
-            seeds=seeds,
-            stop_ids=processor.stop_ids,
-            banned_ids=processor.banned_ids,
-            shared=shared,
-        )
+        groups = aware(model, [asked(items[k], mode) for k in part], seeds)
         for k, group in zip(part, groups):
-            chain = keep(items[k], [processor.decode(response.tokens) for response in group], mode)
+            chain = keep(items[k], [processor.decode(response.tokens) for response in group.responses], mode)
             if chain is not None:
                 kept.append((k, {**items[k], "cot": chain, "mode": mode}))
     return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
@@ -134,7 +117,8 @@ def main(argv=None):
     if args.mode != "gold" and all(item.get("cot") for item in items):
         quoted, on_path = quality(items, policies)
         print(
-            f"gold chains of the same items: sections quoted rightly {100 * quoted:.1f} %, on the gold path {100 * on_path:.1f} %"
+            f"gold chains of the same items: sections quoted rightly {100 * quoted:.1f} %, "
+            f"on the gold path {100 * on_path:.1f} %"
         )
 
 

@@ -182,8 +182,8 @@ def sample(
     seeds = seeds or [[(p << 32) + i for i in range(count)] for p, count in enumerate(counts)]
     if [len(s) for s in seeds] != counts or max_tokens < 1 or temperature < 0:
         raise InputError(
-            f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds, max_tokens {max_tokens}"
-            f", temperature {temperature}; expected one seed per response, a positive length, no negative temperature"
+            f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds, "
+            f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, no negative temperature"
         )
     decoder = Decoder(model, prompts, seeds, max_tokens, budget, shared, {} if prefixes is None else prefixes)
     stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))

@@ -1,7 +1,7 @@
 """A sampler's weights in the order in which a processor multiplies them.
 
 A decoding step is a product of a few rows with every weight. From the order in which these are stored, two cores reach
-a quarter (8 rows) to three quarters (64 rows) of the speed that oneDNN's blocked order gives them, at the price of a copy.
+a quarter (8 rows) to three quarters (64 rows) of the speed that oneDNN's blocked order gives them. It costs a copy.
 """
 
 from contextlib import contextmanager

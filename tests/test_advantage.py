@@ -81,7 +81,7 @@ def test_nan_rewards_are_left_out_and_counted(mode):
 
 
 def test_policy_aware_responses_count_as_members():
-    """PolicyRollout: with G + K in the group, one policy-aware success is what makes the failures' advantage negative."""
+    """PolicyRollout: with G + K in the group, one policy-aware success makes the failures' advantage negative."""
     without_policy = rewards([0.0, 0.0, 0.0, 0.0])
     assert not group_advantage(without_policy).any()
     both = group_advantage(torch.cat([without_policy, rewards([1.0, 0.0, 0.0, 0.0])], 1))

@@ -64,7 +64,7 @@ def test_no_object_is_hidden(scenes):
 
 @pytest.mark.parametrize("visible, least", [(0.45, 0.3), (0.99, 0.8)])  # a cube's corners stand out of its disc
 def test_the_share_of_an_object_that_must_be_seen(visible, least):
-    """Counted against the same object drawn alone; a bound that did not bind would let some hide more at either setting."""
+    """Counted against the same object drawn alone; a bound that did not bind would let some hide more."""
     rng, shares = np.random.default_rng(3), []
     for _ in range(25):
         scene = sample_scene(rng, (3, 3), (112, 112), area=1.9, zoom=1.6, visible=visible)

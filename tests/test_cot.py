@@ -1,11 +1,11 @@
-"""Chains of thought: what is kept, what the generator is told, and the command from a tiny checkpoint to a loadable file."""
+"""Chains of thought: what is kept, what the generator is told, and the command from a tiny checkpoint to a file."""
 
 import pytest
 from test_inspect import folder  # noqa: F401  the same small data folder
 
 import data.cot as cot
 from data import InputError
-from data.dataset import load_items, load_policies, target
+from data.dataset import load_items, load_policies, messages, target
 
 
 def test_forward_keeps_only_what_is_right_and_well_formed(folder):  # noqa: F811
@@ -22,7 +22,7 @@ def test_the_answer_is_told_in_reverse_and_the_policy_always(folder):  # noqa: F
     policies = load_policies(folder)
     item = load_items(folder, "sft.jsonl", policies)[0]
     for mode in ("forward", "reverse"):
-        (prompt,) = cot.prompts([item], policies, mode)
+        prompt = messages(cot.asked(item, mode), policies[item["policy"]])
         text = "".join(part.get("text", "") for part in prompt[0]["content"])
         assert text.startswith(f"Policy {item['policy']}")
         assert (f"The right response is known: {item['answer']}." in text) == (mode == "reverse")

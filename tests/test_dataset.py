@@ -18,7 +18,10 @@ from data.dataset import load_items, load_policies, messages, target
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "m"
     main(
-        f"--out {out} --depth 2 --variant M --policies 2 --queries 8 --seed 3 --size 96x64 --scenes 200 --cpt applied,document,section,response".split()
+        (
+            f"--out {out} --depth 2 --variant M --policies 2 --queries 8 --seed 3 --size 96x64 --scenes 200"
+            " --cpt applied,document,section,response"
+        ).split()
     )
     return out
 

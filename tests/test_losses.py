@@ -149,7 +149,7 @@ def test_an_option_left_out_is_the_algorithms_own():
 
 @pytest.mark.parametrize("advantage", ["grpo", "dr_grpo"])
 def test_credit_by_hand(advantage):
-    """Both halves of a PolicyRollout group share one mean and one deviation (ddof 1); a failed reward counts nowhere."""
+    """Both halves of a group share one mean and one deviation (ddof 1); a failed reward counts nowhere."""
     parts = torch.tensor([[0.0, 0], [0, 0], [1, 0], [1, 0], [3, 1], [3, 1], [9, math.nan]], dtype=torch.float64)
     aware = torch.tensor([False, False, True, True, False, True, True])
     data = SimpleNamespace(

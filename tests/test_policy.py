@@ -53,7 +53,7 @@ def draw(table, depth, variant, conditions, seed=0, count=60):
 
 @pytest.mark.parametrize("depth, variant, conditions", KINDS)
 def test_a_reader_of_the_text_always_agrees_and_needs_the_right_scene(table, depth, variant, conditions):
-    """Three ways to the same answers: array programs, the plain interpreter, and parsed sentences with object places."""
+    """Three ways to the same answers: array programs, the plain interpreter, parsed sentences with object places."""
     policy, items, leaf = draw(table, depth, variant, conditions)
     scenes = {scene["image_filename"]: scene for scene in table.scenes}
     right, mistaken = check({policy["name"]: policy}, items, scenes, np.random.default_rng(1))

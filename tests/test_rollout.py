@@ -217,7 +217,7 @@ def test_held_prefixes_know_their_pictures(model, processor):
 
 
 def test_a_prompt_shares_what_it_begins_with_but_keeps_its_last_token(model, processor):
-    """Two policies that begin alike are two prefixes; equal prompts, shared wholly, still have a token to start from."""
+    """Two policies that begin alike are two prefixes; equal prompts still have a token to start from."""
     texts = [f"policy P{k}: if red, A1. apply it: {i}" for k in (1, 2) for i in range(2)]
     chats = [
         [{"role": "user", "content": text}] for text in [*texts, "policy P1: if red, A1. ", "policy P2: if red, A1. "]

@@ -62,7 +62,7 @@ def test_answer_only_leaves_the_chain_of_thought_out(folder):
 
 
 def test_micro_batches_change_nothing_but_memory(folder):
-    """A mean per micro-batch would weigh a token by the company it keeps; the denominator here is the global batch's."""
+    """A mean per micro-batch would weigh a token by its neighbours; the denominator here is the global batch's."""
     runs = []
     for size in (1, 2, 12):
         out = folder / f"micro-{size}"
@@ -88,7 +88,7 @@ def test_replay_fills_its_share_of_every_batch():
 
 
 def test_an_adapter_is_continued_or_merged_by_the_next_stage(folder):
-    """--init of a LoRA run: continued with --no-full; with --full the merged weights start, so the first loss is the same."""
+    """--init of a LoRA run: continued with --no-full; with --full the merged weights start: the first loss is the same."""
     first = folder / "first"
     quiet(train_sft.main, arguments(folder / "model", folder / "data", first, steps=3))
     for full in (False, True):
@@ -104,7 +104,7 @@ def test_an_adapter_is_continued_or_merged_by_the_next_stage(folder):
 
 
 def test_sft_overfits_eight_real_examples_to_exact_greedy_answers(tmp_path):
-    """Pictures of the renderer, a chain of thought and an answer each; greedy decoding gives every one back, word for word."""
+    """Pictures of the renderer, a chain of thought and an answer each; greedy decoding gives every one back."""
     tiny_checkpoint(tmp_path / "model", width=96, scale=0.05)
     folder = small_data(tmp_path / "data", items=3)
     rows = []

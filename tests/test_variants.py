@@ -165,7 +165,7 @@ def test_gdpo_scales_each_reward_by_its_own_deviation():
 
 
 def test_gdpo_leaves_a_right_answer_with_a_small_penalty_above_the_wrong_ones():
-    """Two right, two wrong, one of them a little too long: divided by its own deviation that would cost all it gained."""
+    """Two right, one of them a little too long: divided by its own deviation that would cost all it gained."""
     data = judged([1.0, 1.0, 0.0, 0.0], [False] * 4, lengths=[3, 951, 3, 3])
     A = learner(gdpo, max_response=1000, overlong=50).credit(data, 0.0)[1]
     assert A[0] > A[1] > 0 > A[2] and A[1] > 0.9 * A[0] and torch.allclose(A[2], A[3])
