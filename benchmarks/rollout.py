@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout --out benchmarks/results/rollout.json [--quick] [--threads 2]
 
-Random weights, fp32, on a CPU. Every measurement is a process of its own, so that peak memory is its own, too. The short
+Random weights, fp32, on a CPU. Every measurement is a process of its own, so that peak memory is its own. The short
 cases are run three times in turn, and the best counts: neighbours on the machine move a single one by a third.
 
     speedup_vs_transformers   8 prompts of 500 tokens with a picture of 16 x 16 patches, 8 responses of 64 tokens each,

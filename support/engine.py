@@ -183,7 +183,8 @@ def sample(
     if [len(s) for s in seeds] != counts or max_tokens < 1 or temperature < 0:
         raise InputError(
             f"found {len(prompts)} prompts, {counts} responses, {[len(s) for s in seeds]} seeds, "
-            f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, no negative temperature"
+            f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, "
+            "no negative temperature"
         )
     decoder = Decoder(model, prompts, seeds, max_tokens, budget, shared, {} if prefixes is None else prefixes)
     stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))

@@ -88,7 +88,7 @@ def test_replay_fills_its_share_of_every_batch():
 
 
 def test_an_adapter_is_continued_or_merged_by_the_next_stage(folder):
-    """--init of a LoRA run: continued with --no-full; with --full the merged weights start: the first loss is the same."""
+    """--init of a LoRA run: continued with --no-full; with --full merged first, so the first loss is the same."""
     first = folder / "first"
     quiet(train_sft.main, arguments(folder / "model", folder / "data", first, steps=3))
     for full in (False, True):
