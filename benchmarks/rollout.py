@@ -117,7 +117,7 @@ def write_checkpoint(folder, size):
 
 
 def prompts_of(size, policy):
-    """Random queries, against transformers each with a picture; a policy of so many tokens stands in front of all."""
+    """Random queries, against transformers each with a picture; a policy of `policy` tokens in front of all."""
     generator = torch.Generator().manual_seed(1)
     words = lambda n: torch.randint(10, size["vocab"], (n,), generator=generator)
     head, found = words(policy), []

@@ -128,7 +128,9 @@ def measure(case, side, folder, size, ranks):
         optimizer.step()
         optimizer.zero_grad()
     wall, cpu = (time.perf_counter() - wall) / REPEATS, (time.process_time() - cpu) / REPEATS
-    tokens = size["prompts"] * size["responses"] * (size["length"] + size["tokens"])  # as one row a response reads them
+    tokens = (
+        size["prompts"] * size["responses"] * (size["length"] + size["tokens"])
+    )  # as one row per response reads them
     return {
         "loss": first,
         "seconds": wall,

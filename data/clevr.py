@@ -72,7 +72,7 @@ def sample_scene(rng, objects=(3, 10), size=(480, 320), area=3.0, zoom=1.0, visi
     rng: numpy Generator; objects: (fewest, most); size: (W, H) pixels that `pixel_coords` refer to; area: objects lie
     within +-area of the origin, in scene units (a large object is 1.4 wide); zoom: focal length against the official
     one; visible: the least share of an object's disc that nearer ones leave in sight. Returns a dict with the official
-    keys and, besides, `camera` and `lamps` (jittered by 0.5 and 1 unit).
+    keys and also `camera` and `lamps` (jittered by 0.5 and 1 unit).
     """
     filename = f"CLEVR_{split}_{index:06d}.png"
     while True:  # an arrangement that cannot be completed is thrown away whole, so positions stay unbiased

@@ -3,7 +3,7 @@
     python -m data.clevr_policy --out DIR --depth 4 --variant T --policies 10 --queries 200 --seed 0
 
 A policy asks N questions of a picture on the way from its root to a response. Behind a yes the conditions speak of the
-objects just found; behind a no of the whole picture again. Variant M shows some attribute values as crops of pictures.
+objects just found; after a no of the whole picture again. Variant M shows some attribute values as crops of pictures.
 Everything is drawn from the seed; the same seed writes the same bytes on any number of processes.
 """
 

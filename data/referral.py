@@ -1,7 +1,7 @@
 """What a chain of thought says about its policy: sections quoted rightly, sections that do not exist, detours.
 
-The paper asks an LLM judge how well the reasoning refers to the policy; for a tree it can be read off exactly. A judge's
-file is written besides, for whoever has one.
+The paper asks an LLM judge how well the reasoning refers to the policy; for a tree it can be read off exactly. A file for
+such a judge is written as well.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What a run of train_rl.py tells about itself. No part of the method.
 
-metrics.jsonl holds a row a step; means over all ranks:
+metrics.jsonl holds one row per step; means over all ranks:
 
     reward, reward/NAME             of all responses; each function of --reward without its weight
     reward_standard, accuracy       of the G sampled without the policy

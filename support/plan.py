@@ -92,7 +92,7 @@ def architecture(name):
 
 
 class FlashAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: queries, keys, values, the output and one number a query."""
+    """Keeps what a fused attention kernel keeps: queries, keys, values, the output and one number per query."""
 
     @staticmethod
     def forward(ctx, q, k, v):

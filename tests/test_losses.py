@@ -28,7 +28,7 @@ FORMULAS = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "sapo", "cispo")  # a for
 
 
 def by_hand(name):
-    """-> one value a token, in plain Python."""
+    """-> one value per token, in plain Python."""
     low, high = LOSSES[name].clip
     rows = []
     for ratios, a, length, old in zip(RATIOS, A, LENGTHS, OLD):

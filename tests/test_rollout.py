@@ -268,7 +268,7 @@ def test_packed_responses_are_learned_exactly_as_alone(model, processor, prompts
 
 
 def test_policy_rollout_is_one_group_learned_without_the_policy(model, processor):
-    """The aware half is drawn behind (P, x); what the loss reads of it stands behind x alone."""
+    """The aware half is drawn given (P, x); the loss reads all of it given x alone."""
     item = {"id": "i", "policy": "P1", "question": "apply P1: ", "images": [], "answer": "A1"}
     policies = {"P1": {"text": POLICY, "images": []}}
     rollout = PolicyRollout(processor, policies, 2, 3, max_tokens=5, banned_ids=processor.banned_ids)
@@ -281,8 +281,8 @@ def test_policy_rollout_is_one_group_learned_without_the_policy(model, processor
         expected = fresh(model, x, response.tokens, processor.banned_ids)[0, response.tokens[0]]
         assert abs(response.logprobs[0] - float(expected)) < 1e-5
         logp, _ = token_logprobs(model, pack(model, [group.prompt], [[response.tokens]], processor.pad_id))
-        behind_x = fresh(model, group.prompt, response.tokens).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
-        assert torch.allclose(logp.detach(), behind_x, atol=1e-5)
+        given_x = fresh(model, group.prompt, response.tokens).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+        assert torch.allclose(logp.detach(), given_x, atol=1e-5)
     alone = PolicyRollout(processor, policies, 2, 0, max_tokens=5, banned_ids=processor.banned_ids)
     (plain,) = alone(model, [item], [[1, 2]])
     assert [r.tokens for r in plain.responses] == [r.tokens for r in group.responses[:2]]

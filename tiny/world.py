@@ -2,7 +2,7 @@
 
 scene, image, index = picture(seed, number)
 image, index, table, spot = pictures(folder, count, seed)      the same for many, in memory-mapped files, by every core
-write_tokenizer(folder)                           a word a token, with Qwen's own special tokens among them
+write_tokenizer(folder)                           one word per token, with Qwen's own special tokens among them
 Terse()                                           how policies read here: `N14 small rubber cube then A9 else A7 .`
 """
 
