@@ -117,8 +117,9 @@ def parse(config_class, doc, argv=None):
     """
     kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(config_class).items()}
     options = {f.name: f for f in dataclasses.fields(config_class)}
-    example = re.search(r"^ +((?:python|torchrun) .*?)(?:   .*)?$", doc, re.MULTILINE)
+    example = re.search(r"^ *((?:python|torchrun) .*?)(?:   .*)?$", doc, re.MULTILINE)
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description=doc,
         epilog=example and f"example:\n  {example[1]}",
         allow_abbrev=False,
@@ -129,7 +130,8 @@ def parse(config_class, doc, argv=None):
     for heading, names in _headings(config_class).items():
         group = parser.add_argument_group(heading)
         for name in names:
-            extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": name.upper()}
+            metavar = {int: "N", float: "X", str: "TEXT"}.get(kinds[name])
+            extra = {"action": argparse.BooleanOptionalAction} if kinds[name] is bool else {"metavar": metavar}
             text = _help(options[name])
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
     flags = vars(parser.parse_args(argv))
