@@ -1,6 +1,6 @@
 """Qwen2.5-VL in one file: what the model computes, how it is stored, and how pictures and chats become its input.
 
-    1. Config           sizes, from any of the three layouts of config.json
+    1. Config           sizes; support/layouts.py reads them, from any layout of config.json
     2. Vision tower     patches -> windows -> blocks -> merged tokens
     3. Text model       grouped-query attention, M-RoPE, SwiGLU
     4. Qwen25VL         pictures into text, positions, masks, the head
@@ -9,33 +9,55 @@
     7. LoRA             adapters by hand, in PEFT's file format
     8. Processor        pictures -> patches, messages -> tokens
 
-    python model.py --describe PATH | --chat PATH [--image FILE] [--adapter FOLDER]
+    python model.py --describe PATH | --chat PATH [--image FILE] | --export PATH --out FOLDER    [--adapter FOLDER]
 
-Axes: B batch, T tokens, S keys, H heads, G kv heads, K head dim, D width, N patches, M merged tokens (4 patches each),
-V vocab. Architecture: Qwen2.5-VL Technical Report, arXiv 2502.13923. Parameters are named as on the hub.
+PATH: a checkpoint, a hub id, the folder of a run or one of its checkpoints. Architecture: Qwen2.5-VL Technical Report,
+arXiv 2502.13923. Parameters are named as on the hub. What the files of a checkpoint may say, and how chat templates are
+rendered, stands beside: support/files.py, support/layouts.py, support/template.py.
+
+Axes, in every file of the project:
+
+    B  rows of a batch: sequences, prompts, responses (b of a micro-batch)      V  vocabulary
+    T  tokens of a row                  S  keys attended to                     D  width
+    R  tokens of the longest response   L  learned tokens of a batch            H  heads       J  kv heads
+    U  patches of pictures              I  image tokens (four patches each)     C  channels of a head
+    G, K  responses per query without / with the policy in the prompt           F  reward functions
 """
 
 import math
 import re
-import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError, command
-from support.files import TensorFile, check_tensors, expect, find_folder, read, read_json, replacing, write_json
+from support.files import (
+    INDEX,
+    TensorFile,
+    check_tensors,
+    copy_files,
+    expect,
+    find_folder,
+    read_json,
+    replacing,
+    shown,
+    stored_once,
+    weight_files,
+    write_json,
+)
+from support.layouts import check_limits, config_to_save, read_adapter, read_config, read_pictures, read_tokenizer
+from support.pictures import open_image, to_rgb
+from support.template import ControlTokens, read_template
 
 # -- 1. config --------------------------------------------------------------------------------------------------------
 
@@ -48,11 +70,11 @@ class VisionConfig:
     num_heads: int
     out_hidden_size: int
     fullatt_block_indexes: tuple
-    window_size: int = 112  # pixels
-    patch_size: int = 14  # pixels
-    temporal_patch_size: int = 2  # frames; a still picture is shown twice
-    spatial_merge_size: int = 2  # patches per side of a merged token
-    in_channels: int = 3
+    window_size: int  # pixels
+    patch_size: int  # pixels
+    temporal_patch_size: int  # frames; a still picture is shown twice
+    spatial_merge_size: int  # patches per side of an image token
+    in_channels: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,7 @@ class Config:
     num_key_value_heads: int
     rms_norm_eps: float
     rope_theta: float
-    mrope_section: tuple  # frequencies per axis of the position (time, height, width); they sum to half the head dim
+    mrope_section: tuple  # frequencies per axis of the position (time, height, width); they sum to C/2
     tie_word_embeddings: bool
     image_token_id: int
     raw: dict = field(repr=False)
@@ -79,38 +101,9 @@ class Config:
 
     @classmethod
     def from_json(cls, raw, where="config.json"):
-        """Read a parsed config.json: flat as on the hub, with `text_config`, or with `text_config.rope_parameters`.
-
-        Raises InputError that names the key at fault, what it holds, and `where`.
-        """
-        text = {**raw, **read(raw, "text_config", dict, where, default={})}
-        rope = read(text, "rope_parameters" if text.get("rope_parameters") else "rope_scaling", dict, where, default={})
-        vision = read(raw, "vision_config", dict, where)
-        vision = {"in_channels": vision.get("in_chans"), **vision}
-
-        def sizes(cls, section):
-            plain = [each for each in fields(cls) if each.type in (int, float, tuple)]
-            return {f.name: read(section, f.name, f.type, where, getattr(cls, f.name, None)) for f in plain}
-
-        tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-        tower = VisionConfig(**sizes(VisionConfig, vision))
-        config = cls(vision=tower, **sizes(cls, {**text, **rope}), tie_word_embeddings=tied, raw=raw)
-        kind, sliding = rope.get("rope_type", rope.get("type", "mrope")), text.get("use_sliding_window")
-        expect(where, "rope type", kind, kind in ("mrope", "default"), "'mrope'")
-        expect(where, "use_sliding_window", sliding, not sliding, "false")
-        for part in (text, vision):
-            expect(where, "hidden_act", part.get("hidden_act"), part.get("hidden_act") in ("silu", None), "'silu'")
-        heads, side = config.num_attention_heads, tower.patch_size * tower.spatial_merge_size
-        for part, key, fits, expected in (
-            (config, "hidden_size", lambda n: n % (2 * heads) == 0, f"a multiple of twice the {heads} heads"),
-            (config, "num_key_value_heads", lambda n: heads % n == 0, f"a divisor of the {heads} heads"),
-            (config, "mrope_section", lambda s: 2 * sum(s) == config.head_dim, "a sum of half the head dim"),
-            (tower, "hidden_size", lambda n: n % (4 * tower.num_heads) == 0, "a multiple of 4 x num_heads"),
-            (tower, "out_hidden_size", lambda n: n == config.hidden_size, f"hidden_size = {config.hidden_size}"),
-            (tower, "window_size", lambda n: n >= side, f"a merged token, {side}, at least"),
-        ):
-            expect(where, key, getattr(part, key), fits(getattr(part, key)), expected)
-        return config
+        """The sizes in a parsed config.json. Raises InputError that names `where`, the key at fault and its value."""
+        text, vision = read_config(raw, where)
+        return cls(vision=VisionConfig(**vision), **text, raw=raw)
 
 
 # -- 2. vision tower --------------------------------------------------------------------------------------------------
@@ -143,7 +136,7 @@ class MLP(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: the pair (x[i], x[i + K/2]) turns by angle i. x: (..., K); cos, sin: (..., K/2)."""
+    """Rotary embedding: the pair (x[i], x[i + C/2]) turns by angle i. x: (..., C); cos, sin: (..., C/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -162,8 +155,8 @@ class Arrangement:
     So attention needs no mask: each run of `count` groups of `length` patches is one dense batch.
     """
 
-    order: torch.Tensor  # (N,) the patch at each place
-    cos: torch.Tensor  # (N, K/2) fp32, in this order
+    order: torch.Tensor  # (U,) the patch at each place
+    cos: torch.Tensor  # (U, C/2) fp32, in this order
     sin: torch.Tensor
     runs: tuple  # of (count, length)
 
@@ -173,10 +166,10 @@ def arrange(grids, config, device):
     """Arrange a batch of pictures by window and by frame; grids: ((t, h, w), ...) in patches.
 
     The patches of a picture come merge block by merge block, (t, h/2, w/2, 2, 2); no order here breaks up a block.
-    Returns (windows, frames, window -> frame order (N,), frame -> window order (N,), window -> picture order (M,)).
+    Returns (windows, frames, window -> frame order (U,), frame -> window order (U,), window -> picture order (I,)).
     """
     merge = config.spatial_merge_size
-    side = config.window_size // config.patch_size // merge  # of a window, in merged tokens
+    side = config.window_size // config.patch_size // merge  # of a window, in image tokens
     windows, frames, places, start = [], [], [], 0
     for t, h, w in grids:
         tokens = start + np.arange(t * h * w // merge**2).reshape(t, h // merge, w // merge)
@@ -188,21 +181,21 @@ def arrange(grids, config, device):
         place = rearrange(np.indices((h, w)), "two (h a) (w b) -> (h w a b) two", a=merge, b=merge)
         places.append(np.tile(place, (t, 1)))
 
-    spread = config.hidden_size // config.num_heads // 2  # half of the head dim turns with the row, half with column
-    frequency = 1.0 / 10000.0 ** (torch.arange(0, spread, 2, dtype=torch.float) / spread)  # (K/4,)
-    angles = torch.from_numpy(np.concatenate(places)).float()[:, :, None] * frequency  # (N, 2, K/4)
-    angles = angles.flatten(1)  # (N, K/2)
+    spread = config.hidden_size // config.num_heads // 2  # half of the channels turn with the row, half with the column
+    frequency = 1.0 / 10000.0 ** (torch.arange(0, spread, 2, dtype=torch.float) / spread)  # (C/4,)
+    angles = torch.from_numpy(np.concatenate(places)).float()[:, :, None] * frequency  # (U, 2, C/4)
+    angles = angles.flatten(1)  # (U, C/2)
 
     def arrangement(groups):
         groups = sorted(groups, key=len)
-        patches = np.concatenate(groups)[:, None] * merge**2 + np.arange(merge**2)  # (M, 4)
-        order = torch.from_numpy(patches.ravel())  # (N,)
+        patches = np.concatenate(groups)[:, None] * merge**2 + np.arange(merge**2)  # (I, 4)
+        order = torch.from_numpy(patches.ravel())  # (U,)
         runs = tuple((len(list(run)), length * merge**2) for length, run in groupby(map(len, groups)))
         return Arrangement(order.to(device), angles[order].cos().to(device), angles[order].sin().to(device), runs)
 
     with torch.inference_mode(False):  # kept for later calls, which may train
         windows, frames = arrangement(windows), arrangement(frames)
-        back = windows.order.argsort()  # (N,)
+        back = windows.order.argsort()  # (U,)
         to_frames, to_windows = back[frames.order], frames.order.argsort()[windows.order]
         return windows, frames, to_frames, to_windows, back[:: merge**2] // merge**2
 
@@ -215,16 +208,16 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, cos, sin, runs):
-        qkv = rearrange(self.qkv(x), "n (three h k) -> n three h k", three=3, h=self.heads)
-        qk = rotate(qkv[:, :2].float(), cos[:, None, None], sin[:, None, None]).to(qkv.dtype)  # (N, 2, H, K)
+        qkv = rearrange(self.qkv(x), "u (three h c) -> u three h c", three=3, h=self.heads)
+        qk = rotate(qkv[:, :2].float(), cos[:, None, None], sin[:, None, None]).to(qkv.dtype)  # (U, 2, H, C)
         outputs, start = [], 0
         for count, length in runs:
             here = slice(start, start + count * length)
-            q, k = rearrange(qk[here], "(c n) two h k -> two c h n k", c=count)  # each (count, H, length, K)
-            v = rearrange(qkv[here, 2], "(c n) h k -> c h n k", c=count)
-            outputs.append(rearrange(F.scaled_dot_product_attention(q, k, v), "c h n k -> (c n) (h k)"))
+            q, k = rearrange(qk[here], "(g u) two h c -> two g h u c", g=count)  # each (count, H, length, C)
+            v = rearrange(qkv[here, 2], "(g u) h c -> g h u c", g=count)
+            outputs.append(rearrange(F.scaled_dot_product_attention(q, k, v), "g h u c -> (g u) (h c)"))
             start = here.stop
-        return self.proj(torch.cat(outputs))  # (N, D)
+        return self.proj(torch.cat(outputs))  # (U, D)
 
 
 class VisionBlock(nn.Module):
@@ -248,7 +241,7 @@ class PatchEmbed(nn.Module):
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
 
-    def forward(self, patches):  # (N, 1176) -> (N, D)
+    def forward(self, patches):  # (U, 1176) -> (U, D)
         weight = self.proj.weight.flatten(1)  # (D, 1176)
         return F.linear(patches.to(weight.dtype), weight)
 
@@ -263,7 +256,7 @@ class Merger(nn.Module):
         inner, outer = nn.Linear(self.width, self.width), nn.Linear(self.width, config.out_hidden_size)
         self.mlp = nn.Sequential(inner, nn.GELU(), outer)
 
-    def forward(self, x):  # (N, vision D) -> (M, D)
+    def forward(self, x):  # (U, vision D) -> (I, D)
         return self.mlp(self.ln_q(x).view(-1, self.width))
 
 
@@ -277,9 +270,9 @@ class VisionTower(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, pixel_values, grid_thw):
-        """Pictures as the text model reads them: (M, D) merged tokens, picture after picture, row by row.
+        """Pictures as the text model reads them: (I, D) image tokens, picture after picture, row by row.
 
-        pixel_values: (N, 1176) patches of all pictures, as `Processor.images` orders them; grid_thw: (n, 3) in patches.
+        pixel_values: (U, 1176) patches of all pictures, as `Processor.images` orders them; grid_thw: (n, 3) in patches.
         Raises InputError where the two disagree.
         """
         grids = tuple(map(tuple, grid_thw.tolist()))
@@ -288,36 +281,36 @@ class VisionTower(nn.Module):
             raise InputError(f"found {len(pixel_values)} patches in pixel_values, expected {patches} as in grid_thw")
         windows, frames, to_frames, to_windows, to_pictures = arrange(grids, self.config, pixel_values.device)
         keep = not self.checkpointing
-        x = self.patch_embed(pixel_values.index_select(0, windows.order))  # (N, vision D)
+        x = self.patch_embed(pixel_values.index_select(0, windows.order))  # (U, vision D)
         for i, block in enumerate(self.blocks):
             if i in self.config.fullatt_block_indexes:
                 x = run(block, x.index_select(0, to_frames), frames.cos, frames.sin, frames.runs, keep=keep)
                 x = x.index_select(0, to_windows)
             else:
                 x = run(block, x, windows.cos, windows.sin, windows.runs, keep=keep)
-        return self.merger(x).index_select(0, to_pictures)  # (M, D)
+        return self.merger(x).index_select(0, to_pictures)  # (I, D)
 
 
 # -- 3. text model ----------------------------------------------------------------------------------------------------
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k' / sqrt(K)) v under a mask, or without one causally: the last query sees every key.
+    """softmax(q k' / sqrt(C)) v under a mask, or without one causally: the last query sees every key.
 
-    q: (B, H, T, K); k, v: (B, G, S, K); mask: None, or bool (B, 1, T, S), true where a query sees a key.
-    Returns (B, H, T, K).
+    q: (B, H, T, C); k, v: (B, J, S, C); mask: None, or bool (B, 1, T, S), true where a query sees a key.
+    Returns (B, H, T, C).
     """
-    H, T, G, S = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
-    if T == 1 and H != G:  # the heads that share keys become the queries of one attention: no copy of the keys per head
-        q = rearrange(q, "b (g r) 1 k -> b g r k", g=G)
-        return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b g r k -> b (g r) 1 k")
+    H, T, J, S = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    if T == 1 and H != J:  # the heads that share keys become the queries of one attention: no copy of the keys per head
+        q = rearrange(q, "b (j r) 1 c -> b j r c", j=J)
+        return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b j r c -> b (j r) 1 c")
     if mask is None and T < S:  # new tokens after held ones; SDPA's own causal mask aligns with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != G)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != J)
 
 
 class Attention(nn.Module):
-    """Projections with the rotary embedding; which keys are seen, and where they lie, is the block's and its cache's."""
+    """Projections with the rotary embedding; which keys are seen, and where they lie, is up to block and cache."""
 
     def __init__(self, config):
         super().__init__()
@@ -329,10 +322,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x, cos, sin):
-        """Queries (B, H, T, K), keys and values (B, G, T, K)."""
-        q = rotate(rearrange(self.q_proj(x), "b t (h k) -> b h t k", k=self.head_dim), cos, sin)
-        k = rotate(rearrange(self.k_proj(x), "b t (g k) -> b g t k", k=self.head_dim), cos, sin)
-        return q, k, rearrange(self.v_proj(x), "b t (g k) -> b g t k", k=self.head_dim)
+        """Queries (B, H, T, C), keys and values (B, J, T, C)."""
+        q = rotate(rearrange(self.q_proj(x), "b t (h c) -> b h t c", c=self.head_dim), cos, sin)
+        k = rotate(rearrange(self.k_proj(x), "b t (j c) -> b j t c", c=self.head_dim), cos, sin)
+        return q, k, rearrange(self.v_proj(x), "b t (j c) -> b j t c", c=self.head_dim)
 
 
 class Block(nn.Module):
@@ -346,14 +339,14 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache):
         q, k, v = self.before_attention(x, cos, sin)
-        y = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, T, K)
+        y = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)  # (B, H, T, C)
         return self.after_attention(x, y)
 
     def before_attention(self, x, cos, sin):
         return self.self_attn(self.input_layernorm(x), cos, sin)
 
     def after_attention(self, x, y):
-        x = x + self.self_attn.o_proj(rearrange(y, "b h t k -> b t (h k)"))
+        x = x + self.self_attn.o_proj(rearrange(y, "b h t c -> b t (h c)"))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -381,12 +374,12 @@ class TextModel(nn.Module):
     def rope(self, position_ids, dtype):
         """M-RoPE: each frequency turns with one axis of the position, by sections (time, height, width).
 
-        position_ids: (3, B, T). Returns cos and sin, each (B, 1, T, K/2); the angles themselves are fp32.
+        position_ids: (3, B, T). Returns cos and sin, each (B, 1, T, C/2); the angles themselves are fp32.
         """
         half = self.config.head_dim // 2
         exponent = torch.arange(half, dtype=torch.float, device=position_ids.device) / half
-        frequency = 1.0 / self.config.rope_theta**exponent  # (K/2,)
-        axis = [i % 3 for i, width in enumerate(self.config.mrope_section) for _ in range(width)]  # (K/2,)
+        frequency = 1.0 / self.config.rope_theta**exponent  # (C/2,)
+        axis = [i % 3 for i, width in enumerate(self.config.mrope_section) for _ in range(width)]  # (C/2,)
         angles = rearrange(position_ids[axis].float(), "f b t -> b 1 t f") * frequency
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -432,8 +425,8 @@ class Qwen25VL(nn.Module):
     ):
         """Hidden states (B, T, D) after the final norm.
 
-        input_ids: (B, T), with every picture as a run of image tokens. `pixel_values` (N, 1176) and `image_grid_thw`
-          (n, 3) hold all pictures of the batch in reading order; `image_embeds` (M, D) what `visual` made of them.
+        input_ids: (B, T), with every picture as a run of image tokens. `pixel_values` (U, 1176) and `image_grid_thw`
+          (n, 3) hold all pictures of the batch in reading order; `image_embeds` (I, D) what `visual` made of them.
         attention_mask: None, everything is read, causally; (B, T), with a cache (B, held + T), 0 at padding on either
           side; or bool (B, T, S), what each position sees, itself at least, together with its `position_ids` (3, B, T).
         cache: an object like `Cache`. Without `position_ids`, positions go on where its last token stood.
@@ -442,7 +435,7 @@ class Qwen25VL(nn.Module):
         T, held = input_ids.shape[1], 0 if cache is None else cache.length
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         if pixel_values is not None:
-            image_embeds = self.visual(pixel_values, image_grid_thw)  # (M, D)
+            image_embeds = self.visual(pixel_values, image_grid_thw)  # (I, D)
         if image_embeds is not None:
             here = input_ids == self.config.image_token_id  # (B, T)
             if (found := int(here.sum())) != len(image_embeds):
@@ -480,7 +473,7 @@ class Qwen25VL(nn.Module):
         image = (input_ids == self.config.image_token_id) & read  # (B, T)
         merge = self.config.vision.spatial_merge_size
         grids = [] if image_grid_thw is None else image_grid_thw.tolist()
-        grids = [(t, h // merge, w // merge) for t, h, w in grids]  # in merged tokens
+        grids = [(t, h // merge, w // merge) for t, h, w in grids]  # in image tokens
         sizes = [t * h * w for t, h, w in grids]
         if (found := int(image.sum())) != sum(sizes):
             raise InputError(f"found {found} image tokens in input_ids, expected {sum(sizes)} for {len(grids)} grids")
@@ -491,7 +484,7 @@ class Qwen25VL(nn.Module):
             advance.view(-1)[ends] = torch.tensor([max(h, w) for _, h, w in grids], device=ends.device)
         position_ids = (advance.cumsum(1) - advance).expand(3, -1, -1).clone()  # (3, B, T)
         if grids:
-            offsets = np.concatenate([np.indices(grid).reshape(3, -1) for grid in grids], axis=1)  # (3, M)
+            offsets = np.concatenate([np.indices(grid).reshape(3, -1) for grid in grids], axis=1)  # (3, I)
             position_ids[:, image] += torch.from_numpy(offsets).to(position_ids.device)
         return position_ids * read, advance.sum(1) - read.sum(1)
 
@@ -507,12 +500,12 @@ class Cache:
     """
 
     def __init__(self):
-        self.held = {}  # layer -> its keys and values, each (B, G, S, K)
+        self.held = {}  # layer -> its keys and values, each (B, J, S, C)
         self.length = 0
         self.position = 0
 
     def attend(self, layer, q, k, v, mask):
-        """Append k, v (B, G, T, K), then attend with q (B, H, T, K) to all that is held; mask as in `attend` above."""
+        """Append k, v (B, J, T, C), then attend with q (B, H, T, C) to all that is held; mask as in `attend` above."""
         if layer in self.held:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.held[layer], (k, v)))
         self.held[layer] = k, v
@@ -522,7 +515,7 @@ class Cache:
 
 # -- 6. load and save -------------------------------------------------------------------------------------------------
 
-SHARD_BYTES, INDEX = 5 * 10**9, "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
 
 
 def hub_name(name):
@@ -546,64 +539,61 @@ def load_pretrained(path_or_hub_id, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         model = Qwen25VL(config)
     model.source = folder
-
-    names = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        names = set(map(str, read(read_json(folder / INDEX), "weight_map", dict, folder / INDEX).values()))
-    files = [TensorFile(folder / name) for name in sorted(names)]
-    where = {hub_name(name): (file, name) for file in files for name in file.entries}
-    head = where.pop("lm_head.weight", None) if config.tie_word_embeddings else None  # some store a tied head as well
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    check_tensors(folder, expected, {name: file.entries[stored]["shape"] for name, (file, stored) in where.items()})
-    for name, (file, stored) in where.items():
+    for name, (file, stored) in stored_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(file.read(stored, device, dtype)))
-    if head and not torch.equal(head[0].read(head[1], device, dtype), model.head_weight):
-        raise InputError(f"{folder}: found an lm_head.weight of its own, expected the embedding, as the two are tied")
     return model
 
 
-def save_pretrained(model, folder):
+def stored_tensors(model):
+    """{parameter: (TensorFile, name there)} in the folder that a model comes from: all of its parameters, no others."""
+    where = stored_once(weight_files(model.source), hub_name)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    head = where.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None  # some store a tied head too
+    check_tensors(model.source, expected, {name: file.entries[key]["shape"] for name, (file, key) in where.items()})
+    if head:
+        (file, key), (other, name) = head, where["model.embed_tokens.weight"]
+        if not torch.equal(file.mapped(key), other.mapped(name).to(file.mapped(key).dtype)):
+            expected = "the embedding, as config.json ties the two"
+            raise InputError(f"{model.source}: found an lm_head.weight of its own, expected {expected}")
+    return where
+
+
+def save_pretrained(model, folder, dtype=None):
     """Write a checkpoint that transformers and vLLM load: hub names, shards above 5 GB, the source's tokenizer files.
 
-    The folder appears whole or stays as it was. Raises InputError while LoRA is not merged into the weights.
+    dtype: of the stored weights (None: as they are). The folder appears whole or stays as it was. Raises InputError
+    while LoRA is not merged into the weights.
     """
     if any(layer.state != "merged" for layer in lora_layers(model).values()):
         raise InputError(f"{folder}: found LoRA beside the weights, expected merge_lora first, or save_adapter")
+    dtype = dtype or model.head_weight.dtype
     shards, sizes = [{}], [0]
     for name, p in model.named_parameters():
         if ".lora_" in name:
             continue
-        if shards[-1] and sizes[-1] + p.nbytes > SHARD_BYTES:
+        size = p.numel() * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
             shards, sizes = [*shards, {}], [*sizes, 0]
-        shards[-1][name] = p.detach().contiguous()
-        sizes[-1] += p.nbytes
+        shards[-1][name] = p.detach()
+        sizes[-1] += size
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     with replacing(folder) as new:
         for name, shard in zip(names, shards):
-            save_file(shard, new / name, metadata={"format": "pt"})
+            tensors = {name: p.to(dtype).contiguous() for name, p in shard.items()}
+            save_file(tensors, new / name, metadata={"format": "pt"})
         if len(shards) > 1:
             where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
             write_json(new / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
-        dtype = str(model.head_weight.dtype).removeprefix("torch.")
-        write_json(new / "config.json", {**model.config.raw, "torch_dtype": dtype})
-        for path in Path(model.source).iterdir() if model.source else ():  # tokenizer, processor and chat files
-            if path.suffix in (".json", ".jinja", ".txt") and path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, new / path.name)
+        write_json(new / "config.json", config_to_save(model.config, str(dtype).removeprefix("torch.")))
+        if model.source:
+            copy_files(model.source, new)
 
 
 # -- 7. LoRA ----------------------------------------------------------------------------------------------------------
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PLAIN = {  # what adapter_config.json may say of PEFT's options so that an adapter is W + scale B A
-    "peft_type": ["LORA"],
-    "bias": ["none"],
-    "init_lora_weights": [True, False, "gaussian"],  # other ways change W itself
-    **dict.fromkeys(["use_dora", "lora_bias", "fan_in_fan_out"], [False]),
-    **dict.fromkeys(["rank_pattern", "alpha_pattern"], [{}]),
-    **dict.fromkeys(["modules_to_save", "layer_replication", "trainable_token_indices"], [[]]),
-}
 
 
 class LoRALinear(nn.Linear):
@@ -666,27 +656,39 @@ def add_lora(model, rank, alpha, targets=None, dropout=0.0, rslora=False):
     """Put LoRA on linear layers, in place, and freeze everything else; returns the model.
 
     targets: None, all seven projections of every text block; a list, those of them by name; a string, one regular
-      expression over whole module names, which can reach the vision tower too. Raises InputError where nothing matches.
+      expression over whole module names, which can reach the vision tower too.
+    Raises InputError where a target matches nothing, or what has no adapter here: the head and the embedding, whose
+    weights are multiplied without their modules, convolutions and norms.
     """
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         found = f"rank {rank}, alpha {alpha}, dropout {dropout}"
         raise InputError(f"LoRA: found {found}, expected rank >= 1, alpha > 0 and dropout in [0, 1)")
-
-    def chosen(name):
-        if isinstance(targets, str):
-            return re.fullmatch(targets, name) or re.fullmatch(targets, library_name(name))
-        return name.startswith("model.layers.") and name.rpartition(".")[2] in (targets or TEXT_TARGETS)
-
     if any(layer.state != "merged" for layer in lora_layers(model).values()):
         raise InputError("LoRA: found an adapter in the model, expected it merged before another one")
-    layers = {name: layer for name, layer in linear_layers(model).items() if chosen(name)}
-    if not layers:
-        raise InputError(f"LoRA: found no linear layer that fits the targets {targets!r}, expected one at least")
+    layers = targeted(model, targets)
     model.requires_grad_(False)
     for name, layer in layers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, LoRALinear(layer, rank, alpha, dropout, rslora))
     return model
+
+
+def targeted(model, targets):
+    """{name: linear layer}, in the model's order, of what `add_lora` is asked for; its refusals are made here."""
+    holders = {name.rpartition(".")[0] for name, _ in model.named_parameters()} | {"lm_head"}  # there when tied, too
+    if isinstance(targets, str):
+        chosen = {name for name in holders if any(re.fullmatch(targets, each) for each in (name, library_name(name)))}
+    else:
+        text, leaf = {n for n in holders if n.startswith("model.layers.")}, lambda name: name.rpartition(".")[2]
+        chosen = {name for name in text if leaf(name) in (targets or TEXT_TARGETS)}
+        if absent := sorted(set(targets or ()) - set(map(leaf, chosen))):
+            expected = f"names among {', '.join(TEXT_TARGETS)}"
+            raise InputError(f"LoRA: found the targets {', '.join(absent)}, expected {expected}")
+    layers = {name: layer for name, layer in linear_layers(model).items() if name in chosen and name != "lm_head"}
+    if (others := sorted(chosen - layers.keys())) or not layers:
+        found = f"the targets {shown(repr(targets))}, which match {', '.join(others[:3]) or 'nothing'}"
+        raise InputError(f"LoRA: found {found}, expected linear layers of the blocks or of the merger alone")
+    return layers
 
 
 def set_trainable(model, vision, text=True):
@@ -698,7 +700,11 @@ def set_trainable(model, vision, text=True):
 
 
 def merge_lora(model):
-    """Add each adapter to its weight: the model runs at its old speed and can be saved whole."""
+    """Add each adapter to its weight: the model runs at its old speed and can be saved whole.
+
+    The sum is made in fp32 and stored in the weight's own type: in bf16 each weight is rounded to 8 bits, by 0.2 % at
+    most, so that what an adapter says in smaller steps is lost. `python model.py --export` measures how much that was.
+    """
     for layer in lora_layers(model).values():
         layer.become("merged")
 
@@ -756,24 +762,22 @@ def load_adapter(model, folder):
 
     Returns the model. Raises InputError that names the tensors that do not fit, or the PEFT option unknown here.
     """
-    folder = find_folder(folder)
-    path, config = folder / "adapter_config.json", read_json(folder / "adapter_config.json")
-    for key, known in PLAIN.items():
-        expect(path, key, config.get(key), config.get(key) in (None, *known), repr(known[0]))
+    folder = find_folder(folder, hub="")
+    rank, alpha, dropout, rslora = read_adapter(folder / "adapter_config.json")
     file = TensorFile(folder / "adapter_model.safetensors")
-    stored = {hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name)): name for name in file.entries}
-    present, linear = lora_layers(model), linear_layers(model)
-    layers = present or {name: linear[name] for name in sorted({n.rpartition(".")[0] for n in stored} & linear.keys())}
-    rank, alpha = read(config, "r", int, path), read(config, "lora_alpha", float, path)
+    short = lambda name: hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name))
+    stored = {name: key for name, (_, key) in stored_once([file], short).items()}
+    present, named = lora_layers(model), {name.rpartition(".")[0] for name in stored} - {"lm_head"}
+    layers = present or {name: layer for name, layer in sorted(linear_layers(model).items()) if name in named}
     rank = next(iter(present.values())).rank if present else rank
     expected = {f"{name}.lora_A": (rank, layer.in_features) for name, layer in layers.items()}
     expected |= {f"{name}.lora_B": (layer.out_features, rank) for name, layer in layers.items()}
     check_tensors(file.path, expected, {name: file.entries[stored[name]]["shape"] for name in stored})
     if not present:
-        add_lora(model, rank, alpha, "|".join(map(re.escape, layers)), config.get("lora_dropout") or 0.0)
+        add_lora(model, rank, alpha, "|".join(map(re.escape, layers)), dropout)
     unmerge_lora(model)
     for layer in lora_layers(model).values():
-        layer.alpha, layer.rslora = alpha, bool(config.get("use_rslora"))
+        layer.alpha, layer.rslora = alpha, rslora
     for name, p in model.named_parameters():
         if ".lora_" in name:
             p.data.copy_(file.read(stored[name], p.device, p.dtype))
@@ -785,31 +789,6 @@ def load_adapter(model, folder):
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-# What the official chat template says between its {% %} and {{ }}, but for the default system message.
-TEMPLATE = {"<|im_start|>", "<|im_end|>", "<|im_start|>assistant", PICTURE, PICTURE.replace("image", "video")}
-TEMPLATE |= {"Picture", "Video", ":"}  # numbers of the pictures, off unless asked for
-
-
-def to_rgb(image):
-    """Any PIL.Image as RGB: transparency on white, 16 bits scaled to 8."""
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_image(path):
-    """A picture file as an upright RGB PIL.Image. Raises InputError that names the file where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow's readers raise anything on damaged files
-        raise InputError(f"{path}: found {type(error).__name__} ({error}), expected a readable picture") from None
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
@@ -826,23 +805,6 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
     return h, w
 
 
-def read_template(folder):
-    """The default system message of a checkpoint's chat template, None where it has none.
-
-    Raises InputError for a template that is not Qwen2.5-VL's, as only that one is written out here.
-    """
-    path = next((folder / n for n in ("chat_template.jinja", "chat_template.json") if (folder / n).is_file()), None)
-    path = path or folder / "tokenizer_config.json"
-    if not path.is_file() or path.suffix == ".json" and not read_json(path).get("chat_template"):
-        return "You are a helpful assistant."
-    template = path.read_text(encoding="utf-8") if path.suffix == ".jinja" else read_json(path)["chat_template"]
-    said = {text.strip() for text in re.split(r"\{[%{#].*?[%}#]\}", str(template), flags=re.DOTALL)} - {""}
-    systems = [text for text in said if re.fullmatch(r"<\|im_start\|>system\n.*<\|im_end\|>", text, re.DOTALL)]
-    if not {"<|im_end|>", PICTURE} <= said or said - TEMPLATE - set(systems[:1]):
-        raise InputError(f"{path}: found a chat template of another kind, expected Qwen2.5-VL's ChatML")
-    return systems[0][len("<|im_start|>system\n") : -len("<|im_end|>")] if systems else None
-
-
 def parts(message):
     """The content of a message as a list of {"type": "text", "text"} and {"type": "image", "image"}."""
     content = message.get("content")
@@ -850,6 +812,8 @@ def parts(message):
     for part in content if isinstance(content, list) else [content]:
         if not isinstance(part, dict) or part.get("type") not in ("text", "image") or part["type"] not in part:
             raise InputError(f"found {part!r:.80} in a message, expected a text part or an image part")
+        if part["type"] == "text" and not isinstance(part["text"], str):
+            raise InputError(f"found a text of {part['text']!r:.80} in a message, expected a string")
     return content
 
 
@@ -858,7 +822,7 @@ class Encoded:
     """A chat as the model reads it."""
 
     input_ids: torch.Tensor  # (T,) int64, with as many image tokens per picture as it has merged tokens
-    pixel_values: torch.Tensor | None  # (N, 1176) fp32
+    pixel_values: torch.Tensor | None  # (U, 1176) fp32
     grid_thw: torch.Tensor | None  # (n, 3) int64
 
 
@@ -866,79 +830,84 @@ class Processor:
     """Pictures to patches, messages to tokens, tokens to text."""
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id):
-        """Read a checkpoint's tokenizer.json, preprocessor_config.json and chat template.
+    def from_pretrained(cls, path_or_hub_id, min_pixels=0, max_pixels=0):
+        """Read a checkpoint's tokenizer, picture processor and chat template.
 
+        min_pixels, max_pixels: limits of a picture's area after resizing (0: the checkpoint's own).
         Raises InputError that names the file and the special token, key or template at fault.
         """
         self, folder = cls(), find_folder(path_or_hub_id)
-        path = folder / "tokenizer.json"
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise InputError(f"{path}: found {error}, expected a tokenizer") from None
+        config = Config.from_json(read_json(folder / "config.json"), folder / "config.json")
+        self.tokenizer = read_tokenizer(folder)
+        self.control = ControlTokens(self.tokenizer)
         ids = {token: self.tokenizer.token_to_id(token) for token in SPECIAL}
         if missing := [token for token, id in ids.items() if id is None]:
-            raise InputError(f"{path}: found no {', '.join(missing)}, expected Qwen2.5-VL's special tokens")
+            raise InputError(f"{folder}: found no {', '.join(missing)}, expected Qwen2.5-VL's special tokens")
         self.image_pad_id, self.video_pad_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-        told = read_json(folder / "config.json").get("image_token_id")
-        expect(path, "<|image_pad|>", self.image_pad_id, self.image_pad_id == told, f"{told} as in config.json")
+        told = config.image_token_id
+        expect(folder, "<|image_pad|>", self.image_pad_id, self.image_pad_id == told, f"{told} as in config.json")
         self.vision_start_id, self.vision_end_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
         self.pad_id, self.stop_ids = ids["<|endoftext|>"], [ids["<|im_end|>"], ids["<|endoftext|>"]]
-        self.banned_ids = [ids[token] for token in SPECIAL[3:]]  # never sampled: pictures come from the prompt only
+        known, rows = set(self.tokenizer.get_vocab().values()), config.vocab_size
+        expect(folder, "the tokenizer's last id", max(known), max(known) < rows, f"less than vocab_size = {rows}")
+        # never sampled: pictures come from the prompt only, and the rows that pad the embedding are no tokens
+        self.banned_ids = [ids[token] for token in SPECIAL[3:]] + sorted(set(range(rows)) - known)
 
-        path = folder / "preprocessor_config.json"
-        options = read_json(path if path.is_file() else folder / "processor_config.json")
-        options = options.get("image_processor", options)  # where transformers 5 keeps them
-        size = options.get("size") or {}
-        options.setdefault("min_pixels", size.get("shortest_edge"))
-        options.setdefault("max_pixels", size.get("longest_edge"))
-        for key in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
-            setattr(self, key, read(options, key, int, path))
-        for key in ("image_mean", "image_std"):
-            value = options.get(key)
-            expect(path, key, value, isinstance(value, list) and len(value) == 3, "three numbers")
-            setattr(self, key, np.array(value, dtype=np.float32)[:, None])  # (3, 1)
-        self.system = read_template(folder)
+        for key, value in read_pictures(folder, config.vision).items():
+            setattr(self, key, value)
+        self.min_pixels, self.max_pixels = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        check_limits("limits of a picture's area", self.min_pixels, self.max_pixels)
+        self.mean, self.std = (np.array(x, np.float32)[:, None] for x in (self.image_mean, self.image_std))  # (3, 1)
+        self.render = read_template(folder)
         return self
 
     def images(self, pictures):
-        """Patches (N, 1176) fp32 of PIL.Images, and their grids (n, 3) int64: (1, height, width) in patches."""
+        """Patches (U, 1176) fp32 of PIL.Images, and their grids (n, 3) int64: (1, height, width) in patches."""
         patches, grids, merge, side = [], [], self.merge_size, self.patch_size
         for image in map(to_rgb, pictures):
             h, w = smart_resize(image.height, image.width, side * merge, self.min_pixels, self.max_pixels)
             levels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))  # (h, w, 3) uint8
             order = "(h a p) (w b q) c -> (h w a b) c (p q)"  # merge block by merge block
             levels = rearrange(levels, order, a=merge, b=merge, p=side, q=side)
-            pixels = (levels.astype(np.float32) / 255 - self.image_mean) / self.image_std  # (N, 3, 196)
+            pixels = (levels.astype(np.float32) / 255 - self.mean) / self.std  # (U, 3, 196)
             patches.append(np.repeat(pixels[:, :, None], self.temporal_patch_size, axis=2).reshape(len(pixels), -1))
             grids.append((1, h // side, w // side))
         return torch.from_numpy(np.concatenate(patches)), torch.tensor(grids)
 
     def chat(self, messages, add_generation_prompt=False):
-        """The text of a chat in ChatML, one image token per picture, as the official template writes it.
+        """The text of a chat by the checkpoint's template (the official one: ChatML), one image token per picture.
 
         messages: [{"role", "content"}], the content a string or a list of text and image parts (see `parts`).
         """
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        text = ""
+        return self.control.unmark(self._marked(messages, add_generation_prompt))
+
+    def _marked(self, messages, add_generation_prompt):
+        """The same, with the control tokens marked that stand in a text of the chat."""
+        mark, chat = self.control.mark, []
         for message in messages:
-            said = "".join(part["text"] if part["type"] == "text" else PICTURE for part in parts(message))
-            text += f"<|im_start|>{message['role']}\n{said}<|im_end|>\n"
-        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+            own = [{**part, "text": mark(part["text"])} if part["type"] == "text" else part for part in parts(message)]
+            content = own[0]["text"] if isinstance(message["content"], str) else own
+            chat.append({**message, "role": mark(message["role"]), "content": content})
+        return self.render(chat, add_generation_prompt)
+
+    def tokens(self, text):
+        """Token ids of a text, which has no control tokens: what looks like one is plain text."""
+        return self.control.encode(self.control.mark(text))
 
     def encode(self, messages, add_generation_prompt=False):
-        """Tokens of a chat and patches of its pictures: paths, PIL.Images, or what `images` made of one. -> `Encoded`."""
-        ids = self.tokenizer.encode(self.chat(messages, add_generation_prompt), add_special_tokens=False).ids
+        """Tokens of a chat and patches of its pictures: paths, PIL.Images, or what `images` made of one. -> `Encoded`.
+
+        Control tokens come from the template alone: in a text of the chat they are plain text.
+        """
+        ids = self.control.encode(self._marked(messages, add_generation_prompt))
         pictures = [part["image"] for message in messages for part in parts(message) if part["type"] == "image"]
         pictures = [image if isinstance(image, (Image.Image, tuple)) else open_image(image) for image in pictures]
         if (found := ids.count(self.image_pad_id)) != len(pictures):
-            raise InputError(f"found {found} image tokens in a chat, expected {len(pictures)}, one a picture")
+            raise InputError(f"found {found} image tokens in a chat, expected {len(pictures)}, one per picture")
         if not pictures:
             return Encoded(torch.tensor(ids), None, None)
         scaled = [image if isinstance(image, tuple) else self.images([image]) for image in pictures]
-        pixel_values, grid_thw = map(torch.cat, zip(*scaled))  # (N, 1176), (n, 3)
+        pixel_values, grid_thw = map(torch.cat, zip(*scaled))  # (U, 1176), (n, 3)
         merged = iter((grid_thw.prod(1) // self.merge_size**2).tolist())
         ids = [copy for id in ids for copy in [id] * (next(merged) if id == self.image_pad_id else 1)]
         return Encoded(torch.tensor(ids), pixel_values, grid_thw)
@@ -949,6 +918,8 @@ class Processor:
 
 
 if __name__ == "__main__":  # those who only want to read or import the model can skip the commands
+    import sys
+
     from support.chat import main
 
-    command(main)
+    command(lambda: main(sys.modules[__name__]))

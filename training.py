@@ -41,35 +41,10 @@ import model as qwen
 from data import InputError, command
 from support.batching import is_fsdp, rng
 from support.checkpoint import Checkpoints, cut_logs, trainable, write_json
+from support.runs import locate, run_config
 from support.sharding import shard, unsharded, whole
 
-# -- 1. where a run starts --------------------------------------------------------------------------------------------
-
-
-def locate(path):
-    """A --model or --init value as (base checkpoint: folder or hub id, adapter folder | None).
-
-    A run's folder names what it made: <run>/model, or <run>/adapter on top of the base that its config.json records.
-    """
-    path = str(path)
-    if os.path.isdir(os.path.join(path, "model")):
-        return os.path.join(path, "model"), None
-    if os.path.isdir(os.path.join(path, "adapter")):
-        return _run_config(path)["base"], os.path.join(path, "adapter")
-    if "base" in _run_config(path):
-        raise InputError(f"{path}: found a run that has not ended, expected its model/ or adapter/ (see --resume)")
-    return path, None
-
-
-def _run_config(folder):
-    """The config.json of a run's folder; {} where there is none or it is a model's own."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text())
-        return config if "stage" in config else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/config.json: {error}, expected the JSON of a run or of a model") from None
+# -- 1. what a run does to a model --------------------------------------------------------------------------------------
 
 
 def _dissolve_lora(model):
@@ -129,7 +104,7 @@ class Run:
         half = config.dtype == "bfloat16" or (cuda and config.dtype == "auto")
         self.dtype = torch.bfloat16 if half else torch.float32
         self.fsdp = config.full and self.world > 1 and (config.fsdp == "on" or config.fsdp == "auto" and cuda)
-        self.base, self.adapter = locate(config.init or config.model)
+        self.base, self.adapter = locate(config.init, hub="") if config.init else locate(config.model)
         self.adapter = config.adapter or self.adapter
         self._lock, self._new = None, False
         self.step, self.skipped, self.extra = 0, 0, {}
@@ -196,7 +171,7 @@ class Run:
             raise InputError(f"--out {self.out}: another process is writing it, expected another folder") from None
         for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
             shutil.rmtree(path)
-        before = _run_config(self.out)
+        before = run_config(self.out)
         if before and self.config.resume:
             changed = [
                 f"{k} {before.get(k)!r} -> {v!r}"

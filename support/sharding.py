@@ -6,7 +6,6 @@ denominator already.
 """
 
 import contextlib
-from pathlib import Path
 
 import torch
 
@@ -32,8 +31,7 @@ def shard(model, device, dtype, rank, world):
 
 def _read_rows(model, rank, world):
     """Fill a rank's rows from the checkpoint: no rank ever holds all of it."""
-    files = [qwen.TensorFile(path) for path in sorted(Path(model.source).glob("*.safetensors"))]
-    stored = {qwen.hub_name(name): (file, name) for file in files for name in file.entries}
+    stored = qwen.stored_tensors(model)
     for name, p in model.named_parameters():
         file, name = stored[name]
         rows = file.read(name, "cpu", p.dtype).chunk(world)
