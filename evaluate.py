@@ -27,7 +27,7 @@ from data.sections import recitation, recitation_items
 from rollout import PolicyRollout
 from support.checkpoint import write_json
 from support.config import option, parse
-from training import locate
+from support.runs import open_model
 
 
 @dataclass
@@ -46,6 +46,9 @@ class Config:
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
+    min_pixels: int = option(0, "least area of a picture once it is resized; 0: the checkpoint's own", least=0)
+    max_pixels: int = option(0, "largest area (28 x 28 pixels make a token); 0: the checkpoint's own", least=0)
+    stock_generation: bool = option(False, "write as the checkpoint's generation_config.json says, not greedily")
     batch: int = option(256, "prompts that are read and answered together; lower it when memory runs out", least=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
@@ -168,15 +171,12 @@ def evaluate(
     return row, records
 
 
-def load(path, adapter="", device="auto", dtype="auto"):
+def load(path, adapter="", device="auto", dtype="auto", min_pixels=0, max_pixels=0):
     """-> (model, processor) ready to answer: adapters merged, no gradients."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
-    base, own = locate(path)
-    model = qwen.load_pretrained(base, device, dtype)
-    if adapter or own:
-        qwen.merge_lora(qwen.load_adapter(model, adapter or own))
-    return model.requires_grad_(False).eval(), qwen.Processor.from_pretrained(base)
+    model, folder = open_model(qwen, path, device, dtype, adapter)
+    return model, qwen.Processor.from_pretrained(folder, min_pixels, max_pixels)
 
 
 def earlier_rows(out):
@@ -208,7 +208,8 @@ def main(argv=None):
         raise InputError(f"{config.data}: found no policy with sections, expected some to recite")
     path = Path(config.seen)
     seen = sections(load_items(path.parent, path.name, policies)) if config.seen else None
-    model, processor = load(config.model, config.adapter, config.device, config.dtype)
+    limits = config.min_pixels, config.max_pixels
+    model, processor = load(config.model, config.adapter, config.device, config.dtype, *limits)
     row, records = evaluate(
         model,
         processor,

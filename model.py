@@ -825,6 +825,10 @@ class Encoded:
     pixel_values: torch.Tensor | None  # (U, 1176) fp32
     grid_thw: torch.Tensor | None  # (n, 3) int64
 
+    @property
+    def image_tokens(self):
+        return 0 if self.grid_thw is None else int(self.grid_thw.prod(1).sum()) // 4
+
 
 class Processor:
     """Pictures to patches, messages to tokens, tokens to text."""

@@ -76,7 +76,7 @@ class Sequences:
         text = target(item)
         prompt = self.processor.encode(messages(item, self.policy(item)), add_generation_prompt=bool(text))
         response = response_ids(self.processor, text) if text else []
-        check_length(item, "prompt", prompt.input_ids, self.config.max_prompt)
+        check_length(item, "prompt", prompt.input_ids, self.config.max_prompt, prompt)
         check_length(item, "response", response, self.config.max_response)
         x = torch.cat([prompt.input_ids, torch.tensor(response, dtype=torch.long)])  # (T,)
         return prompt, response, self.mask(x, step, i)

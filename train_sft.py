@@ -60,20 +60,22 @@ class Examples:
         policy = self.policies[item["policy"]] if self.policy_in_prompt else None
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
         response = response_ids(self.processor, target(item, cot=not getattr(self.config, "answer_only", False)))
-        check_length(item, "prompt", prompt.input_ids, self.config.max_prompt)
+        check_length(item, "prompt", prompt.input_ids, self.config.max_prompt, prompt)
         check_length(item, "response", response, self.config.max_response)
         return prompt, response, None
 
 
 def response_ids(processor, text):
     """A response in tokens, ended as the model has to end it: with the token that stops generation."""
-    return processor.tokenizer.encode(text, add_special_tokens=False).ids + [processor.stop_ids[0]]
+    return processor.tokens(text) + [processor.stop_ids[0]]
 
 
-def check_length(item, what, ids, most):
-    """Never cut a sequence: name the item that is too long."""
+def check_length(item, what, ids, most, prompt=None):
+    """Never cut a sequence: name the item that is too long, and the pictures (of `prompt`: Encoded) in it."""
     if len(ids) > most:
         found = f"found a {what} of {len(ids)} tokens"
+        if prompt and prompt.image_tokens:
+            found += f", {prompt.image_tokens} of them pictures (--max-pixels makes these smaller)"
         raise InputError(f"item {item['id']}: {found}, expected at most --max-{what} {most}")
 
 

@@ -57,6 +57,12 @@ def _dissolve_lora(model):
         setattr(model.get_submodule(owner), leaf, plain)
 
 
+def round_matrices(model, dtype, everything):
+    """Store in `dtype` what autocast would round to it in each product, or everything; in place."""
+    for layer in [model] if everything else qwen.linear_layers(model).values():
+        layer.to(dtype)
+
+
 def compile_blocks(model, backend="inductor"):
     """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
 
@@ -277,34 +283,39 @@ class Run:
         """-> (model, processor): --model or --init with its adapter, trainable as --full says, on the device.
 
         frozen: "start", the same start as a reference policy; "base", --model without --init. Such a model has no
-        gradients, its adapter is merged, its weights are in the compute dtype.
+        gradients and computes bit for bit what the policy does before its first step: its matrices are in the compute
+        dtype, to which autocast rounds the policy's; its adapter is beside or in the weights where the policy's is.
         """
         config = self.config
         base, adapter = locate(config.model) if frozen == "base" else (self.base, self.adapter)
         torch.manual_seed(config.seed)  # a new adapter is drawn alike on every rank
-        full = config.full or frozen
-        dtype = self.dtype if frozen or not config.full else torch.float32
+        exact = config.full and not (frozen and self.fsdp and not adapter)  # an adapter is merged before it is rounded
         # sharded: only shapes now, then each rank reads its rows; an adapter has to be merged into whole weights first
         device = self.device if not self.fsdp else "cpu" if adapter else "meta"
-        model = qwen.load_pretrained(base, device, dtype)
+        model = qwen.load_pretrained(base, device, torch.float32 if exact else self.dtype)
         if adapter:
             qwen.load_adapter(model, adapter)
-            if full:
+            if config.full:
                 _dissolve_lora(model)
-        elif not full:
+        elif not config.full and not frozen:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
             qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None)
         if not frozen:
             self.parameters = sum(p.numel() for p in model.parameters())
-        if full:
-            qwen.set_trainable(model, vision=config.train_vision and not frozen, text=not frozen)
+        if frozen:
+            model.requires_grad_(False)
+        elif config.full:
+            qwen.set_trainable(model, vision=config.train_vision)
+        if frozen and exact:
+            round_matrices(model, self.dtype, everything=self.fsdp)
         if config.gradient_checkpointing and not frozen:
             model.enable_gradient_checkpointing()
         if config.compile:
             compile_blocks(model)
         if self.fsdp:
             shard(model, self.device, self.dtype, self.rank, self.world)
-        return model.train(not frozen), qwen.Processor.from_pretrained(self.base)
+        processor = qwen.Processor.from_pretrained(self.base, config.min_pixels, config.max_pixels)
+        return model.train(not frozen), processor
 
     def autocast(self):
         """Matrix products in the compute dtype over float32 weights (FSDP casts by itself)."""
@@ -481,8 +492,10 @@ class Run:
         with self.phase("finish"):
             if self.fsdp:
                 model = whole(model, self.dtype, self.is_main)
-            name, save = ("model", qwen.save_pretrained) if self.config.full else ("adapter", qwen.save_adapter)
-            self.on_main(lambda: save(model, self.out / name))
+            if self.config.full:  # in one dtype, on any number of ranks
+                self.on_main(lambda: qwen.save_pretrained(model, self.out / "model", self.dtype))
+            else:
+                self.on_main(lambda: qwen.save_adapter(model, self.out / "adapter"))
             if results is not None and self.is_main:
                 write_json(self.out / "results.json", results)
         return results

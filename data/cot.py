@@ -81,6 +81,8 @@ def main(argv=None):
     add("--temperature", type=float, default=0.7, help="of the sampling (default 0.7; 0 is greedy)")
     add("--max-response", type=int, default=1024, metavar="TOKENS", help="longest chain (default 1024)")
     add("--seed", type=int, default=0, help="of the sampling (default 0)")
+    add("--min-pixels", type=int, default=0, help="least area of a picture, pixels (default: the model's own)")
+    add("--max-pixels", type=int, default=0, help="largest area of a picture, pixels (default: the model's own)")
     args = parser.parse_args(argv)
     if args.attempts < 1 or args.max_response < 1 or not 0 <= args.temperature < 100:
         raise InputError(
@@ -99,7 +101,7 @@ def main(argv=None):
     else:
         from evaluate import load
 
-        model, processor = load(args.model)
+        model, processor = load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
         made = generate(
             model, processor, items, policies, args.mode, args.attempts, args.temperature, args.max_response, args.seed
         )

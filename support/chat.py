@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from support.files import find_file, find_folder, read_json, shown, write_json
+from support.files import find_folder, read_json, shown, write_json
 from support.layouts import pictures_to_save
 from support.runs import locate, open_model, recorded_base
 from support.template import find_template
@@ -118,12 +118,13 @@ def rounding(layers):
 
 
 def complete(processor, source, folder):
-    """Add to a saved model the files that its source lacked, and both forms of those that changed their names."""
-    pictures = pictures_to_save(processor)
-    write_json(folder / "preprocessor_config.json", pictures)
-    whole = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": pictures}
-    held = find_file(source, "processor_config.json")
-    write_json(folder / "processor_config.json", {**(read_json(held) if held else {}), **whole})
+    """Add to a saved model the files that its source lacked, and both forms of those that changed their names.
+
+    So every version of transformers since 4.49 finds the same tokens, pixels and template.
+    """
+    write_json(folder / "preprocessor_config.json", pictures_to_save(processor))
+    # its newer form may hold the same under `image_processor`, but versions before 4.56 fail on that key
+    write_json(folder / "processor_config.json", {"processor_class": "Qwen2_5_VLProcessor"})
     _, template = find_template(source)
     write_json(folder / "chat_template.json", {"chat_template": template})
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

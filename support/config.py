@@ -48,6 +48,8 @@ class Start:
     )
     replay_share: float = option(0.5, "share of each batch that is replayed, if --replay is given", least=0, most=0.9)
     out: str = option("", "folder of this run: config, metrics, checkpoints, final weights", required=True)
+    min_pixels: int = option(0, "least area of a picture once it is resized; 0: the checkpoint's own", least=0)
+    max_pixels: int = option(0, "largest area (28 x 28 pixels make a token); 0: the checkpoint's own", least=0)
     max_prompt: int = option(4096, "longest prompt, tokens with its pictures; a longer one is an error", least=1)
     max_response: int = option(2048, "longest response, tokens", least=1)
     seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
