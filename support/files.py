@@ -236,12 +236,14 @@ def weight_files(folder):
     if single := find_file(folder, "model.safetensors"):
         return [TensorFile(single)]
     if index := find_file(folder, INDEX):
-        names = set()
-        for name in read(read_json(index), "weight_map", dict, index).values():
+        names = read(read_json(index), "weight_map", dict, index).values()
+        for name in names:
             expect(index, "weight_map", name, isinstance(name, str) and name.endswith(".safetensors"), "file names")
-            names.add(name)
         expect(index, "weight_map", {}, names, "a file at least")
-        return [TensorFile(folder / name) for name in sorted(names)]
+        for name in (names := sorted(set(names))):
+            if find_file(folder, name) is None:
+                raise InputError(f"{folder / name}: found no such file, expected one, as {INDEX} names it")
+        return [TensorFile(folder / name) for name in names]
     found = "no such file"
     for pattern, kind in (
         ("*.bin", "weights in pickles; transformers' from_pretrained and save_pretrained make safetensors of them"),

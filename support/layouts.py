@@ -122,13 +122,14 @@ def _text(raw, nested, where):
 
 def _with_rope(section, where):
     """A section with what its rope says, which stands before the section's own: rope_scaling, else rope_parameters."""
-    key = "rope_scaling" if section.get("rope_scaling") else "rope_parameters"
+    key = "rope_scaling" if section.get("rope_scaling") or "rope_parameters" not in section else "rope_parameters"
     rope = read(section, key, dict, where, default={})
     kind = rope.get("rope_type", rope.get("type", "mrope"))
     expect(where, "rope type", kind, kind in ("mrope", "default"), "'mrope'")
     for name, plain in (("mrope_interleaved", False), ("partial_rotary_factor", 1.0)):
         expect(where, name, rope.get(name), rope.get(name) in (None, plain), repr(plain))
-    return {**section, **{name: rope[name] for name in ("mrope_section", "rope_theta") if rope.get(name) is not None}}
+    told = {name: rope[name] for name in ("mrope_section", "rope_theta") if rope.get(name) is not None}
+    return {**section, **({"mrope_section": None} if key in section else {}), **told}
 
 
 def _check_sizes(text, vision, where):

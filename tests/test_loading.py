@@ -223,8 +223,12 @@ def file(change, name="model.safetensors"):
     return damage
 
 
-def index(weight_map):
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+def index(value):
+    def damage(folder):  # a single file would be read before it
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(value))
+
+    return damage
 
 
 def wrong_length(held):
@@ -234,7 +238,7 @@ def wrong_length(held):
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 BAD = {
     "no folder": (lambda folder: shutil.rmtree(folder), "copy: found no such folder"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: found .*No such file"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: found no such file"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: found no such file"),
     "missing tensor": (tensors(lambda held: held.pop(NORM)), f"1 tensors .*: missing {NORM}$"),
     "missing head": (tensors(lambda held: held.pop(HEAD)), f"missing {HEAD}"),
@@ -254,14 +258,19 @@ BAD = {
     "wrong header length": (file(wrong_length), "model.safetensors: found .* whole safetensors file"),
     "damaged header": (file(lambda held: held[:20] + b"\0" * 30 + held[50:]), "model.safetensors: found .* whole"),
     "not safetensors": (file(lambda held: b"PK\x03\x04" + b"pickle" * 99), "model.safetensors: found .* whole"),
-    "index without a map": (index(None), "index.json: found weight_map = None, expected an object"),
-    "index a list": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "found list, expected"),
-    "index with a missing file": (index({NORM: "model-7.safetensors"}), "model-7.safetensors: found .*No such file"),
+    "index without a map": (index({}), "index.json: found weight_map = None, expected an object"),
+    "index a list": (index([]), "found list, expected"),
+    "index with a missing file": (
+        index({"weight_map": {NORM: "model-7.safetensors"}}),
+        "model-7.safetensors: found no such file",
+    ),
     "config not JSON": (file(lambda held: held[:-30], "config.json"), "config.json: found .* expected JSON"),
     "config a list": (file(lambda held: b"[]", "config.json"), "config.json: found list, expected a JSON object"),
-    "config without a size": (config(lambda raw: raw.pop("hidden_size")), "hidden_size = None, expected a positive"),
+    "config without a size": (
+        config(lambda raw: raw.pop("hidden_size")),
+        "mrope_section = .*, expected a sum of half the head dim, 1024",
+    ),
     "config without vision": (config(lambda raw: raw.pop("vision_config")), "vision_config = None, expected an object"),
-    "config without an eps": (config(lambda raw: raw.pop("rms_norm_eps")), "rms_norm_eps = None, expected a"),
     "config without sections": (config(lambda raw: raw.pop("rope_scaling")), "mrope_section = None"),
     "config with text as a size": (config(lambda raw: raw.update(vocab_size="big")), "vocab_size = 'big'"),
     "config with a negative size": (config(lambda raw: raw["vision_config"].update(depth=-1)), "depth = -1"),

@@ -154,17 +154,21 @@ SIZES_OF_OFFICIAL_MODELS = {  # width, inner, layers, heads, kv heads, vocabular
 }
 
 
-@pytest.mark.parametrize("size", SIZES_OF_OFFICIAL_MODELS)
-def test_parameter_counts_of_the_official_sizes_from_the_config_alone(size):
-    width, inner, layers, heads, shared, vocabulary, tied, vision_inner, expected = SIZES_OF_OFFICIAL_MODELS[size]
+def official_config(size):
+    width, inner, layers, heads, shared, vocabulary, tied, vision_inner, _ = SIZES_OF_OFFICIAL_MODELS[size]
     raw = tiny_config(tied, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers)
     raw |= {"num_attention_heads": heads, "num_key_value_heads": shared, "vocab_size": vocabulary}
     raw["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     tower = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": vision_inner}
     raw["vision_config"] |= {**tower, "out_hidden_size": width, "fullatt_block_indexes": [7, 15, 23, 31]}
+    return raw
+
+
+@pytest.mark.parametrize("size", SIZES_OF_OFFICIAL_MODELS)
+def test_parameter_counts_of_the_official_sizes_from_the_config_alone(size):
     with torch.device("meta"):
-        model = Qwen25VL(Config.from_json(raw))
-    assert sum(p.numel() for p in model.parameters()) == expected
+        model = Qwen25VL(Config.from_json(official_config(size)))
+    assert sum(p.numel() for p in model.parameters()) == SIZES_OF_OFFICIAL_MODELS[size][-1]
     assert len(list(model.parameters())) == (824 if size == "3B" else len(model.state_dict()))
 
 
@@ -430,7 +434,8 @@ def test_chat_streams_the_greedy_answer(ours, untied, tmp_path):
     with torch.no_grad():
         for _ in range(6):
             hidden = model(ids[None], None, prompt.pixel_values, prompt.grid_thw)
-            ids = torch.cat([ids, model.logits(hidden[0, -1:]).argmax(-1)])
+            scores = model.logits(hidden[0, -1:]).index_fill(-1, torch.tensor(processor.banned_ids), -torch.inf)
+            ids = torch.cat([ids, scores.argmax(-1)])
     answer = ids[n:].tolist()
     answer = answer[: min([answer.index(stop) for stop in processor.stop_ids if stop in answer], default=6)]
     assert said.returncode == 0 and said.stdout.rstrip("\n") == processor.decode(answer).rstrip("\ufffd")
