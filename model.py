@@ -12,8 +12,7 @@
     python model.py --describe PATH | --chat PATH [--image FILE] | --export PATH --out FOLDER    [--adapter FOLDER]
 
 PATH: a checkpoint, a hub id, the folder of a run or one of its checkpoints. Architecture: Qwen2.5-VL Technical Report,
-arXiv 2502.13923. Parameters are named as on the hub. What the files of a checkpoint may say, and how chat templates are
-rendered, stands beside: support/files.py, support/layouts.py, support/template.py.
+arXiv 2502.13923. Parameters are named as on the hub. What the files of a checkpoint may say: support/layouts.py.
 
 Axes, in every file of the project:
 
@@ -42,7 +41,6 @@ from torch.utils.checkpoint import checkpoint
 
 from data import InputError, command
 from support.files import (
-    INDEX,
     TensorFile,
     check_tensors,
     copy_files,
@@ -54,6 +52,7 @@ from support.files import (
     stored_once,
     weight_files,
     write_json,
+    write_tensors,
 )
 from support.layouts import check_limits, config_to_save, read_adapter, read_config, read_pictures, read_tokenizer
 from support.pictures import open_image, to_rgb
@@ -515,8 +514,6 @@ class Cache:
 
 # -- 6. load and save -------------------------------------------------------------------------------------------------
 
-SHARD_BYTES = 5 * 10**9
-
 
 def hub_name(name):
     """The hub's name of a parameter, given that or the in-library one (model.language_model.*, model.visual.*)."""
@@ -568,24 +565,8 @@ def save_pretrained(model, folder, dtype=None):
     if any(layer.state != "merged" for layer in lora_layers(model).values()):
         raise InputError(f"{folder}: found LoRA beside the weights, expected merge_lora first, or save_adapter")
     dtype = dtype or model.head_weight.dtype
-    shards, sizes = [{}], [0]
-    for name, p in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        size = p.numel() * dtype.itemsize
-        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
-            shards, sizes = [*shards, {}], [*sizes, 0]
-        shards[-1][name] = p.detach()
-        sizes[-1] += size
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
     with replacing(folder) as new:
-        for name, shard in zip(names, shards):
-            tensors = {name: p.to(dtype).contiguous() for name, p in shard.items()}
-            save_file(tensors, new / name, metadata={"format": "pt"})
-        if len(shards) > 1:
-            where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-            write_json(new / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
+        write_tensors(new, {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}, dtype)
         write_json(new / "config.json", config_to_save(model.config, str(dtype).removeprefix("torch.")))
         if model.source:
             copy_files(model.source, new)
@@ -677,7 +658,13 @@ def targeted(model, targets):
     """{name: linear layer}, in the model's order, of what `add_lora` is asked for; its refusals are made here."""
     holders = {name.rpartition(".")[0] for name, _ in model.named_parameters()} | {"lm_head"}  # there when tied, too
     if isinstance(targets, str):
-        chosen = {name for name in holders if any(re.fullmatch(targets, each) for each in (name, library_name(name)))}
+        try:
+            fits = re.compile(targets).fullmatch
+        except re.error as error:
+            raise InputError(
+                f"LoRA: found the targets {shown(targets)} ({error}), expected a regular expression"
+            ) from None
+        chosen = {name for name in holders if fits(name) or fits(library_name(name))}
     else:
         text, leaf = {n for n in holders if n.startswith("model.layers.")}, lambda name: name.rpartition(".")[2]
         chosen = {name for name in text if leaf(name) in (targets or TEXT_TARGETS)}

@@ -104,8 +104,8 @@ class PolicyRollout:
         """The item's prompt as the model reads it, Encoded, with a policy in front where one is given."""
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
         if len(prompt.input_ids) > self.max_prompt:
-            pictures = int((prompt.input_ids == self.processor.image_pad_id).sum())
-            found = f"found a prompt of {len(prompt.input_ids)} tokens, {pictures} of them of pictures"
+            pictures = f"{prompt.image_tokens} of them of pictures (--max-pixels makes these smaller)"
+            found = f"found a prompt of {len(prompt.input_ids)} tokens, {pictures}"
             raise InputError(f"item {item['id']}: {found}, expected at most --max-prompt {self.max_prompt}")
         return prompt
 

@@ -75,7 +75,7 @@ def check_length(item, what, ids, most, prompt=None):
     if len(ids) > most:
         found = f"found a {what} of {len(ids)} tokens"
         if prompt and prompt.image_tokens:
-            found += f", {prompt.image_tokens} of them pictures (--max-pixels makes these smaller)"
+            found += f", {prompt.image_tokens} of them of pictures (--max-pixels makes these smaller)"
         raise InputError(f"item {item['id']}: {found}, expected at most --max-{what} {most}")
 
 

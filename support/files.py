@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from data import InputError
 
@@ -186,7 +187,7 @@ def replacing(folder):
 
 # -- 2. tensors -------------------------------------------------------------------------------------------------------
 
-INDEX = "model.safetensors.index.json"
+INDEX, SHARD_BYTES = "model.safetensors.index.json", 5 * 10**9
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -255,6 +256,25 @@ def weight_files(folder):
             found = f"no such file but {shown(others[0])} ({kind})"
             break
     raise InputError(f"{folder / 'model.safetensors'}: found {found}, expected that file or {INDEX}")
+
+
+def write_tensors(folder, tensors, dtype):
+    """Write {name: tensor} in `dtype` as model.safetensors, or from SHARD_BYTES on as shards with an index."""
+    shards, sizes = [{}], [0]
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > SHARD_BYTES:
+            shards, sizes = [*shards, {}], [*sizes, 0]
+        shards[-1][name] = tensor
+        sizes[-1] += size
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        cast = {key: tensor.to(dtype).contiguous() for key, tensor in shard.items()}
+        save_file(cast, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
 
 
 def stored_once(files, rename):

@@ -142,4 +142,4 @@ class Template:
     def _bad(self, error, expected):
         kind = type(error).__name__
         found = f"a chat template that fails ({kind}: {shown(str(error), 200)})"
-        return InputError(f"{self.path}: {found}, expected {expected}")
+        return InputError(f"{self.path}: found {found}, expected {expected}")

@@ -98,7 +98,7 @@ class ControlTokens:
         self.tokenizer = tokenizer
         names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
-        self.typed = re.compile(f"{pattern}|[{START}{END}]")
+        self.typed = re.compile(pattern)
         self.marked = re.compile(f"{START}({pattern}){END}|[{START}{END}]")
         self.beginnings = {name[:length] for name in names for length in range(1, len(name))}
         self.longest = max(map(len, names), default=1)
@@ -113,8 +113,7 @@ class ControlTokens:
         return ids
 
     def mark(self, text):
-        if self.typed.search(text):
-            text = self.typed.sub(lambda found: START + found[0] + END if len(found[0]) > 1 else "", text)
+        text = self.typed.sub(rf"{START}\g<0>{END}", text.replace(START, "").replace(END, ""))
         body = text.rstrip()
         tail = body[-self.longest :]
         cut = any(tail[i:] in self.beginnings for i in range(len(tail)))

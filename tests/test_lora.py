@@ -224,10 +224,45 @@ def test_adapters_of_a_bf16_model_are_fp32_and_learn_small_steps(folder, inputs)
 # -- what does not fit is said ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [(0, 8), (4, 0), (4, 8, ["lm"]), (4, 8, r".*\.z_proj"), (4, 8, None, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [(0, 8), (4, 0), (4, 8, ["lm"]), (4, 8, r".*\.z_proj"), (4, 8, None, 1.0), (4, float("inf")), (4, 8, "(")],
+    ids=str,
+)
 def test_settings_that_make_no_adapter_are_refused(model, given):
     with pytest.raises(InputError, match="LoRA: found"):
         add_lora(model, *given)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        r".*(lm_head|q_proj)",
+        ["q_proj", "lm_head"],
+        r".*(embed_tokens|q_proj)",
+        ["q_proj", "embed_tokens"],
+        r".*visual.*proj",  # the patches' convolution
+        ["q_proj", "input_layernorm"],
+        ".*",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_target_that_would_not_be_trained_is_refused_before_it(model, tmp_path, targets, tied):
+    """The head and the embedding are multiplied without their modules: an adapter there would never be read."""
+    if tied:
+        model = load_pretrained(tiny_checkpoint(tmp_path, tied=True))
+    with pytest.raises(InputError, match="LoRA: found the targets .*(lm_head|embed_tokens|patch_embed|layernorm)"):
+        add_lora(model, 4, 8, targets)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_peft_s_own_defaults_are_no_options(folder, tmp_path):
+    """Every key that PEFT writes for a plain adapter is understood, so that nothing is refused in passing."""
+    theirs = get_peft_model(oracle(folder), LoraConfig(target_modules=ALL))
+    theirs.save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "adapter_config.json").read_text())) > 30
+    load_adapter(load_pretrained(folder), tmp_path)
 
 
 def test_a_second_adapter_goes_onto_the_merged_first_one_only(model, inputs):
@@ -262,6 +297,7 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+HEAD, EMBEDDING = "base_model.model.lm_head.lora_A.weight", "base_model.model.model.embed_tokens.lora_embedding_A"
 A = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
 BAD = {
     "no folder": (lambda folder: shutil.rmtree(folder), "found no such folder"),
@@ -278,6 +314,42 @@ BAD = {
     "trained biases": (config(bias="all"), "bias = 'all', expected 'none'"),
     "changed weights": (config(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "no alpha": (config(lora_alpha=None), "lora_alpha = None, expected a positive number"),
+    "infinite alpha": (config(lora_alpha=float("inf")), "lora_alpha = inf, expected a positive number"),
+    "text for a flag": (config(use_rslora="no"), "use_rslora = 'no', expected true or false"),
+    "a probability of 1": (config(lora_dropout=1.0), "lora_dropout = 1.0, expected a probability"),
+    "a tensor twice": (
+        tensors(lambda held: held.update({A.replace("language_model.", ""): held[A] + 0})),
+        "second time",
+    ),
+    "the head": (tensors(lambda held: held.update({HEAD: torch.zeros(4, 64)})), "unexpected lm_head.lora_A"),
+    "the embedding": (tensors(lambda held: held.update({EMBEDDING: torch.zeros(4, 288)})), "unexpected .*embed_tokens"),
+    **{
+        f"{key} = {value}": (config(**{key: value}), f"{key} = .*, expected")
+        for key, value in {
+            "alora_invocation_tokens": [1, 2],
+            "use_qalora": True,
+            "use_bdlora": {"nblocks": 2},
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"q_proj": 2},
+            "modules_to_save": ["lm_head"],
+            "trainable_token_indices": [1],
+            "layer_replication": [[0, 2]],
+            "target_parameters": ["mlp.weight"],
+            "arrow_config": {"top_k": 2},
+            "kasa_config": {"beta": 1},
+            "velora_config": {"rank": 1},
+            "monteclora_config": {"buffer_size": 1},
+            "megatron_config": {"hidden_size": 1},
+            "loftq_config": {"loftq_bits": 4},
+            "eva_config": {"rho": 2.0},
+            "corda_config": {"corda_method": "ipm"},
+            "lora_ga_config": {"scale": "stable"},
+            "ensure_weight_tying": True,
+            "fan_in_fan_out": True,
+            "lora_bias": True,
+            "an_option_of_tomorrow": 0.5,
+        }.items()
+    },
 }
 
 

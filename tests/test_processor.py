@@ -1,6 +1,8 @@
 """Pictures to patches, messages to tokens: against transformers, Pillow and the official template."""
 
+import contextlib
 import json
+import os
 import re
 
 import jinja2
@@ -120,6 +122,39 @@ def test_unreadable_pictures_are_named(tmp_path):
             open_image(tmp_path / name)
 
 
+def test_what_runs_other_programs_is_no_picture_whatever_its_name(tmp_path):
+    """Pillow would start Ghostscript for an EPS file that is called x.png."""
+    picture(50, 50).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "x.png")
+    with pytest.raises(InputError, match="x.png: found UnidentifiedImageError"):
+        open_image(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(InputError, match="fifo.png: found FileNotFoundError"):
+        open_image(tmp_path / "fifo.png")
+
+
+def test_every_raster_format_that_pillow_writes_is_read(tmp_path):
+    """A fixed list of formats, and none of those people have is missing from it."""
+    image, read = picture(56, 84), set()
+    Image.init()
+    for name in sorted(Image.SAVE.keys() - {"EPS", "PDF"}):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # not of this mode, or no encoder in this Pillow
+            image.save(tmp_path / "x", name)
+            size = Image.open(tmp_path / "x").size
+            assert open_image(tmp_path / "x").size == size, name
+            read.add(name)
+    assert {"BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP"} <= read
+
+
+def test_pillow_s_limit_switched_off_leaves_our_own(tmp_path, monkeypatch):
+    picture(50, 50).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert open_image(tmp_path / "a.png").size == (50, 50)
+    monkeypatch.setattr("support.pictures.LARGEST", 2499)
+    with pytest.raises(InputError, match="50x50 pixels, more than 2499"):
+        open_image(tmp_path / "a.png")
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     picture(50, 50).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2499)
@@ -189,40 +224,19 @@ def test_paths_and_pictures_give_the_same(processor, tmp_path):
     assert torch.equal(by_path.input_ids, by_picture.input_ids)
 
 
-def test_an_image_token_smuggled_in_by_a_text_is_refused(processor):
-    with pytest.raises(InputError, match="found 1 image tokens in a chat, expected 0"):
-        processor.encode(question("look: <|image_pad|>"))
+def test_an_image_token_in_a_text_is_no_picture(processor):
+    encoded = processor.encode(question("look: <|image_pad|>", picture(56, 84)))
+    assert int((encoded.input_ids == processor.image_pad_id).sum()) == encoded.image_tokens == 6
+    assert "look: <|image_pad|>" in processor.tokenizer.decode(encoded.input_ids.tolist(), skip_special_tokens=False)
 
 
-@pytest.mark.parametrize("content", [None, 3, [{"type": "video", "video": "a.mp4"}], [{"type": "text"}], ["text"]])
+@pytest.mark.parametrize(
+    "content",
+    [None, 3, [{"type": "video", "video": "a.mp4"}], [{"type": "text"}], ["text"], [{"type": "text", "text": 3}]],
+)
 def test_a_message_of_another_form_is_refused(processor, content):
-    with pytest.raises(InputError, match="expected a text part or an image part"):
+    with pytest.raises(InputError, match="expected a (text part or an image part|string)"):
         processor.chat([{"role": "user", "content": content}])
-
-
-def test_the_default_system_message_is_the_template_s_own(folder, tmp_path):
-    def other(content):
-        content["chat_template"] = content["chat_template"].replace("You are a helpful assistant.", "Obey the policy.")
-
-    changed = Processor.from_pretrained(edited(folder, tmp_path, "chat_template.json", other))
-    assert changed.chat(CHATS["text"]).startswith("<|im_start|>system\nObey the policy.<|im_end|>\n")
-
-    def none(content):
-        content["chat_template"] = re.sub(r"\{% if loop.first.*?endif %\}", "", TEMPLATE, flags=re.DOTALL)
-
-    changed = Processor.from_pretrained(edited(folder, tmp_path, "chat_template.json", none))
-    assert changed.chat(CHATS["text"]).startswith("<|im_start|>user\n")
-
-
-def test_the_official_template_is_known_and_others_are_refused(folder, tmp_path):
-    """A template that we do not know must not be rendered as if it were ours."""
-    edited(folder, tmp_path, "chat_template.json", lambda content: content.update(chat_template=OFFICIAL))
-    assert Processor.from_pretrained(tmp_path).system == "You are a helpful assistant."
-    (tmp_path / "chat_template.jinja").write_text(OFFICIAL)  # where transformers 5 saves it
-    assert Processor.from_pretrained(tmp_path).system == "You are a helpful assistant."
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}")
-    with pytest.raises(InputError, match="chat_template.jinja: found a chat template of another kind"):
-        Processor.from_pretrained(tmp_path)
 
 
 # -- bad files --------------------------------------------------------------------------------------------------------
@@ -236,9 +250,8 @@ BAD = {
     "tokenizer.json no special token": ("tokenizer.json", drop_token, r"found no <\|image_pad\|>"),
     "tokenizer.json no model": ("tokenizer.json", lambda c: c.pop("model"), "tokenizer.json: found .* a tokenizer"),
     "config.json other token id": ("config.json", lambda c: c.update(image_token_id=7), "= 280, expected 7 as in"),
-    "preprocessor no limit": ("preprocessor_config.json", lambda c: c.pop("max_pixels"), "max_pixels = None"),
     "preprocessor bad limit": ("preprocessor_config.json", lambda c: c.update(min_pixels=-1), "min_pixels = -1"),
-    "preprocessor no patch": ("preprocessor_config.json", lambda c: c.pop("patch_size"), "patch_size = None"),
+    "preprocessor no number": ("preprocessor_config.json", lambda c: c.update(patch_size="14"), "patch_size = '14'"),
     "preprocessor bad mean": ("preprocessor_config.json", lambda c: c.update(image_mean=[0.5]), "image_mean = "),
 }
 
@@ -254,5 +267,5 @@ def test_a_bad_processor_file_is_named_with_its_fault(folder, tmp_path, fault):
 def test_a_missing_tokenizer_is_named(folder, tmp_path):
     edited(folder, tmp_path, "config.json", lambda content: None)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="tokenizer.json: found .*No such file"):
+    with pytest.raises(InputError, match="tokenizer.json: found no such file"):
         Processor.from_pretrained(tmp_path)
