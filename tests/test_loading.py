@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as house
-import support.files as files
 from data import InputError
 from model import Processor, add_lora, library_name, load_pretrained, merge_lora, save_pretrained
 
@@ -50,7 +49,7 @@ def test_in_library_names_load_as_hub_names_do(folder, copy):
 
 
 def test_shards_are_written_above_the_limit_and_read_back(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr("support.files.SHARD_BYTES", 300_000)
     save_pretrained(load_pretrained(folder), tmp_path / "sharded")
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -65,7 +64,7 @@ def test_a_save_replaces_all_weights_of_the_one_before(folder, tmp_path, monkeyp
     """Old shards beside a new single file would be read by whoever finds the old index first."""
     model = load_pretrained(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "SHARD_BYTES", 300_000)
+        patch.setattr("support.files.SHARD_BYTES", 300_000)
         save_pretrained(model, tmp_path / "out")
     save_pretrained(model, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]

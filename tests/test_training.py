@@ -18,7 +18,7 @@ from data import InputError
 from support.batching import Ahead, batches, collate, rng, share, token_logprobs
 from support.checkpoint import cut_logs
 from support.config import CommonConfig, parse
-from training import Run, locate
+from training import Run
 
 
 @pytest.fixture(scope="module")
@@ -216,16 +216,6 @@ def test_gradient_checkpointing_changes_memory_not_gradients(folder, tmp_path):
 
 
 # -- the folder
-
-
-def test_a_run_is_found_by_its_folder(folder, tmp_path):
-    (tmp_path / "lora" / "adapter").mkdir(parents=True)
-    (tmp_path / "lora" / "config.json").write_text('{"stage": "sft", "base": "some/base"}')
-    (tmp_path / "full" / "model").mkdir(parents=True)
-    assert locate(tmp_path / "lora") == ("some/base", str(tmp_path / "lora" / "adapter"))
-    assert locate(tmp_path / "full") == (str(tmp_path / "full" / "model"), None)
-    assert locate(folder / "model") == (str(folder / "model"), None)
-    assert locate("Qwen/Qwen2.5-VL-7B-Instruct") == ("Qwen/Qwen2.5-VL-7B-Instruct", None)
 
 
 def test_two_processes_cannot_write_one_run(run):
