@@ -4,9 +4,11 @@
     python evaluate.py --model M --data data/clevr --out runs/eval --policy-in-context          M(Q, I, P)
 
 Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was
-forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint or a run's
-folder. Responses are greedy. <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each
-response with its verdict. The parser and the scores are those of training: data/rewards.py.
+forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint, a run's
+folder or one of its checkpoints. Responses are greedy; with --stock-generation they follow the checkpoint's
+generation_config.json, as in transformers and vLLM (the hub's has a repetition_penalty of 1.05). <out>/results.json gets
+one row (its rows of other names stay), <out>/NAME.jsonl each response with its verdict. The parser and the scores are
+those of training: data/rewards.py.
 """
 
 import json
@@ -28,6 +30,7 @@ from rollout import PolicyRollout
 from support.checkpoint import write_json
 from support.config import option, parse
 from support.runs import open_model
+from support.stock import generate, read_generation
 
 
 @dataclass
@@ -86,8 +89,17 @@ def sections(items):
     return {(item["policy"], step["node"]) for item in items for step in item.get("path", [])}
 
 
-def respond(model, rollout, items, policy_in_context):
-    """Greedy responses [(text, tokens of its prompt, its own tokens, finished)]."""
+def respond(model, rollout, items, policy_in_context, stock=None):
+    """Greedy responses, or by the settings `stock` -> [(text, tokens of its prompt, its own tokens, finished)]."""
+    if stock:
+        policies = [rollout.policy(item)[0] if policy_in_context else None for item in items]
+        prompts = [rollout.prompt(item, policy) for item, policy in zip(items, policies)]
+        longest = rollout.sampling["max_tokens"]
+        answers = [generate(qwen, model, rollout.processor, prompt, stock, longest) for prompt in prompts]
+        return [
+            (rollout.processor.decode(tokens), len(prompt.input_ids), len(tokens), finished)
+            for prompt, (tokens, finished) in zip(prompts, answers)
+        ]
     answers = rollout.greedy(model, items, policy_in_context)
     return [
         (rollout.processor.decode(response.tokens), len(prompt.input_ids), len(response.tokens), response.finished)
@@ -130,10 +142,12 @@ def evaluate(
     max_response=2048,
     batch=256,
     progress=False,
+    stock=None,
 ):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
+    stock: settings of support/stock.py, one prompt at a time; None: greedy.
     row: accuracy with its 95 % interval, the mean of every other verdict, the same by depth and by policy, seconds.
     """
     began, records, asked = time.perf_counter(), [], []
@@ -141,7 +155,7 @@ def evaluate(
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start : start + batch]]
-        for item, (text, *lengths, finished) in zip(part, respond(model, rollout, part, policy_in_context)):
+        for item, (text, *lengths, finished) in zip(part, respond(model, rollout, part, policy_in_context, stock)):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
@@ -221,6 +235,7 @@ def main(argv=None):
         max_response=config.max_response,
         batch=config.batch,
         progress=True,
+        stock=read_generation(model.source) if config.stock_generation else None,
     )
     name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
     row = {"name": config.name or name, **row, "model": config.model}

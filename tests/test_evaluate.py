@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import tiny_checkpoint
+from helpers import oracle, oracle_inputs, picture, question, tiny_checkpoint
 from small import small_data, write_lines
 
 import evaluate
+import model as qwen
 from data import InputError
 from data.dataset import load_items, load_policies, messages
 from rollout import PolicyRollout
+from support.stock import DEFAULTS, generate, read_generation
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def folder(tmp_path_factory):
 def says(monkeypatch):
     """Put words into the model's mouth: item after item, in the order of evaluation (by policy)."""
     return lambda texts: monkeypatch.setattr(
-        evaluate, "respond", lambda model, rollout, items, aware: [(texts.pop(0), 50, 7, True) for _ in items]
+        evaluate, "respond", lambda model, rollout, items, *rest: [(texts.pop(0), 50, 7, True) for _ in items]
     )
 
 
@@ -170,6 +172,41 @@ def test_a_section_that_is_recited_word_for_word_is_right(folder, says):
 def test_a_prompt_over_the_limit_is_an_error(folder):
     with pytest.raises(
         InputError,
-        match=r"item i0: found a prompt of \d+ tokens, 4 of them of pictures, expected at most --max-prompt 20",
+        match=r"item i0: found a prompt of \d+ tokens, 4 of them of pictures .*, expected at most --max-prompt 20",
     ):
         evaluate.main(words(folder, "--max-prompt", "20"))
+
+
+# -- generation_config.json -------------------------------------------------------------------------------------------
+
+
+def test_stock_generation_is_what_transformers_generates(folder, tmp_path):
+    """With the hub's penalty: tokens of the prompt, pictures included, and of the answer count."""
+    model, processor = evaluate.load(folder / "model")
+    chat = question("what is this?", picture(56, 84))
+    prompt = processor.encode(chat, add_generation_prompt=True)
+    inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids)[None]}
+    inputs |= {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
+    plain = generate(qwen, model, processor, prompt, {"do_sample": False, "repetition_penalty": 1.0}, 20)
+    for penalty in (1.05, 2.0):
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps({"repetition_penalty": penalty, "do_sample": False})
+        )
+        rules = dict(
+            max_new_tokens=20, do_sample=False, repetition_penalty=penalty, suppress_tokens=processor.banned_ids
+        )
+        expected = oracle(folder / "model").generate(**oracle_inputs(inputs), **rules, eos_token_id=processor.stop_ids)
+        tokens, finished = generate(qwen, model, processor, prompt, read_generation(tmp_path), 20)
+        theirs = expected[0, len(prompt.input_ids) :].tolist()
+        assert tokens == [id for id in theirs if id not in processor.stop_ids] and finished == (len(tokens) < 20)
+    assert tokens != plain[0]
+
+
+def test_what_stock_generation_does_not_know_is_refused(tmp_path):
+    hub = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6, "eos_token_id": [1, 2], "num_beams": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(hub))
+    assert read_generation(tmp_path) == {**DEFAULTS, "do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6}
+    for key, value in (("num_beams", 4), ("no_repeat_ngram_size", 3), ("temperature", float("nan")), ("top_k", -1)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(InputError, match=f"generation_config.json: found {key} = "):
+            read_generation(tmp_path)

@@ -31,23 +31,23 @@ def folder(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     for p in lora_parameters(model):
         torch.nn.init.normal_(p, std=0.1, generator=generator)
-    save_adapter(model, folder / "lora" / "adapter")
-    (folder / "lora" / "config.json").write_text(json.dumps({"stage": "sft", "base": str(folder / "model")}))
+    save_adapter(model, folder / "adapted" / "adapter")
+    (folder / "adapted" / "config.json").write_text(json.dumps({"stage": "sft", "base": str(folder / "model")}))
     return folder
 
 
 STARTS = {
     "full": {},
-    "full, from an adapter": {"init": "lora"},
+    "full, from an adapter": {"init": "adapted"},
     "LoRA": {"full": False},
-    "LoRA, from an adapter": {"full": False, "init": "lora"},
+    "LoRA, from an adapter": {"full": False, "init": "adapted"},
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start", STARTS)
 def test_the_start_model_gives_the_policy_s_bits(folder, tmp_path, start, dtype):
-    flags = {**STARTS[start], "init": STARTS[start].get("init") and str(folder / "lora")}
+    flags = {**STARTS[start], "init": STARTS[start].get("init") and str(folder / "adapted")}
     paths = {"model": str(folder / "model"), "data": str(folder / "data"), "out": str(tmp_path / "run")}
     config = Config(**{**flags, "init": flags["init"] or "", **paths}, device="cpu", dtype=dtype, batch_size=4)
     with Run(config, stage="rl") as run:
