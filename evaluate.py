@@ -11,6 +11,7 @@ response with its verdict. The parser and the scores are those of training: data
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from data.dataset import load_items, load_policies
 from data.referral import branching_error, referral
 from data.sections import recitation, recitation_items
 from rollout import PolicyRollout
-from support.checkpoint import write_json
+from support import folder
+from support.checkpoint import not_finite, to_json, write_json
 from support.config import option, parse
 from training import locate
 
@@ -176,6 +178,8 @@ def load(path, adapter="", device="auto", dtype="auto"):
     model = qwen.load_pretrained(base, device, dtype)
     if adapter or own:
         qwen.merge_lora(qwen.load_adapter(model, adapter or own))
+    if wrong := not_finite(model):
+        raise InputError(f"{path}: found NaN or infinity in {wrong}, expected numbers")
     return model.requires_grad_(False).eval(), qwen.Processor.from_pretrained(base)
 
 
@@ -183,24 +187,43 @@ def earlier_rows(out):
     """The rows that <out>/results.json holds; [] without one."""
     path = Path(out) / "results.json"
     try:
-        return json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return [row for row in rows if row["name"]]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: found no rows, expected the results of earlier evaluations") from None
+
+
+def check_out(config, name):
+    """Raise InputError where --out is what is read, or a file there that no evaluation wrote would be replaced."""
+    out = Path(config.out)
+    if name != os.path.basename(name) or name.startswith(".") or not name.isprintable() or len(name) > 100:
+        raise InputError(f"--name: found {name!r}, expected a plain name of a file")
+    folder.keep_apart(out, {f"--{key}": getattr(config, key) for key in ("model", "adapter", "data")})
+    rows = earlier_rows(out)  # better refused now than after an hour
+    folder.refuse_foreign(out, is_ours=rows)
+    if (out / f"{name}.jsonl").exists() and name not in [row["name"] for row in rows]:
+        raise InputError(f"{out / name}.jsonl: found a file that no evaluation wrote, expected another --name or --out")
 
 
 def save(out, row, records):
     """Put the row into <out>/results.json beside the rows of other names, and the records into <out>/NAME.jsonl."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", {"rows": [r for r in earlier_rows(out) if r["name"] != row["name"]] + [row]})
-    aside = out / f"{row['name']}.jsonl.tmp"
-    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-    aside.replace(out / f"{row['name']}.jsonl")
+    lock = folder.lock(out, wait=60)  # evaluations of other names may end at the same moment
+    try:
+        folder.delete(out, folder.matching(out, ["*.tmp"]))
+        write_json(out / "results.json", {"rows": [r for r in earlier_rows(out) if r["name"] != row["name"]] + [row]})
+        aside = out / f"{row['name']}.jsonl.{os.getpid()}.tmp"
+        aside.write_text("".join(to_json(record) + "\n" for record in records))
+        aside.replace(out / f"{row['name']}.jsonl")
+    finally:
+        folder.unlock(out, lock)
 
 
 def main(argv=None):
     config = parse(Config, __doc__, argv)
-    earlier_rows(config.out)  # better refused now than after an hour
+    name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
+    name = config.name or name
+    check_out(config, name)
     policies = load_policies(config.data)
     items = recitation_items(policies) if config.recite else load_items(config.data, config.split, policies)
     items = items[: config.limit or None]
@@ -221,8 +244,7 @@ def main(argv=None):
         batch=config.batch,
         progress=True,
     )
-    name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
-    row = {"name": config.name or name, **row, "model": config.model}
+    row = {"name": name, **row, "model": config.model}
     save(config.out, row, records)
     low, high = row["interval"]
     rest = "".join(f"  {key} {row[key]:.3f}" for key in VERDICTS if key in row)
