@@ -231,7 +231,7 @@ class Checkpoints:
 
 
 def cut_logs(folder, names, step):
-    """Drop from a run's logs the rows of steps that will be done again, and what a kill or a bad disk left of a line."""
+    """Drop from a run's logs the rows of steps that will be done again, and what a kill or a bad disk left of lines."""
     for path in (Path(folder) / name for name in names):
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)

@@ -12,9 +12,10 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from data import InputError
+
+MOST_CONFIG = 1 << 20  # characters that are read of a --config file
 
 
 def option(default, help, **limits):
@@ -180,8 +181,9 @@ def _read_config(path, options):
     if path is None:
         return {}
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        with open(path, encoding="utf-8") as file:
+            values = json.loads(file.read(MOST_CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: {error}, expected a JSON file") from None
     if not isinstance(values, dict) or set(values) - set(options):
         unknown = ", ".join(sorted(set(values) - set(options))) if isinstance(values, dict) else type(values).__name__
@@ -194,6 +196,7 @@ def _convert(name, value, kind, limits):
     flag = "--" + name.replace("_", "-")
     try:
         good = isinstance(value, (str, kind)) or (kind is float and type(value) is int)
+        good = good and "\0" not in str(value)  # no path has one
         if not good or (kind is not bool and isinstance(value, bool)) or (kind is bool and isinstance(value, str)):
             raise ValueError
         value = kind(value)
