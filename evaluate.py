@@ -13,6 +13,7 @@ those of training: data/rewards.py.
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from data.dataset import load_items, load_policies
 from data.referral import branching_error, referral
 from data.sections import recitation, recitation_items
 from rollout import PolicyRollout
-from support.checkpoint import write_json
+from support import folder
+from support.checkpoint import not_finite, to_json, write_json
 from support.config import option, parse
 from support.runs import open_model
 from support.stock import generate, read_generation
@@ -189,32 +191,53 @@ def load(path, adapter="", device="auto", dtype="auto", min_pixels=0, max_pixels
     """-> (model, processor) ready to answer: adapters merged, no gradients."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32}.get(dtype) or getattr(torch, dtype)
-    model, folder = open_model(qwen, path, device, dtype, adapter)
-    return model, qwen.Processor.from_pretrained(folder, min_pixels, max_pixels)
+    model, base = open_model(qwen, path, device, dtype, adapter)
+    if wrong := not_finite(model):
+        raise InputError(f"{path}: found NaN or infinity in {wrong}, expected numbers")
+    return model, qwen.Processor.from_pretrained(base, min_pixels, max_pixels)
 
 
 def earlier_rows(out):
     """The rows that <out>/results.json holds; [] without one."""
     path = Path(out) / "results.json"
     try:
-        return json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return [row for row in rows if row["name"]]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: found no rows, expected the results of earlier evaluations") from None
+
+
+def check_out(config, name):
+    """Raise InputError where --out is what is read, or a file there that no evaluation wrote would be replaced."""
+    out = Path(config.out)
+    if name != os.path.basename(name) or name.startswith(".") or not name.isprintable() or len(name) > 100:
+        raise InputError(f"--name: found {name!r}, expected a plain name of a file")
+    folder.keep_apart(out, {f"--{key}": getattr(config, key) for key in ("model", "adapter", "data")})
+    rows = earlier_rows(out)  # better refused now than after an hour
+    folder.refuse_foreign(out, is_ours=rows)
+    if (out / f"{name}.jsonl").exists() and name not in [row["name"] for row in rows]:
+        raise InputError(f"{out / name}.jsonl: found a file that no evaluation wrote, expected another --name or --out")
 
 
 def save(out, row, records):
     """Put the row into <out>/results.json beside the rows of other names, and the records into <out>/NAME.jsonl."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", {"rows": [r for r in earlier_rows(out) if r["name"] != row["name"]] + [row]})
-    aside = out / f"{row['name']}.jsonl.tmp"
-    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-    aside.replace(out / f"{row['name']}.jsonl")
+    lock = folder.lock(out, wait=60)  # evaluations of other names may end at the same moment
+    try:
+        folder.delete(out, folder.matching(out, ["*.tmp"]))
+        write_json(out / "results.json", {"rows": [r for r in earlier_rows(out) if r["name"] != row["name"]] + [row]})
+        aside = out / f"{row['name']}.jsonl.{os.getpid()}.tmp"
+        aside.write_text("".join(to_json(record) + "\n" for record in records))
+        aside.replace(out / f"{row['name']}.jsonl")
+    finally:
+        folder.unlock(out, lock)
 
 
 def main(argv=None):
     config = parse(Config, __doc__, argv)
-    earlier_rows(config.out)  # better refused now than after an hour
+    name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
+    name = config.name or name
+    check_out(config, name)
     policies = load_policies(config.data)
     items = recitation_items(policies) if config.recite else load_items(config.data, config.split, policies)
     items = items[: config.limit or None]
@@ -237,8 +260,7 @@ def main(argv=None):
         progress=True,
         stock=read_generation(model.source) if config.stock_generation else None,
     )
-    name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
-    row = {"name": config.name or name, **row, "model": config.model}
+    row = {"name": name, **row, "model": config.model}
     save(config.out, row, records)
     low, high = row["interval"]
     rest = "".join(f"  {key} {row[key]:.3f}" for key in VERDICTS if key in row)

@@ -54,8 +54,12 @@ class Sequences:
         self.items = [item for item in load_items(folder, split, self.policies) if item.get("kind", "applied") in kinds]
         if not self.items:
             raise InputError(f"{folder}/{split}: found no items of the kinds {config.kinds}, expected at least one")
-        self.processor, self.config = processor, config
+        self.folder, self.split, self.processor, self.config = folder, split, processor, config
         self.visual = torch.tensor([*processor.banned_ids])  # what a picture is made of, its two marks included
+
+    def source(self):
+        """What Run.examine looks at."""
+        return self.folder, {self.split: self.items}, self.policies, "kind"
 
     def __len__(self):
         return len(self.items)

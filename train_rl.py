@@ -283,6 +283,7 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         G, K = config.group_size, config.policy_rollouts
         rollout = PolicyRollout(processor, policies, G, K, **kinds, **limits, **drawn)
         replay = Replay(config, run, processor) if config.replay else None
+        run.examine(processor, config.data, {config.split: items, config.validation: held_out}, policies, K and "both")
         learner = Learner(config, run, model, start, run.optimizer(model), rewards, replay, processor.pad_id)
         tries = loss.tries if config.dynamic_tries is None else config.dynamic_tries
         sampler = Sampler(config, run, model, rollout, items, rewards, tries)

@@ -42,9 +42,14 @@ class Examples:
     """A file of items as (prompt: Encoded, response: token ids, None): what is read, and what is learned."""
 
     def __init__(self, folder, split, processor, config, policy_in_prompt=False):
+        self.folder, self.split = folder, split
         self.policies = load_policies(folder)
         self.items = load_items(folder, split, self.policies)
         self.processor, self.config, self.policy_in_prompt = processor, config, policy_in_prompt
+
+    def source(self):
+        """What Run.examine looks at."""
+        return self.folder, {self.split: self.items}, self.policies, "with" if self.policy_in_prompt else "without"
 
     def __len__(self):
         return len(self.items)
@@ -110,7 +115,12 @@ def reader(run, own, replay, pad_id):
         return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
 
     rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).encode(step, i), run.workers)
-    return lambda step: [(collate(*zip(*part), pad_id=pad_id), w) for part, w in run.micro_batches(rows(step))]
+
+    def micro_batches(step):
+        parts = run.micro_batches(run.together(lambda: rows(step)))
+        return [(collate(*zip(*part), pad_id=pad_id), weight) for part, weight in parts]
+
+    return micro_batches
 
 
 class Replay:
@@ -119,6 +129,7 @@ class Replay:
     def __init__(self, config, run, processor):
         self.config, self.run, self.pad_id = config, run, processor.pad_id
         self.examples = Examples(config.replay, "sft.jsonl", processor, config, policy_in_prompt=True)
+        run.examine(processor, *self.examples.source(), what="the items to replay")
 
     def __call__(self, model, step):
         """Add the gradient of their loss to the model's."""
@@ -135,6 +146,9 @@ def learn(run, model, processor, own):
     """The loop of stages 1 and 2: read a global batch, add up gradients, update, report. own: see `reader`."""
     config = run.config
     replay = config.replay and Examples(config.replay, "sft.jsonl", processor, config, True)
+    run.examine(processor, *own.source())
+    if replay:
+        run.examine(processor, *replay.source(), what="the items to replay")
     micro_batches = reader(run, own, replay, processor.pad_id)
     optimizer = run.optimizer(model)
     steps = run.total_steps(len(own), config.batch_size - replayed_items(config))

@@ -13,19 +13,18 @@ A reader of the method can skip this file. A script reads
             run.checkpoint(step + 1, model, optimizer)        # also where SIGTERM ends the run, with exit code 0
         run.finish(model)
 
-Flags: support/config.py; a checkpoint's files: support/checkpoint.py; FSDP: support/sharding.py. `python training.py
-plan` (support/plan.py) estimates what a run needs in memory.
+Flags: support/config.py; a run's folder: support/folder.py; a checkpoint's files: support/checkpoint.py; FSDP:
+support/sharding.py. `python training.py plan` (support/plan.py) estimates what a run needs in memory.
 """
 
 import atexit
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import resource
-import shutil
+import secrets
 import signal
 import sys
 import threading
@@ -38,13 +37,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-from data import InputError, command
+from data import InputError, command, lasting_output, plain
+from support import folder
 from support.batching import is_fsdp, rng
-from support.checkpoint import Checkpoints, cut_logs, trainable, write_json
+from support.checkpoint import Checkpoints, cut_logs, not_finite, to_json, trainable, write_json
 from support.runs import locate, run_config
 from support.sharding import shard, unsharded, whole
 
-# -- 1. what a run does to a model --------------------------------------------------------------------------------------
+# -- 1. what a run does to a model -------------------------------------------------------------------------------------
 
 
 def _dissolve_lora(model):
@@ -79,6 +79,7 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
     "out",
     "resume",
     "overwrite",
+    "save_minutes",
     "save_every",
     "keep",
     "micro_batch",
@@ -88,6 +89,7 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
     "gradient_checkpointing",
     "compile",
 }
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)  # end a run after its step, saved
 MAX_SKIPPED = 0.1  # share of updates (of ten at least) that NaN or infinity may cost before the run stops
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
@@ -113,7 +115,10 @@ class Run:
         self.base, self.adapter = locate(config.init, hub="") if config.init else locate(config.model)
         self.adapter = config.adapter or self.adapter
         self._lock, self._new = None, False
+        self.id, self.digests = secrets.token_hex(4), {}  # of this run; of what it reads
         self.step, self.skipped, self.extra = 0, 0, {}
+        self._learning, self._done, self._saved = None, 0, 0  # (model, optimizer); steps done, and saved
+        self._between, self._save_due = True, 0.0  # are the weights those after `_done` steps?; on time's clock
         self.workers = 4 if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
         if config.batch_size % self.world:
@@ -127,88 +132,143 @@ class Run:
                 "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=self.config.timeout)
             )
             atexit.register(dist.destroy_process_group)
+        self._open_streams = contextlib.ExitStack()
+        self._open_streams.enter_context(lasting_output())
+        self.checkpoints = Checkpoints(self)
         try:
-            self.on_main(self._open)
-        except InputError:
+            ended = self.on_main(self._open)
+        except BaseException:
             self._unlock()
             raise
-        self.checkpoints = Checkpoints(self)
+        if ended:
+            self._unlock()
+            if self.is_main:
+                print(f"{self.stage}: {self.out} holds the finished run, nothing is left to do", file=sys.stderr)
+            sys.exit(0)
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+            caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP: keep it so
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in caught}
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._heartbeat, daemon=True)
         self._heart.start()
         return self
 
     def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            self._rescue(alone=True)
         self._ended.set()
         self._heart.join()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._unlock()
         if self.world > 1 and kind not in (None, SystemExit):
             place = f"{self._phase!r} of step {self.step}"
-            print(f"rank {self.rank}: failed in {place}: {error}", file=sys.stderr, flush=True)
+            print(f"rank {self.rank}: failed in {place}: {plain(error)}", file=sys.stderr, flush=True)
+        self._unlock()
 
     # -- the folder
 
     def _unlock(self):
         """Let go of the folder; where no step came about, bad input leaves nothing behind."""
         if self.is_main and self._lock and not self._lock.closed:
-            if self._new and not (self.out / "checkpoints").exists():
-                (self.out / "config.json").unlink(missing_ok=True)
-            (self.out / ".lock").unlink(missing_ok=True)
-            self._lock.close()
+            if self._new and not self.checkpoints.names():
+                folder.delete(self.out, ["checkpoints", "config.json"])
+            folder.unlock(self.out, self._lock)
             with contextlib.suppress(OSError):
                 self.out.rmdir()
+        self._open_streams.close()
+
+    def identity(self):
+        """What a run is: to be resumed, it has to be started as the same."""
+        base = os.path.abspath(self.base) if os.path.exists(self.base) else self.base
+        config = dataclasses.asdict(self.config)
+        return {"run": self.id, "stage": self.stage, "base": base, "digests": self.digests, "config": config}
 
     def _open(self):
-        """Lock the folder; refuse another run's."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / ".lock", "w")
-        except OSError as error:
-            raise InputError(f"--out {self.out}: {error.strerror}, expected a folder that can be written") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-        except OSError:
-            self._lock.close()
-            raise InputError(f"--out {self.out}: another process is writing it, expected another folder") from None
-        for path in [*self.out.glob(".model.*"), *self.out.glob(".adapter.*")]:  # a kill came while they were written
-            shutil.rmtree(path)
-        before = run_config(self.out)
-        if before and self.config.resume:
+        """Lock the folder; refuse somebody else's and another run's -> has this run ended already?"""
+        config, out = self.config, self.out
+        read = ("model", "init", "adapter", "data", "replay")
+        folder.keep_apart(out, {f"--{name}": getattr(config, name) for name in read})
+        folder.refuse_foreign(out, run_config(out) or self.checkpoints.newest_state())
+        self._lock = folder.lock(out)
+        folder.delete(out, folder.matching(out, folder.LEFTOVERS[1:]))  # a kill came while they were written
+        before = self._before()
+        if before and config.resume:
             changed = [
-                f"{k} {before.get(k)!r} -> {v!r}"
-                for k, v in dataclasses.asdict(self.config).items()
-                if k not in MAY_CHANGE and before.get(k) != v
+                f"{k} {before['config'].get(k)!r} -> {v!r}"
+                for k, v in dataclasses.asdict(config).items()
+                if k not in MAY_CHANGE and before["config"].get(k) != v
             ]
             if changed or before["stage"] != self.stage:
                 raise InputError(
-                    f"--resume {self.out}: the run was started as {before['stage']} with another config "
+                    f"--resume {out}: the run was started as {before['stage']} with another config "
                     f"({', '.join(changed[:5])}), expected the same"
                 )
-        elif (before or (self.out / "model").exists() or (self.out / "adapter").exists()) and not self.config.overwrite:
-            raise InputError(f"--out {self.out}: holds another run, expected a new folder, --resume or --overwrite")
+            self.id = before["run"]
+            return any(out.glob("model/*.safetensors")) or any(out.glob("adapter/*.safetensors"))
+        if before and not config.overwrite:
+            raise InputError(f"--out {out}: holds another run, expected a new folder, --resume or --overwrite")
+        return False
 
-    def _begin(self):
-        """All input has been read and is good: only now delete a run to be overwritten, and write config.json."""
-        if self.config.overwrite and not self.config.resume:
-            for name in ("config.json", "results.json", "checkpoints", "model", "adapter"):
-                path = self.out / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            for path in self.out.glob("*.jsonl"):
-                path.unlink()
+    def _before(self):
+        """The identity of the run in the folder; {} where there is none."""
+        config = run_config(self.out)
+        if not config:
+            return self.checkpoints.newest_state()
+        said = {key: config.pop(key, None) for key in ("run", "stage", "base", "digests")}
+        return {**said, "config": config}
+
+    def examine(self, processor, data, splits, policies, holds, what="the data"):
+        """Before step 0: refuse items that would end the run later; where --resume finds them unchanged, not again.
+
+        splits: {file in the folder `data`: items}; holds: is the policy in their prompts, see data.check.Limits.
+        """
+        self.on_main(lambda: self._examine(processor, data, splits, policies, holds or "without", what))
+
+    def _examine(self, processor, data, splits, policies, holds, what):
+        entries = [*policies.values(), *(item for items in splits.values() for item in items)]
+        paths = [os.path.join(data, name) for name in ("policies.json", *splits)]
+        paths += [path for entry in entries for path in entry["images"]]
+        self.digests[what] = folder.digest({os.path.relpath(path, data): path for path in paths})
+        before = self._before()
+        if self.config.resume and before and (before["digests"] or {}).get(what) == self.digests[what]:
+            return  # it was looked at when the run was started
+
+    def _begin(self, model):
+        """All input has been read and is good: only now delete a run to be overwritten, and write config.json.
+
+        -> (id of the run, digests of what it reads).
+        """
+        config, before = self.config, self._before()
+        started = [Path(model.source), *([Path(self.adapter)] if self.adapter else [])]
+        weights = {f"{n} {path.name}": path for n, at in enumerate(started) for path in at.glob("*.safetensors")}
+        self.digests["the weights it starts from"] = folder.digest(weights)
+        if config.resume and before:
+            known = before["digests"] or {}
+            if changed := [what for what, now in self.digests.items() if known.get(what, now) != now]:
+                found = f"found that {' and '.join(changed)} changed since the run was started"
+                raise InputError(f"--resume {self.out}: {found}, expected the same (or a new run elsewhere)")
+        elif config.overwrite:
+            folder.delete(self.out, folder.OWN)
+        self._need_room(model)
         self._new = not (self.out / "config.json").exists()  # until its first step is done
-        base = os.path.abspath(self.base) if os.path.exists(self.base) else self.base
-        write_json(self.out / "config.json", {"stage": self.stage, "base": base, **dataclasses.asdict(self.config)})
+        identity = self.identity()
+        write_json(self.out / "config.json", {**identity, **identity.pop("config")})
+        return self.id, self.digests
+
+    def _need_room(self, model):
+        """Refuse now what would end the run hours later: a disk with no room for its checkpoints and final weights."""
+        learned, all_weights = trainable(model).values(), model.parameters()
+        each = sum(p.numel() * (p.element_size() + 8) for p in learned)  # with AdamW's two moments
+        final = sum(p.numel() * p.element_size() for p in (all_weights if self.config.full else learned))
+        need = max((self.config.keep + 1) * each - self.checkpoints.size(), each) + final
+        folder.need_room(self.out, need, f"{self.config.keep + 1} checkpoints (--keep) and the final weights")
 
     def append(self, name, row):
         """Add one line to <out>/<name>.jsonl; a row has its "step", so that a resumed run cuts what it does again."""
         if self.is_main:
             with open(self.out / f"{name}.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
 
     # -- ranks
 
@@ -370,6 +430,7 @@ class Run:
                 torch._foreach_mul_(local, self.config.max_grad_norm / norm)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(step, steps)
+            self._between = False
             optimizer.step()
         else:
             self.skipped += 1
@@ -390,6 +451,8 @@ class Run:
     def steps(self, model, optimizer, total):
         """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
         first = self.restore(model, optimizer)
+        self._learning, self._done, self._saved = (model, optimizer), first, first
+        self._save_due = time.monotonic() + 60 * self.config.save_minutes
         self._bar = tqdm(
             initial=first,
             total=total,
@@ -454,41 +517,82 @@ class Run:
 
     def _on_signal(self, number, frame):
         self._stop = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
 
     # -- stop and go on
 
     def checkpoint(self, step, model, optimizer, extra=None, score=None):
-        """Save after `step` updates where --save-every says so; after SIGTERM or SIGINT save and end with exit code 0.
+        """Save after `step` updates where --save-every or --save-minutes says so; after a signal save and end with
+        exit code 0.
 
         extra: a JSON-able dict that the resumed run finds in run.extra. score: the one with the highest is kept, too.
         """
-        stop = bool(self.max(int(self._stop)))  # a signal reaches the ranks at different moments
-        if stop or (self.config.save_every and step % self.config.save_every == 0):
-            with self.phase("save"):
-                self.checkpoints.save(step, model, optimizer, extra or {}, score)
+        config, self.extra, self._done, self._between = self.config, extra or {}, step, True
+        late = self.is_main and config.save_minutes and time.monotonic() >= self._save_due
+        stop, late = self.max([int(self._stop), int(bool(late))])  # a signal reaches the ranks at different moments
+        if stop or late or (config.save_every and step % config.save_every == 0):
+            self._save(score)
         if stop:
             if self.is_main:
                 print(f"{self.stage}: stopped by a signal after step {step}, --resume continues", file=sys.stderr)
             sys.exit(0)
 
+    def _save(self, score=None, alone=False):
+        with self.phase("save"):
+            self.checkpoints.save(self._done, *self._learning, self.extra, score, alone)
+        self._saved, self._save_due = self._done, time.monotonic() + 60 * self.config.save_minutes
+
+    def _rescue(self, alone):
+        """Save what was learned before the step that fails. alone: the other ranks do not know of it."""
+        if self._between and self._done > self._saved and not (alone and self.fsdp):
+            phase = self._phase
+            try:
+                self._save(alone=alone)
+                said = "saved, --resume continues"
+            except Exception as error:  # the one that came first is what matters
+                said = f"and could not be saved: {plain(error)}"
+            self._phase, self._between = phase, False
+            if alone or self.is_main:
+                print(f"{self.stage}: step {self.step} failed in {phase!r}, {said}", file=sys.stderr, flush=True)
+
+    def together(self, work):
+        """work() on every rank; where it fails on one of them, all save and end."""
+        answer, failure = None, None
+        try:
+            answer = work()
+        except Exception as error:
+            failure = error
+        if self.max(int(failure is not None)):
+            self._rescue(alone=False)
+            if failure:
+                raise failure
+            sys.exit(2)  # the rank at fault says why
+        return answer
+
     def restore(self, model, optimizer):
         """With --resume, load the newest whole checkpoint -> its step; else 0. Logs are cut back to that step."""
-        self.on_main(self._begin)
+        wrong = not_finite(model)
+        if self.max(int(bool(wrong))):
+            raise InputError(f"{self.base}: found NaN or infinity in {wrong or 'its weights'}, expected numbers")
+        self.id, self.digests = self.on_main(lambda: self._begin(model))
         state = self.checkpoints.restore(model, optimizer) if self.config.resume else None
         state = state or {"step": 0, "skipped": 0, "extra": {}}
         self.skipped, self.extra = state["skipped"], state["extra"]
         if self.is_main:
-            cut_logs(self.out, state["step"])
+            cut_logs(self.out, folder.LOGS, state["step"])
             if self.config.resume:
                 print(f"{self.stage}: resumed after step {state['step']}", file=sys.stderr, flush=True)
         return state["step"]
 
     # -- the end
 
-    def finish(self, model, results=None):
-        """Write the final weights (<out>/model in the hub's layout, or <out>/adapter) and results.json -> results."""
+    def finish(self, model):
+        """Write the final weights: <out>/model in the hub's layout, or <out>/adapter."""
         self._new = False
+        if self._done > self._saved:  # whatever happens to the final weights
+            self._save()
+        self._between = False
         with self.phase("finish"):
             if self.fsdp:
                 model = whole(model, self.dtype, self.is_main)
@@ -496,9 +600,8 @@ class Run:
                 self.on_main(lambda: qwen.save_pretrained(model, self.out / "model", self.dtype))
             else:
                 self.on_main(lambda: qwen.save_adapter(model, self.out / "adapter"))
-            if results is not None and self.is_main:
-                write_json(self.out / "results.json", results)
-        return results
+            if self.is_main and not self.config.save_every:  # nobody asked for checkpoints; they had guarded the run
+                folder.delete(self.out, ["checkpoints"])
 
 
 # -- 3. what it tells --------------------------------------------------------------------------------------------------

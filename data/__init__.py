@@ -1,11 +1,79 @@
 """Policies, scenes, data sets and rewards. Everything here runs without torch."""
 
+import contextlib
 import os
 import sys
+from fnmatch import fnmatch
+
+LONGEST = 1000  # characters of an error line: what is wrong stands at its start, what was expected at its end
+
+
+def plain(text, most=LONGEST):
+    """A text in one line that a terminal shows and does not obey: control characters escaped, its middle cut."""
+    text = " ".join(str(text).split())  # cut before the escaping, too: 40 MB of it would take as long as the run
+    text = text if len(text) <= most else f"{text[: most * 2 // 3]} [...] {text[-most // 4 :]}"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} [...] {text[-most // 4 :]}"
 
 
 class InputError(ValueError):
     """A file, flag or value from outside that cannot be used: says what was found, what was expected, and where."""
+
+    def __init__(self, text=""):
+        super().__init__(plain(text))
+
+
+def strangers(folder, own):
+    """The names in a folder that fit none of the patterns `own`, which the command that made it writes."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+
+
+class Lasting:
+    """sys.stdout or sys.stderr whose reader may go (`| head`, a closed terminal): from then on prints go nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            self.let_go()
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.let_go()
+
+    def let_go(self):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: somebody has closed it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is still buffered, and what libraries print, goes there, too
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting_output():
+    """No print within ends what it reports on."""
+    before = sys.stdout, sys.stderr
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # `>&-`: a file opened later must not become stdout
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        with contextlib.suppress(AttributeError):  # a stand-in of the caller's
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Lasting(stream))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 def command(main):
@@ -13,12 +81,14 @@ def command(main):
 
     TRIMPI_TRACEBACK=1 shows the whole traceback instead, for those who debug their own code.
     """
-    try:
-        main()
-    except BrokenPipeError:  # `command | head`: nobody reads on, nothing went wrong
-        sys.stderr.close()
-    except (InputError, OSError) as error:
-        if os.environ.get("TRIMPI_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    with lasting_output():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except (InputError, OSError) as error:
+            if os.environ.get("TRIMPI_TRACEBACK"):
+                raise
+            print(f"error: {plain(error)}", file=sys.stderr)
+            sys.exit(2)

@@ -1,15 +1,16 @@
 """Checkpoints of a training run: whole or absent, readable on any number of ranks, safetensors and JSON only.
 
     <out>/checkpoints/step-00000120/shard-00000-of-00002.safetensors    a rank's rows of parameters and AdamW's moments
-                                    state.json                          step, checksums, config, code version, counters
+                                    state.json                          step, checksums, run, config, counters
 
 A checkpoint is written aside (step-N.tmp), forced to the disk and renamed: a folder without .tmp is a whole one, and
-what the disk damages later fails its checksum. No random states are stored: randomness derives from (seed, step, item).
+what the disk damages later fails its checksum; then it is renamed to step-N.damaged, and never counts again. No random
+states are stored: randomness derives from (seed, step, item).
 """
 
 import contextlib
-import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,11 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import InputError
+from support.folder import need_room
 
 
 def trainable(model):
     """{name: parameter} of what the optimiser moves, in the model's own order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def not_finite(model):
+    """The name of a parameter that holds NaN or infinity (in this rank's rows); "" where none does."""
+    local = lambda p: p.to_local() if hasattr(p, "to_local") else p
+    return next((name for name, p in model.named_parameters() if not local(p.detach()).isfinite().all()), "")
 
 
 def shard_name(rank, shards):
@@ -41,74 +49,87 @@ class Checkpoints:
 
     # -- write
 
-    def save(self, step, model, optimizer, extra, score=None):
+    def save(self, step, model, optimizer, extra, score=None, alone=False):
         """Write step's checkpoint aside, and publish it once every rank has written its shard.
 
-        Raises InputError where the disk has no room; what is aside then disappears, and the older checkpoints stay.
+        alone: this rank has all weights and cannot reach the others. Raises InputError where the disk has no room or a
+        weight is no number; what is aside then disappears, and the older checkpoints stay.
         """
         run, final = self.run, self.folder / f"step-{step:08d}"
-        tensors = {}
+        writes = alone or run.rank < self.shards
+        aside = final.with_suffix(f".{run.rank}.tmp" if alone else ".tmp")
+        on_main, most = (lambda work: work(), lambda x: x) if alone else (run.on_main, run.max)
+        tensors, wrong = {}, ""
         for name, p in trainable(model).items():
             for key, t in {"param": p.detach(), **optimizer.state.get(p, {})}.items():
                 t = t.to_local() if hasattr(t, "to_local") else t
+                wrong = wrong or ("" if t.isfinite().all() else f"{key}.{name}")
                 tensors[f"{key}.{name}"] = t.cpu().contiguous()
-        aside = final.with_suffix(".tmp")
-        size = sum(t.nbytes for t in tensors.values())
-        run.on_main(lambda: self._prepare(aside, final, size))
+        if most(int(bool(wrong))):
+            raise InputError(f"{final}: found NaN or infinity in {wrong or 'another rank'}, expected numbers")
+        size = self.shards * sum(t.nbytes for t in tensors.values())
+        on_main(lambda: self._prepare(aside, size))
         crc, failure = 0, None
         try:
-            if run.rank < self.shards:
-                save_file(tensors, aside / shard_name(run.rank, self.shards))
-                crc = sync(aside / shard_name(run.rank, self.shards))
+            if writes:
+                path = aside / shard_name(0 if alone else run.rank, self.shards)
+                save_file(tensors, path)
+                crc = sync(path)
         except (OSError, SafetensorError) as error:
             failure = error
-        if run.max(0 if failure is None else 1):
-            if run.is_main:
+        if most(0 if failure is None else 1):
+            if run.is_main or alone:
                 shutil.rmtree(aside, ignore_errors=True)
             reason = failure or "another rank could not write its shard"
             raise InputError(f"{final}: {reason}; the checkpoint is not there, older ones are")
-        sums = run.sum([crc if r == run.rank else 0 for r in range(run.world)])
+        sums = [crc] if alone else run.sum([crc if r == run.rank else 0 for r in range(run.world)])
         state = {
+            **run.identity(),
             "step": step,
-            "stage": run.stage,
             "skipped": run.skipped,
             "extra": extra,
             "score": score,
-            "config": dataclasses.asdict(run.config),
             "version": code_version(),
             "torch": torch.__version__,
             "shards": [int(x) for x in sums][: self.shards],
         }
-        run.on_main(lambda: self._publish(aside, final, state))
+        on_main(lambda: self._publish(aside, final, state))
 
-    def _prepare(self, aside, final, size):
+    def _prepare(self, aside, size):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        free, need = shutil.disk_usage(aside).free, size * self.shards + 2**20
-        if free < need:
+        try:
+            need_room(aside, size + 2**20, "a checkpoint")
+        except InputError:
             aside.rmdir()
-            sizes = f"found {free / 2**30:.2f} GB of free disk, expected {need / 2**30:.2f} GB"
-            raise InputError(f"{final}: {sizes} for a checkpoint")
+            raise
 
     def _publish(self, aside, final, state):
         try:
-            write_json(aside / "state.json", state, synced=True)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one, that --resume has skipped
-            os.replace(aside, final)
+            write_json(aside / "state.json", {**state, "checksum": checksum_of(state)}, synced=True)
+            for path in aside.iterdir():
+                path.chmod((aside / "state.json").stat().st_mode)  # the umask's: safetensors writes 0600
+            if not final.exists():
+                os.replace(aside, final)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        shutil.rmtree(aside, ignore_errors=True)  # the run has this one already
         sync_folder(self.folder)
         self._prune()
 
     def _prune(self):
         """Keep the newest --keep, and the one with the best score."""
-        whole = self.names()
-        scores = {name: self.state(name).get("score") for name in whole}
-        best = max((name for name in whole if scores[name] is not None), key=lambda name: scores[name], default=None)
-        for name in whole[self.run.config.keep :]:
+        whole = {name: state for name in self.names() if (state := self.state(name))}
+        scores = {name: state["score"] for name, state in whole.items() if state["score"] is not None}
+        best = max(scores, key=scores.get, default=None)
+        for name in [*whole][self.run.config.keep :]:
             if name != best:
                 shutil.rmtree(self.folder / name)
+
+    def size(self):
+        """Bytes of those that are here."""
+        return sum(path.stat().st_size for path in self.folder.glob("step-*/*"))
 
     # -- read
 
@@ -117,30 +138,55 @@ class Checkpoints:
         return sorted((path.name for path in self.folder.glob("step-????????")), reverse=True)
 
     def state(self, name):
+        """Its state.json; {} where that is not as it was written, or says another step than the folder's name."""
         try:
-            return json.loads((self.folder / name / "state.json").read_text())
-        except (OSError, ValueError):
+            state = json.loads((self.folder / name / "state.json").read_text())
+            whole = state.pop("checksum") == checksum_of(state) and state["shards"]
+            return state if whole and name == f"step-{state['step']:08d}" else {}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return {}
 
+    def newest_state(self):
+        """The newest state that can be read; {} without one."""
+        return next((state for name in self.names() if (state := self.state(name))), {})
+
     def newest_whole(self):
-        """The name of the newest checkpoint that is as it was written, to the last bit; a line for a damaged one."""
+        """The name of the newest checkpoint that is as it was written, to the last bit; None where there is none.
+
+        Damaged ones are put away with a line each. Raises InputError where all are damaged, or one is another run's.
+        """
         for path in self.folder.glob("*.tmp"):  # a kill came in between
             shutil.rmtree(path)
-        for name in self.names():
-            try:
-                sums = self.state(name)["shards"]
-                damaged = [
-                    shard_name(r, len(sums))
-                    for r, crc in enumerate(sums)
-                    if checksum(self.folder / name / shard_name(r, len(sums))) != crc
-                ]
-                if not damaged:
-                    return name
-                reason = f"{damaged[0]} has another checksum than when it was written"
-            except (OSError, KeyError) as error:
-                reason = f"{type(error).__name__}: {error}"
+        damaged, names = [], self.names()
+        for name in names:
+            reason = self._damage(name)
+            if not reason:
+                break
+            damaged.append(name)
             print(f"{self.folder / name}: skipped, it is damaged ({reason})", file=sys.stderr, flush=True)
-        return None
+        if names and damaged == names:
+            found = f"found {len(names)} checkpoints, none of them whole"
+            expected = "expected one (--overwrite without --resume starts the run anew)"
+            raise InputError(f"{self.folder}: {found}, {expected}")
+        for name in damaged:
+            os.replace(self.folder / name, self.folder / f"{name}.damaged")
+        return names[len(damaged)] if names else None
+
+    def _damage(self, name):
+        """What is wrong with a checkpoint; "" where it is as it was written."""
+        state = self.state(name)
+        if not state:
+            return "its state.json is not as it was written"
+        if state["run"] != self.run.id:
+            raise InputError(f"{self.folder / name}: found a checkpoint of another run, expected those of this one")
+        try:
+            for rank, crc in enumerate(state["shards"]):
+                shard = shard_name(rank, len(state["shards"]))
+                if checksum(self.folder / name / shard) != crc:
+                    return f"{shard} has another checksum than when it was written"
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def restore(self, model, optimizer):
         """Read the newest whole checkpoint into model and optimiser, on any number of ranks -> its state, or None."""
@@ -184,33 +230,56 @@ class Checkpoints:
         return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
-def cut_logs(folder, step):
-    """Drop from <folder>/*.jsonl the rows of steps that will be done again, and a line that a kill cut short."""
-    for path in Path(folder).glob("*.jsonl"):
-        rows = []
-        for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                if line.endswith("\n") and json.loads(line).get("step", 0) < step:
-                    rows.append(line)
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(rows))
-        os.replace(aside, path)
+def cut_logs(folder, names, step):
+    """Drop from a run's logs the rows of steps that will be done again, and what a kill or a bad disk left of lines."""
+    for path in (Path(folder) / name for name in names):
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            aside = path.with_name(f"{path.name}.tmp")
+            aside.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and step_of(line) < step))
+            os.replace(aside, path)
+
+
+def step_of(line):
+    """The step of a row, math.inf of what is no row."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+        return math.inf
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+def to_json(value, **layout):
+    """JSON that every reader takes: NaN and infinity, which JSON does not know, become null."""
+
+    def finite(x):
+        if isinstance(x, dict):
+            return {key: finite(each) for key, each in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(each) for each in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(value), allow_nan=False, **layout)
+
+
 def write_json(path, value, synced=False):
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    aside = Path(f"{path}.tmp")
+    aside = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(value, indent=1) + "\n")
+        aside.write_text(to_json(value, indent=1) + "\n")
         if synced:
             sync(aside)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def checksum_of(value):
+    """CRC-32 of a JSON value, however it is laid out."""
+    return zlib.crc32(json.dumps(json.loads(to_json(value)), sort_keys=True).encode())
 
 
 def checksum(path):

@@ -12,9 +12,10 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from data import InputError
+
+MOST_CONFIG = 1 << 20  # characters that are read of a --config file
 
 
 def option(default, help, **limits):
@@ -64,7 +65,7 @@ class Update:
     lora_rank: int = option(8, "rank of the adapter", least=1)
     lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
     lora_targets: str = option("", "layers with an adapter: names by commas or a regex; empty: all of the text blocks")
-    lr: float = option(1e-5, "peak learning rate", above=0)
+    lr: float = option(1e-5, "peak learning rate", above=0, most=1)
     warmup: int = option(0, "steps of linear warm-up", least=0)
     schedule: str = option("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
     weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
@@ -97,7 +98,10 @@ class Machine:
         choices=("auto", "on", "off"),
     )
     timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
-    save_every: int = option(0, "steps between checkpoints; 0: only when a signal ends the run", least=0)
+    save_minutes: float = option(
+        15.0, "minutes between checkpoints, which is what a machine that dies may cost; 0: none", least=0
+    )
+    save_every: int = option(0, "steps between further checkpoints; 0: none", least=0)
     keep: int = option(2, "newest checkpoints to keep, and the best where a run names one", least=1)
     resume: bool = option(False, "continue from the newest whole checkpoint of --out; from the start if there is none")
     overwrite: bool = option(False, "delete the run that --out holds")
@@ -179,8 +183,9 @@ def _read_config(path, options):
     if path is None:
         return {}
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        with open(path, encoding="utf-8") as file:
+            values = json.loads(file.read(MOST_CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: {error}, expected a JSON file") from None
     if not isinstance(values, dict) or set(values) - set(options):
         unknown = ", ".join(sorted(set(values) - set(options))) if isinstance(values, dict) else type(values).__name__
@@ -193,6 +198,7 @@ def _convert(name, value, kind, limits):
     flag = "--" + name.replace("_", "-")
     try:
         good = isinstance(value, (str, kind)) or (kind is float and type(value) is int)
+        good = good and "\0" not in str(value)  # no path has one
         if not good or (kind is not bool and isinstance(value, bool)) or (kind is bool and isinstance(value, str)):
             raise ValueError
         value = kind(value)

@@ -161,7 +161,7 @@ TABLE = {
         "sft",
         lambda f: (f / "out").write_text(""),
         [],
-        "--out .*out: File exists, expected a folder",
+        "--out .*out: found a file, expected a folder",
     ),
     "output holds another run": (
         "rl",

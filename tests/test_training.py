@@ -18,6 +18,7 @@ from data import InputError
 from support.batching import Ahead, batches, collate, rng, share, token_logprobs
 from support.checkpoint import cut_logs
 from support.config import CommonConfig, parse
+from support.folder import LOGS
 from training import Run
 
 
@@ -224,10 +225,17 @@ def test_two_processes_cannot_write_one_run(run):
             pass
 
 
-def test_logs_are_cut_where_a_run_goes_on_and_a_torn_line_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    cut_logs(tmp_path, 2)
+@pytest.mark.parametrize(
+    "torn", ['{"st', "[1]\n", "7\n", '{"step": "x"}\n', "\udcff\n", "[" * 100_000 + "\n", '{"step": NaN}\n']
+)
+def test_logs_are_cut_where_a_run_goes_on_and_what_is_no_row_is_dropped(tmp_path, torn):
+    """And a file of the user's beside them stays as it is."""
+    text = f'{{"step": 0}}\n{torn}\n{{"step": 1}}\n{{"step": 2}}\n{torn}'
+    for name in ("metrics.jsonl", "notes.jsonl"):
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    cut_logs(tmp_path, LOGS, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert (tmp_path / "notes.jsonl").read_bytes() == text.encode(errors="surrogateescape")
 
 
 def test_a_second_interrupt_ends_the_process_at_once(folder, tmp_path):
