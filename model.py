@@ -117,7 +117,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, times the weight."""
+    """x / rms(x) in fp32, times the weight."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -125,8 +125,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):
@@ -313,6 +312,9 @@ def attend(q, k, v, mask=None):
         return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b g r k -> b (g r) 1 k")
     if mask is None and T < S:  # new tokens after held ones; SDPA's own causal mask aligns with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is not None and q.is_cuda and H != G:  # no fused kernel of CUDA takes both a mask and shared heads
+        k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
+        G = H
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != G)
 
 
@@ -386,8 +388,9 @@ class TextModel(nn.Module):
         half = self.config.head_dim // 2
         exponent = torch.arange(half, dtype=torch.float, device=position_ids.device) / half
         frequency = 1.0 / self.config.rope_theta**exponent  # (K/2,)
-        axis = [i % 3 for i, width in enumerate(self.config.mrope_section) for _ in range(width)]  # (K/2,)
-        angles = rearrange(position_ids[axis].float(), "f b t -> b 1 t f") * frequency
+        sections = enumerate(self.config.mrope_section)
+        turning = [position_ids[i % 3, :, None, :, None].expand(-1, -1, -1, width) for i, width in sections]
+        angles = torch.cat(turning, -1).float() * frequency  # (B, 1, T, K/2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -412,7 +415,10 @@ class Qwen25VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden):
-        """Scores of the next token (..., V) from hidden states (..., D)."""
+        """Logits of the next token (..., V) from hidden states (..., D). A GPU makes fp32 of halves, without gradient."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            logits = torch.mm(hidden.flatten(0, -2), self.head_weight.T, out_dtype=torch.float32)
+            return logits.unflatten(0, hidden.shape[:-1])
         return F.linear(hidden, self.head_weight)
 
     def enable_gradient_checkpointing(self, flag=True):
@@ -558,8 +564,12 @@ def load_pretrained(path_or_hub_id, device="cpu", dtype=torch.float32):
     for name, (file, stored) in where.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(file.read(stored, device, dtype)))
-    if head and not torch.equal(head[0].read(head[1], device, dtype), model.head_weight):
-        raise InputError(f"{folder}: found an lm_head.weight of its own, expected the embedding, as the two are tied")
+    if head:
+        pair = head, where["model.embed_tokens.weight"]
+        if not torch.equal(*(file.read(name, "cpu", dtype) for file, name in pair)):
+            raise InputError(
+                f"{folder}: found an lm_head.weight of its own, expected the embedding, as the two are tied"
+            )
     return model
 
 

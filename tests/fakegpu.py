@@ -18,6 +18,7 @@ from collections import Counter
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -54,9 +55,9 @@ class FakeGPU(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
-        if function is torch.rms_norm and not torch.is_grad_enabled():  # one kernel on CUDA, seven on other devices
+        if function is F.rms_norm and not torch.is_grad_enabled():  # one kernel on CUDA, seven on other devices
             launches[here()] += 1
-            return FakeGPU(function(*tree_map(held, args), **(kwargs or {})))
+            return FakeGPU(function(*tree_map(held, args), **tree_map(held, kwargs or {})))
         return super().__torch_function__(function, kinds, args, kwargs)
 
     is_cuda = property(lambda self: True)
@@ -128,8 +129,35 @@ COPIES = {"aten::copy_", "aten::_to_copy"}  # the only calls that take both devi
 NO_LAUNCH = {"aten::detach", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::alias",
              "aten::new_empty_strided", "aten::lift_fresh", "aten::_unsafe_view", "aten::set_"}  # fmt: skip
 WAITS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::_unique2", "aten::equal"}
-WIDE = {"aten.mm.dtype": "mm", "aten.mm.dtype_out": "mm", "aten.addmm.dtype": "addmm", "aten.addmm.dtype_out": "addmm",
-        "aten.bmm.dtype": "bmm"}  # fmt: skip
+
+
+def wide(product):
+    """A product of halves with an fp32 result: CUDA has it, a CPU does not."""
+
+    def on_cpu(*args, out_dtype=None, **kwargs):
+        return product(*(x.float() for x in args if isinstance(x, torch.Tensor)), **kwargs)
+
+    return on_cpu
+
+
+def flash(q, k, v, dropout=0.0, causal=False):
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal)
+    none = torch.empty(0)
+    return out, lse, none, none, 0, 0, none, none, none
+
+
+def efficient(q, k, v, bias, with_lse, dropout=0.0, causal=False):
+    assert bias is None and with_lse
+    out, lse, none, *_ = flash(q, k, v, dropout, causal)
+    return out, lse, none, none
+
+
+INSTEAD = {
+    **dict.fromkeys(["aten.mm.dtype", "aten.mm.dtype_out"], wide(torch.mm)),
+    **dict.fromkeys(["aten.addmm.dtype", "aten.addmm.dtype_out"], wide(torch.addmm)),
+    "aten._scaled_dot_product_flash_attention.default": flash,
+    "aten._scaled_dot_product_efficient_attention.default": efficient,
+}
 
 
 def dispatch(function, args, kwargs):
@@ -157,12 +185,7 @@ def dispatch(function, args, kwargs):
     plain_args, plain = tree_map(held, args), tree_map(held, kwargs)
     if device is not None:
         plain["device"] = torch.device("cpu") if onto else device
-    if str(function) in WIDE:  # products of halves with an fp32 result: CUDA has them, a CPU does not
-        plain.pop("out_dtype", None)
-        wide = [x.float() if isinstance(x, torch.Tensor) else x for x in plain_args if not isinstance(x, torch.dtype)]
-        result = getattr(torch, WIDE[str(function)])(*wide, **plain)
-    else:
-        result = function(*plain_args, **plain)
+    result = INSTEAD.get(str(function), function)(*plain_args, **plain)
     if name == "aten::_local_scalar_dense" or not onto:
         return args[0] if name == "aten::copy_" else result
     return return_and_correct_aliasing(function, args, kwargs, tree_map(wrapped, result))
