@@ -299,6 +299,8 @@ class VisionTower(nn.Module):
 
 # -- 3. text model ----------------------------------------------------------------------------------------------------
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape for a second, and nearly every batch has one
+
 
 def attend(q, k, v, mask=None):
     """softmax(q k' / sqrt(K)) v under a mask, or without one causally: the last query sees every key.

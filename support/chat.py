@@ -52,11 +52,12 @@ def describe(path):
     print(f"  {adapter:,} adapter values (rank 64) in fp32, each with its gradient and two Adam moments")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def chat(path, image, adapter, max_tokens):
     """Answer the lines of standard input greedily, each answer streamed as it comes."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model, processor = load_pretrained(path, device, dtype), Processor.from_pretrained(path)
+    device = model.head_weight.device
     if adapter:
         merge_lora(load_adapter(model, adapter))
     shown = [{"type": "image", "image": open_image(image)}] if image else []  # with the first question

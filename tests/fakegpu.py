@@ -12,7 +12,7 @@ held tensors, or does nothing where only the host's time counts. Not pretended: 
 
 import contextlib
 import os
-import traceback
+import sys
 import types
 from collections import Counter
 from unittest import mock
@@ -37,6 +37,29 @@ class Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("fakegpu", backend_module=Backend())
 GPU = torch.device("fakegpu", 0)
+
+
+def autocast_as_cuda():
+    """Under autocast products take halves; all else stays as it is."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    library, rest = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+
+    def narrowed(product):
+        def call(*args, **kwargs):
+            dtype = torch.get_autocast_dtype("fakegpu")
+            narrow = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return product(*tree_map(narrow, args), **kwargs)
+
+        return call
+
+    for name in "linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention":
+        library.impl(name, narrowed(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
+    return library, rest
+
+
+KEPT = autocast_as_cuda()  # what is registered lasts as long as this
 
 
 class FakeGPU(torch.Tensor):
@@ -98,9 +121,12 @@ def wrapped(x):
 
 def here():
     """The line of the project that is at work."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(ROOT) and frame.filename != __file__:
-            return f"{os.path.relpath(frame.filename, ROOT)}:{frame.lineno}"
+    frame = sys._getframe(1)
+    while frame:
+        path = frame.f_code.co_filename
+        if path.startswith(ROOT) and path != __file__:
+            return f"{path[len(ROOT) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
     return "?"
 
 
