@@ -109,7 +109,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, times the weight."""
+    """x / rms(x) in fp32, times the weight."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -117,8 +117,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):
@@ -292,6 +291,8 @@ class VisionTower(nn.Module):
 
 # -- 3. text model ----------------------------------------------------------------------------------------------------
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape for a second, and nearly every batch has one
+
 
 def attend(q, k, v, mask=None):
     """softmax(q k' / sqrt(C)) v under a mask, or without one causally: the last query sees every key.
@@ -305,6 +306,9 @@ def attend(q, k, v, mask=None):
         return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b j r c -> b (j r) 1 c")
     if mask is None and T < S:  # new tokens after held ones; SDPA's own causal mask aligns with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is not None and q.is_cuda and H != J:  # no fused kernel of CUDA takes both a mask and shared heads
+        k, v = k.repeat_interleave(H // J, 1), v.repeat_interleave(H // J, 1)
+        J = H
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != J)
 
 
@@ -378,8 +382,9 @@ class TextModel(nn.Module):
         half = self.config.head_dim // 2
         exponent = torch.arange(half, dtype=torch.float, device=position_ids.device) / half
         frequency = 1.0 / self.config.rope_theta**exponent  # (C/2,)
-        axis = [i % 3 for i, width in enumerate(self.config.mrope_section) for _ in range(width)]  # (C/2,)
-        angles = rearrange(position_ids[axis].float(), "f b t -> b 1 t f") * frequency
+        sections = enumerate(self.config.mrope_section)
+        turning = [position_ids[i % 3, :, None, :, None].expand(-1, -1, -1, width) for i, width in sections]
+        angles = torch.cat(turning, -1).float() * frequency  # (B, 1, T, C/2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -404,7 +409,10 @@ class Qwen25VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden):
-        """Scores of the next token (..., V) from hidden states (..., D)."""
+        """Logits of the next token (..., V) from hidden states (..., D). A GPU makes fp32 of halves, without gradient."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            logits = torch.mm(hidden.flatten(0, -2), self.head_weight.T, out_dtype=torch.float32)
+            return logits.unflatten(0, hidden.shape[:-1])
         return F.linear(hidden, self.head_weight)
 
     def enable_gradient_checkpointing(self, flag=True):

@@ -234,10 +234,11 @@ class Responses:
         nothing = torch.zeros(0, n_rewards, dtype=torch.float64)  # of a rank that has no live group
         self.rewards = torch.cat([nothing, *(group.rewards for group in groups)])
         self.lengths = torch.tensor([len(response.tokens) for response in self.list], dtype=torch.long)
-        self.mask = (torch.arange(max([1, *self.lengths.tolist()])) < self.lengths[:, None]).float().to(device)
-        self.logp_sampler = torch.zeros_like(self.mask)
-        for row, response in zip(self.logp_sampler, self.list):
+        mask = (torch.arange(max([1, *self.lengths.tolist()])) < self.lengths[:, None]).float()
+        logp_sampler = torch.zeros_like(mask)
+        for row, response in zip(logp_sampler, self.list):
             row[: len(response.tokens)] = torch.tensor(response.logprobs)
+        self.mask, self.logp_sampler = mask.to(device), logp_sampler.to(device)
         self.logp_old = self.A = self.kept = None
 
     def take(self, rows):

@@ -1,6 +1,6 @@
 """Per-token log-probabilities straight from hidden states, without ever holding the tokens x vocabulary logits.
 
-Axes: N tokens, D width of the hidden states, V vocabulary, C rows of one chunk.
+Axes: N rows of h (the learned tokens of a batch), n of one chunk, D width, V vocabulary.
 
 With logits l = h W^T / T, p = softmax(l) and target y the three stages need, for every token,
 
@@ -20,8 +20,8 @@ The right-hand form matters in half precision. The direction (1[y] - q) is round
 next to 1 destroys 1 - p; here the target's entry is exactly 1, the largest of all, and 1 - p_y = sum_{v != y} e^{l_v}
 / sum_v e^{l_v} stays in fp32, summed without the target so that nothing cancels.
 
-What is done to a chunk of rows stands in two files with the same two functions: kernels/logprob_triton.py for a GPU,
-whose kernel runs interpreted on CPU tensors with TRITON_INTERPRET=1, set before Python starts, and
+What is done to a chunk of rows stands in two files with the same three functions: kernels/logprob_triton.py for a GPU,
+whose kernels run interpreted on CPU tensors with TRITON_INTERPRET=1, set before Python starts, and
 kernels/logprob_torch.py elsewhere.
 """
 
@@ -55,23 +55,24 @@ def linear_logprob(h, W, y, *, temperature=1.0, ignore_index=-100, return_entrop
         h, W = h.to(torch.get_autocast_dtype(device)), W.to(torch.get_autocast_dtype(device))
     check(h, W, y, temperature, ignore_index, chunk, needs_grad)
 
-    chunk = chunk or default_chunk(h)
+    grad = torch.is_grad_enabled() and (h.requires_grad or W.requires_grad)
+    chunk = chunk or default_chunk(h, trainable=grad and W.requires_grad)
     kept = y != ignore_index
-    graded = kept if needs_grad is None else kept & needs_grad
+    graded, ungraded = (kept, None) if needs_grad is None or not grad else (kept & needs_grad, kept & ~needs_grad)
     settings = (float(temperature), -(-chunk // ROWS) * ROWS, return_entropy)
     with torch.autocast(device, enabled=False):  # autocast would round the logits
-        if torch.is_grad_enabled() and (h.requires_grad or W.requires_grad):
-            logp, entropy = LinearLogprob.apply(h, W, y, kept, graded, *settings)
+        if grad:
+            logp, entropy = LinearLogprob.apply(h, W, y, graded, ungraded, *settings)
         else:
-            logp, entropy, *_ = forward(h, W, y, kept, kept, False, *settings)
+            logp, entropy, *_ = forward(h, W, y, graded, ungraded, False, *settings)
     return logp, entropy if return_entropy else None
 
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, W, y, kept, graded, temperature, chunk, with_entropy):
+    def forward(ctx, h, W, y, graded, ungraded, temperature, chunk, with_entropy):
         ctx.frozen, ctx.temperature, ctx.chunk = not ctx.needs_input_grad[1], temperature, chunk
-        logp, entropy, G, *sums = forward(h, W, y, kept, graded, ctx.frozen, temperature, chunk, with_entropy)
+        logp, entropy, G, *sums = forward(h, W, y, graded, ungraded, ctx.frozen, temperature, chunk, with_entropy)
         ctx.save_for_backward(*(sums[0], G) if ctx.frozen else (h, W, y, graded, *sums))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -90,23 +91,30 @@ class LinearLogprob(torch.autograd.Function):
         return dh, dW, None, None, None, None, None, None
 
 
-def forward(h, W, y, kept, graded, with_G, temperature, chunk, with_entropy):
+def forward(h, W, y, graded, ungraded, with_G, temperature, chunk, with_entropy):
     """logp (N,), entropy (N,), and for the rows that are graded: G (N, D) if wanted, scale, m and s (N,), else zeros.
 
-    The gradient of logp is scale G; the softmax's maximum m and its sum s without the target make q again.
+    The gradient of logp is scale G; the softmax's m and its sum s without the target make q again. graded (N,) bool;
+    ungraded (N,) bool or None: rows of which only logp and entropy are wanted. All others stay 0.
     """
-    logp, entropy, *sums = (torch.zeros_like(y, dtype=torch.float32) for _ in range(5))
+    logp, entropy, scale, m, s = (torch.zeros_like(y, dtype=torch.float32) for _ in range(5))
     G = torch.zeros_like(h, memory_format=torch.contiguous_format) if with_G else None
-    for mask, gradient in (kept & ~graded, False), (graded, True):
+    rows = rows_of(h)
+
+    def fill(mask, results, gradient, **how):
         for r in chunks(mask, chunk):
-            settings = temperature, with_entropy, gradient and with_G
-            logp[r], entropy[r], *found, G_r = rows_of(h).forward_rows(h[r], W, y[r], *settings)
+            *found, G_r = rows.forward_rows(h[r], W, y[r], temperature, with_entropy, gradient, **how)
+            for each, values in zip(results, found):
+                each[r] = values
             if gradient:
-                for each, values in zip(sums, found):
-                    each[r] = values
-            if gradient and with_G:
                 G[r] = G_r.to(G.dtype)
-    return logp, entropy, G, *sums
+
+    if ungraded is not None:
+        fill(ungraded, (logp, entropy), False)
+    fill(graded, (logp, entropy, scale, m, s), with_G)
+    if with_G:  # hardly ever a row: one that a single sweep could not do
+        fill(graded & ~rows.reached(s), (logp, entropy, scale, m, s), True, exact=True)
+    return logp, entropy, G, scale, m, s
 
 
 def backward_trainable(g, h, W, y, graded, scale, m, s, temperature, chunk, with_h):
@@ -117,10 +125,10 @@ def backward_trainable(g, h, W, y, graded, scale, m, s, temperature, chunk, with
     tiny = torch.finfo(torch.float32).tiny
     unit = g.abs().max().clamp_min(tiny) if len(g) else 1.0  # keeps g * h inside fp16's range
     for r in chunks(graded, chunk):
-        factor = (g[r] * scale[r])[:, None]  # (C, 1)
+        factor = (g[r] * scale[r])[:, None]  # (n, 1)
         real = torch.ones_like(r, dtype=torch.bool)
         real[1:] = r[1:] != r[:-1]  # padding repeats a row, which must count once
-        h_g = factor / unit * real[:, None] * h[r]  # (C, D), fp32
+        h_g = factor / unit * real[:, None] * h[r]  # (n, D), fp32
         G = rows_of(h).backward_rows(h[r], W, y[r], m[r], s[r], temperature, h_g, dW, with_h)
         if with_h:
             dh[r] = (factor * G).to(dh.dtype)
@@ -128,7 +136,7 @@ def backward_trainable(g, h, W, y, graded, scale, m, s, temperature, chunk, with
 
 
 def rows_of(h):
-    """The file whose forward_rows and backward_rows work on this device."""
+    """The file whose forward_rows, reached and backward_rows work on this device."""
     if h.is_cuda and find_spec("triton") or os.environ.get("TRITON_INTERPRET") == "1":
         from kernels import logprob_triton as rows
     else:
@@ -150,8 +158,11 @@ def chunks(mask, size):
     return rows.split(size) if len(rows) else ()
 
 
-def default_chunk(h):
-    """Rows of a chunk: on a GPU those that fill whole waves of 128 x 256 tiles."""
+def default_chunk(h, trainable=False):
+    """Rows of a chunk: on a GPU those that fill whole waves of 128 x 256 tiles.
+
+    A trainable head takes larger ones: each reads and writes all of dW, V x D fp32.
+    """
     if not h.is_cuda:
         return CPU_CHUNK
     cores = torch.cuda.get_device_properties(h.device).multi_processor_count
@@ -161,7 +172,8 @@ def default_chunk(h):
         tiles = rows // 128 * across
         return tiles / (-(-tiles // cores) * cores)
 
-    return max(range(512, 2304 + 1, 128), key=filled)
+    smallest, largest = (2304, 4608) if trainable else (512, 2304)
+    return max(range(smallest, largest + 1, 128), key=filled)
 
 
 def check(h, W, y, temperature, ignore_index, chunk, needs_grad):

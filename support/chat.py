@@ -54,11 +54,12 @@ def terminal(text):
     return "".join(c if c in "\n\t" else shown(c) for c in text)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def chat(qwen, args):
     """Answer the lines of standard input greedily, each answer streamed as it comes."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model, folder = open_model(qwen, args.chat, device, dtype, args.adapter)
+    device = model.head_weight.device
     processor = qwen.Processor.from_pretrained(folder, args.min_pixels, args.max_pixels)
     first = [{"type": "image", "image": qwen.open_image(args.image)}] if args.image else []
     banned, messages = torch.tensor(processor.banned_ids, device=device), []

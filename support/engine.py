@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError
-from support.cache import Segment, Slots, padding_bias
+from support.cache import Segment, Slots, decoding_cache
 from support.prepacked import prepacked
 
 # -- 1. the next token -------------------------------------------------------------------------------------------------
@@ -43,11 +43,12 @@ class Rules:
         """One token per row and its log-probability under the distribution it was drawn from.
 
         logits (B,V) fp32, overwritten; u (B,) float64 in [0, 1); used (B,) tokens written so far. Returns tokens (B,)
-        and logp (B,) float64; at temperature 0 the best token, and its log-probability at temperature 1.
+        and logp (B,) float64; at temperature 0 the best token, and its log-probability at temperature 1. All tensors
+        are on one device, and nothing here waits for it.
         """
-        logits[:, self.banned_ids] = -torch.inf
-        if self.min_tokens and int(used.min()) < self.min_tokens:
-            early = (used < self.min_tokens).to(logits.device)[:, None]
+        logits.index_fill_(1, self.banned_ids, -torch.inf)
+        if self.min_tokens:
+            early = used[:, None] < self.min_tokens
             logits[:, self.stop_ids] = logits[:, self.stop_ids].masked_fill(early, -torch.inf)
         if self.temperature not in (0, 1):
             logits /= self.temperature
@@ -57,7 +58,7 @@ class Rules:
         padded = weights if weights.shape[1] % 128 == 0 else F.pad(weights, (0, -weights.shape[1] % 128))
         blocks = padded.unflatten(1, (-1, 128))  # (B, V/128, 128): only their sums are added up in float64
         mass = blocks.sum(-1).double().cumsum(-1)  # (B, V/128)
-        tokens = invert(mass, blocks, u.to(mass.device)[:, None]) if best is None else best
+        tokens = invert(mass, blocks, u[:, None]) if best is None else best
         return tokens, (weights.gather(1, tokens[:, None]).double().log() - mass[:, -1:].log())[:, 0]
 
 
@@ -187,12 +188,12 @@ def sample(
             "no negative temperature"
         )
     decoder = Decoder(model, prompts, seeds, max_tokens, budget, shared, {} if prefixes is None else prefixes)
-    stop_ids, banned_ids = (torch.tensor(ids, dtype=torch.long) for ids in (stop_ids, banned_ids))
-    rules = Rules(temperature, top_k, top_p, min_tokens, stop_ids, banned_ids)
+    ids = [torch.tensor(list(given), dtype=torch.long, device=decoder.device) for given in (stop_ids, banned_ids)]
+    rules = Rules(temperature, top_k, top_p, min_tokens, *ids)
     with prepacked(model):
         while decoder.waiting or any(decoder.rows):
             decoder.admit()
-            decoder.step(rules)
+            decoder.step(rules, set(stop_ids))
     return decoder.responses
 
 
@@ -233,10 +234,8 @@ class Decoder:
         own = [math.ceil(self.own_length(p) / len(seeds[p])) for p, _ in self.waiting]
         B = max(1, min(len(self.waiting), budget // (max_tokens + max(own, default=0))))  # a row bears part of a prompt
         self.rows = [None] * B
-        self.slots = Slots(model, B, max_tokens)
-        self.hidden = model.head_weight.new_zeros(
-            B, model.config.hidden_size
-        )  # (B,D) what the next token is drawn from
+        self.slots = decoding_cache(model, B, max_tokens, room=max(budget - B * max_tokens, 0))
+        self.hidden = model.head_weight.new_zeros(B, model.config.hidden_size)  # (B,D): the next token is drawn from it
 
     def shared_length(self, p):
         return len(self.prefix[p]) // 8  # bytes per token id
@@ -288,14 +287,11 @@ class Decoder:
         position_ids, delta = self.model.positions(ids, real, torch.cat(grids) if grids else None)
         seen = slice(first, last)
         pictures = [i for p in members for place, i in self.keys[p][1] if first <= place < (last or place + 1)]
-        segment = Segment(parent)
+        segment = Segment(parent, [last - first] if last else (lengths - first).tolist())
         ids, position_ids = ids[:, seen].to(self.device), position_ids[:, :, seen].to(self.device)
         embeds = self.pictures.encode(pictures)
         x = self.model(ids, position_ids=position_ids, cache=segment, image_embeds=embeds)  # (B,T,D)
-        own = (last or lengths) - first  # tokens read of each prompt
-        if last is None and int(own.min()) < x.shape[1]:
-            segment.bias = padding_bias(own, x.shape[1], x)
-        return segment, x[torch.arange(len(x)), own - 1], lengths + delta
+        return segment, torch.stack([row[n - 1] for row, n in zip(x, segment.lengths)]), lengths + delta
 
     def connect(self):
         self.slots.connect({r: self.ready[row.prompt][:2] for r, row in enumerate(self.rows) if row})
@@ -304,26 +300,35 @@ class Decoder:
         """Nothing waits: drop the rows that have ended, and the prompts that nobody reads."""
         keep = [r for r, row in enumerate(self.rows) if row]
         self.rows, self.hidden = [self.rows[r] for r in keep], self.hidden[keep]
-        self.slots.keep(torch.tensor(keep, device=self.device))
+        self.slots.keep(keep)
+        if isinstance(self.slots, Slots):  # an arena needs nothing of the segments that it has copied
+            self.forget_prompts()
+        self.connect()
+
+    def forget_prompts(self):
         readers = {}
         for p, (segment, *_) in self.ready.items():
             readers.setdefault(segment, []).append(p)
         for segment, prompts in readers.items():
-            if 2 * len(prompts) <= len(segment.keys[0]):
-                segment.keep(torch.tensor([self.ready[p][1] for p in prompts], device=self.device))
+            if 2 * len(prompts) <= len(segment.lengths):
+                segment.keep([self.ready[p][1] for p in prompts])
                 self.ready |= {p: (segment, b, *self.ready[p][2:]) for b, p in enumerate(prompts)}
-        self.connect()
 
     # -- responses
 
-    def step(self, rules):
-        """Draw the next token of every row, end the responses that are complete, and read the tokens of the others."""
-        u = torch.tensor([row.uniforms[len(row.tokens)] if row else 0.0 for row in self.rows], dtype=torch.float64)
-        used = torch.tensor([len(row.tokens) if row else self.max_tokens for row in self.rows])
-        logits = self.model.logits(self.hidden).float()  # (B,V)
-        tokens, logps = rules.draw(logits, u, used)
-        stops = set(rules.stop_ids.tolist())
-        for r, (row, token, logp) in enumerate(zip(self.rows, tokens.tolist(), logps.tolist())):
+    def step(self, rules, stops):
+        """Draw the next token of every row, end the responses that are complete, and read the tokens of the others.
+
+        One copy brings the rows' uniforms and lengths to the device, one fetches what was drawn: there the host waits.
+        """
+        state = [
+            (row.uniforms[len(row.tokens)], len(row.tokens)) if row else (0.0, self.max_tokens) for row in self.rows
+        ]
+        u, used = torch.tensor(state, dtype=torch.float64).T.to(self.device, non_blocking=True)  # (B,) each
+        logits = self.model.logits(self.hidden)  # (B,V)
+        tokens, logps = rules.draw(logits.float(), u, used)
+        drawn = torch.stack([tokens.double(), logps]).tolist()
+        for r, (row, token, logp) in enumerate(zip(self.rows, map(int, drawn[0]), drawn[1])):
             if row:
                 row.tokens.append(token)
                 row.logprobs.append(logp)
@@ -334,7 +339,9 @@ class Decoder:
             place = np.array([len(row.tokens) if row else longest for row in self.rows]) - 1  # where the token belongs
             self.slots.set(place)
             position = np.array([row.position if row else 0 for row in self.rows]) + place
-            position_ids = torch.from_numpy(position).to(self.device).expand(3, -1)[..., None]  # (3,B,1)
+            position_ids = (
+                torch.from_numpy(position).to(self.device, non_blocking=True).expand(3, -1)[..., None]
+            )  # (3,B,1)
             self.hidden = self.model(tokens[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
 
     def end(self, r, finished):
