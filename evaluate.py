@@ -6,9 +6,9 @@
 Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was
 forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint, a run's
 folder or one of its checkpoints. Responses are greedy; with --stock-generation they follow the checkpoint's
-generation_config.json, as in transformers and vLLM (the hub's has a repetition_penalty of 1.05). <out>/results.json gets
-one row (its rows of other names stay), <out>/NAME.jsonl each response with its verdict. The parser and the scores are
-those of training: data/rewards.py.
+generation_config.json, as in transformers and vLLM (the hub's has a repetition_penalty of 1.05). <out>/results.json
+gets one row (its rows of other names stay), <out>/NAME.jsonl each response with its verdict. The parser and the scores
+are those of training: data/rewards.py.
 """
 
 import json

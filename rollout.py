@@ -104,8 +104,8 @@ class PolicyRollout:
         """The item's prompt as the model reads it, Encoded, with a policy in front where one is given."""
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
         if len(prompt.input_ids) > self.max_prompt:
-            pictures = f"{prompt.image_tokens} of them of pictures (--max-pixels makes these smaller)"
-            found = f"found a prompt of {len(prompt.input_ids)} tokens, {pictures}"
+            found = f"found a prompt of {len(prompt.input_ids)} tokens, {prompt.image_tokens} of them of pictures"
+            found += " (--max-pixels makes these smaller)" * bool(prompt.image_tokens)
             raise InputError(f"item {item['id']}: {found}, expected at most --max-prompt {self.max_prompt}")
         return prompt
 

@@ -27,7 +27,7 @@ DEFAULTS = {
 
 
 def read_generation(folder):
-    """The settings of a checkpoint's generation_config.json, keys as in DEFAULTS. Raises InputError for any other way."""
+    """The settings of a checkpoint's generation_config.json, keys as in DEFAULTS. Raises InputError for other ways."""
     path = find_file(folder, "generation_config.json")
     if path is None:
         raise InputError(f"{folder}: found no generation_config.json, expected one for --stock-generation")

@@ -1,4 +1,4 @@
-"""Does a test notice? Each line of MUTATIONS makes model.py or support/files.py wrong in one small way; a test must then fail.
+"""Does a test notice? Each line of MUTATIONS makes one of SOURCES wrong in one small way; a test must then fail.
 
     python tests/mutations.py [--only TEXT]
 
@@ -16,19 +16,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = (
-    "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
-)
+SLOW = "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
 
 # Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what stands there instead)}.
 SOURCES = {
-    name: (ROOT / f"{name.replace('.', '/')}.py").read_text() for name in ("support.files", "model")
+    name: (ROOT / f"{name.replace('.', '/')}.py").read_text()
+    for name in ("support.files", "support.pictures", "support.template", "support.layouts", "model")
 }  # in the order of their imports
 MUTATIONS = {}
 MUTATIONS["model"] = {
     # config
-    "tied heads read at the top level only": (' or text.get("tie_word_embeddings")', ""),
-    "rope_theta is not read from rope_parameters": ("**sizes(cls, {**text, **rope})", "**sizes(cls, {**rope, 'rope_theta': 1e6, **text})"),
+    "tied heads read at the top level only": ("default=False) for section in (raw, nested)]", "default=False) for section in (raw,)]"),
+    "rope_theta is not read from rope_parameters": ('for name in ("mrope_section", "rope_theta") if rope', 'for name in ("mrope_section",) if rope'),
     # vision tower
     "tanh GELU in the merger": ("nn.GELU()", 'nn.GELU(approximate="tanh")'),
     "vision eps 1e-5": ("self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)", "self.norm1 = RMSNorm(config.hidden_size, eps=1e-5)"),
@@ -46,7 +45,7 @@ MUTATIONS["model"] = {
     "vision rope theta 1e6": ("1.0 / 10000.0 **", "1.0 / 1e6 **"),
     "vision rope in bf16": ("rotate(qkv[:, :2].float(), cos[:, None, None]", "rotate(qkv[:, :2].bfloat16(), cos[:, None, None]"),
     "vision rope positions in picture order": ("angles[order].cos()", "angles.cos()"),
-    "heads before q, k, v": ("n (three h k) -> n three h k", "n (h three k) -> n three h k"),
+    "heads before q, k, v": ("u (three h c) -> u three h c", "u (h three c) -> u three h c"),
     "layout kept from inference mode": ("with torch.inference_mode(False):", "if True:"),
     # text model
     "rope turns backwards": ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
@@ -60,7 +59,7 @@ MUTATIONS["model"] = {
     "text rope theta fixed": ("self.config.rope_theta**exponent", "1e6**exponent"),
     "text rope in the activation type": ("rearrange(position_ids[axis].float(), \"f b t -> b 1 t f\") * frequency",
                                          "(rearrange(position_ids[axis], \"f b t -> b 1 t f\").to(dtype) * frequency.to(dtype))"),
-    "kv heads interleaved in decoding": ("q = rearrange(q, \"b (g r) 1 k -> b g r k\", g=G)", "q = rearrange(q, \"b (r g) 1 k -> b g r k\", g=G)"),
+    "kv heads interleaved in decoding": ("q = rearrange(q, \"b (j r) 1 c -> b j r c\", j=J)", "q = rearrange(q, \"b (r j) 1 c -> b j r c\", j=J)"),
     "new tokens see from the start": (".tril(S - T)", ".tril()"),
     "untied head ignored": ("if self.config.tie_word_embeddings else self.lm_head.weight", "if True else None"),
     # positions and masks
@@ -88,21 +87,59 @@ MUTATIONS["processor"] = {
     "transparency on black": ('Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")'),
     "16 bits clipped to 8": (".clip(0, 65535) // 257", ".clip(0, 255)"),
     "EXIF rotation ignored": ("to_rgb(ImageOps.exif_transpose(image))", "to_rgb(image)"),
-    "no newline after a turn": ('<|im_end|>\\n"\n        return text', '<|im_end|>"\n        return text'),
+    "no newline after a turn": ("{said}<|im_end|>\\n", "{said}<|im_end|>"),
     "pictures after the text": (
-        "else PICTURE for part in parts(message))",
-        'else PICTURE for part in sorted(parts(message), key=lambda part: part["type"] == "image"))',
+        "else PICTURE for part in parts)",
+        'else PICTURE for part in sorted(parts, key=lambda part: part["type"] == "image"))',
     ),
     "special tokens decoded": ("skip_special_tokens=True", "skip_special_tokens=False"),
 }
 MUTATIONS["loading"] = {
-    "unexpected tensors pass": ('faults += [f"unexpected {name}" for name in found if name not in expected]', "pass"),
+    "unexpected tensors pass": (
+        'faults += [f"unexpected {shown(name)}" for name in found if name not in expected]',
+        "pass",
+    ),
     "in-library vision names unknown": ('r"^model\\.visual\\.", "visual.", re', 'r"^model\\.vision\\.", "visual.", re'),
     "stale shards stay": ("for name in stale:  #", "for name in []:  #"),
 }
+MUTATIONS["layouts"] = {
+    "nulls hide what stands beside them": (
+        "{key: outer if own is None else own}",
+        "{key: own if key in inner else outer}",
+    ),
+    "a default of another class": ('"depth": (int, 32)', '"depth": (int, 24)'),
+    "sections may disagree": ("if None not in (outer, own) and outer != own:", "if False:"),
+    "eps of the top level where transformers has another": (
+        "if nested and key in TEXT and key not in inner",
+        "if False",
+    ),
+    "an index before a single file": (
+        'if single := find_file(folder, "model.safetensors"):',
+        'if (single := find_file(folder, "model.safetensors")) and not find_file(folder, INDEX):',
+    ),
+    "a stale type stays": ('own = ("dtype", "torch_dtype", ', 'own = ("torch_dtype", '),
+    "links lead anywhere": ("if target.parent not in (home, blobs.resolve()):", "if False:"),
+    "a tensor may be there twice": ("if known != (file, name):", "if False:"),
+    "the older picture processor wins": ("    if not options:\n", "    if True:\n"),
+    "limits in a size are not read": ("given |= {key: value for", "given = {key: value for"),
+    "truncation stays on": ("tokenizer.no_truncation()", "pass"),
+    "padding stays on": ("tokenizer.no_padding()", "pass"),
+    "rows that pad the vocabulary are drawn": (" + sorted(set(range(rows)) - known)", ""),
+}
+MUTATIONS["template"] = {
+    "control tokens in a text are control tokens": ('rf"{START}\\g<0>{END}"', 'r"\\g<0>"'),
+    "halves of a control token join": ("return body + END + text[len(body) :] if cut else text", "return text"),
+    "the newer template file first": (
+        '"processor_config.json", "chat_template.json", "chat_template.jinja"',
+        '"processor_config.json", "chat_template.jinja", "chat_template.json"',
+    ),
+    "every template is taken for the official one": ("if text.strip() == OFFICIAL.strip():", "if True:"),
+}
 MUTATIONS["lora"] = {
+    "an option of tomorrow passes": ("if key not in PLAIN:", "if False:"),
+    "an adapter on the head is taken": ('if name in chosen and name != "lm_head"}', "if name in chosen}"),
     "rslora scale as plain": ("(math.sqrt(self.rank) if self.rslora else self.rank)", "self.rank"),
-    "alpha of the file ignored": ("layer.alpha, layer.rslora = alpha, bool(", "layer.rslora = bool("),
+    "alpha of the file ignored": ("layer.alpha, layer.rslora = alpha, rslora", "layer.rslora = rslora"),
     "merging forgets the scale": (
         "self.weight.float() + self.scale * self.lora_B",
         "self.weight.float() + self.lora_B",
@@ -186,7 +223,7 @@ def main():
         )
         if not args.only:  # after every line: the whole takes long
             caught = sum(test is not None for _, test in rows)
-            head = f"# Mutations of model.py and support/files.py\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
+            head = f"# Mutations of model.py and the files that it reads with\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
             head += "| what is wrong | first test that fails |\n|---|---|\n"
             table.write_text(
                 head + "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows)

@@ -192,9 +192,9 @@ TABLE = {
     "config.json cut short": ("sft", lambda f: replace(f / "model" / "config.json", "}", ""), [], "config.json"),
     "config.json without a key": (
         "sft",
-        lambda f: edit(f / "model" / "config.json", hidden_size=None),
+        lambda f: edit(f / "model" / "config.json", rope_scaling=None),
         [],
-        "hidden_size",
+        "mrope_section = None",
     ),
     "config.json with text for a number": (
         "sft",
@@ -332,7 +332,7 @@ TABLE = {
         "sft",
         nothing,
         ["--max-prompt", "30"],
-        r"item i\d+: found a prompt of \d+ tokens, expected at most --max-prompt 30",
+        r"item i\d+: found a prompt of \d+ tokens, \d+ of them of pictures .* at most --max-prompt 30",
     ),
     "response over the limit": (
         "cpt",
@@ -341,6 +341,7 @@ TABLE = {
         r"item \w+: found a response of \d+ tokens, expected at most --max-response 3",
     ),
     "prompt over the limit in RL": ("rl", nothing, ["--max-prompt", "30"], r"30"),
+    "pictures below their limit": ("sft", nothing, ["--max-pixels", "7"], "max_pixels = 7, expected"),
     # the plan
     "plan of an unknown stage": ("plan", nothing, ["--stage", "later"], "--stage: found 'later'"),
     "plan for no GPUs": ("plan", nothing, ["--gpus", "0"], "--gpus: found 0"),
