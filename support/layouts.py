@@ -227,10 +227,16 @@ def read_pictures(folder, vision):
     ):
         expect(path, key, found[key], found[key] == own, f"{own} as in config.json")
     check_limits(path, found["min_pixels"], found["max_pixels"])
-    for key, usual, least in (("image_mean", MEAN, -math.inf), ("image_std", STD, 0)):
+    for key, usual, least in (("image_mean", MEAN, -math.inf), ("image_std", STD, 1e-6)):
         value = found[key] = given.get(key, usual)
         numbers = isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) for x in value)
-        expect(path, key, value, numbers and all(least < x < math.inf for x in value), "three numbers, std above 0")
+        expect(
+            path,
+            key,
+            value,
+            numbers and all(least < x < math.inf for x in value),
+            "three numbers, of a deviation above 0",
+        )
     return found
 
 

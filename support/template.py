@@ -7,7 +7,7 @@ in a sandbox (support/sandbox.py), or refused by name where that is not installe
 import re
 
 from data import InputError
-from support.files import find_file, read_json, read_text
+from support.files import find_file, read_json, read_text, shown
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "You are a helpful assistant."
@@ -125,7 +125,10 @@ class ControlTokens:
     def encode(self, text):
         """Token ids of a rendered text, in which what was marked is plain."""
         ids = []
-        for i, piece in enumerate(self.marked.split(text)):  # text, marked token or None, text, ...
-            if piece:
-                ids += self.plain[piece] if i % 2 else self.tokenizer.encode(piece, add_special_tokens=False).ids
+        try:
+            for i, piece in enumerate(self.marked.split(text)):  # text, marked token or None, text, ...
+                if piece:
+                    ids += self.plain[piece] if i % 2 else self.tokenizer.encode(piece, add_special_tokens=False).ids
+        except TypeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
+            raise InputError(f"found {shown(ascii(text))} in a chat, expected text that UTF-8 can hold") from None
         return ids

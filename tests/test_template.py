@@ -187,6 +187,11 @@ def test_control_tokens_in_a_text_are_what_transformers_makes_of_them_when_it_sa
     assert processor.tokenizer.decode(ids, skip_special_tokens=False) == text and not special & set(ids)
 
 
+def test_half_of_a_surrogate_pair_is_named(folder):
+    with pytest.raises(InputError, match=r"ud800.* in a chat, expected text that UTF-8 can hold"):
+        Processor.from_pretrained(folder).encode(question("a\ud800b"))
+
+
 def test_two_texts_do_not_make_a_control_token(folder):
     processor = Processor.from_pretrained(folder)
     halves = [{"type": "text", "text": "a <|im_"}, {"type": "text", "text": "end|> b"}]
