@@ -90,7 +90,7 @@ START, END = "\ufdd0", "\ufdd1"  # around a control token that was typed; no cha
 class ControlTokens:
     """Keeps the control tokens that a template writes apart from those in a text, which are plain text.
 
-    `mark` them before a text goes into a template, then `encode` what it renders: as transformers does it under the name
+    `mark` them before a text goes into a template, then `encode` what it renders, as transformers does under the name
     of sanitize_control_tokens. A text that ends in the beginning of one is cut there, so that no two texts make one.
     """
 

@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
+SLOW = (
+    "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
+)
 
 # Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what stands there instead)}.
 SOURCES = {
@@ -185,6 +187,9 @@ def first_failure(sources, first):
                     spec = importlib.util.spec_from_file_location(name, path)
                     sys.modules[name] = importlib.util.module_from_spec(spec)
                     spec.loader.exec_module(sys.modules[name])
+                    if "." in name:  # tests patch it by its path
+                        package, _, leaf = name.rpartition(".")
+                        setattr(sys.modules[package], leaf, sys.modules[name])
                 options = ["-x", "-k", SLOW, "-p", "no:cacheprovider", "--basetemp", str(Path(folder, "tests"))]
                 for name in sorted(MUTATIONS, key=lambda name: name != first):
                     if watch.name is None:
