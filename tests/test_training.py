@@ -262,7 +262,7 @@ def test_a_sharded_model_starts_from_an_adapter_and_is_never_whole(tmp_path):
 
     from support.sharding import shard
 
-    base = tiny_checkpoint(tmp_path / "model", layers=1, vision_depth=1)
+    base = tiny_checkpoint(tmp_path / "model", layers=1, vision_depth=2)
     tuned = qwen.add_lora(qwen.load_pretrained(base), 4, 8.0)
     for layer in qwen.lora_layers(tuned).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
