@@ -35,8 +35,8 @@ fault: $(VENV)/ready           ## kill training at random moments, compare with 
 soak: $(VENV)/ready            ## 2,000 RL steps of a tiny model: no memory, thread or file may leak
 	$(PY) tests/soak.py
 
-gpu: $(VENV)/ready             ## kernel tests, block sweep and benchmark table on a CUDA machine
-	$(PY) -m benchmarks.logprob --gpu
+gpu:                           ## the first thing to run on a CUDA machine; installs nothing: benchmarks/results/gpu.md
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

@@ -409,7 +409,7 @@ class Qwen25VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden):
-        """Logits of the next token (..., V) from hidden states (..., D). A GPU makes fp32 of halves, without gradient."""
+        """Logits of the next token (..., V) from hidden states (..., D); on a GPU in fp32, without gradient."""
         if hidden.is_cuda and hidden.dtype != torch.float32:
             logits = torch.mm(hidden.flatten(0, -2), self.head_weight.T, out_dtype=torch.float32)
             return logits.unflatten(0, hidden.shape[:-1])
@@ -752,16 +752,30 @@ def save_adapter(model, folder):
         write_json(new / "adapter_config.json", config)
 
 
+def stored_adapter(folder):
+    """An adapter in PEFT's format -> (its file, {our name of a tensor: its name there}, rank, alpha, dropout, rslora)."""
+    folder = find_folder(folder, hub="")
+    settings = read_adapter(folder / "adapter_config.json")
+    file = TensorFile(folder / "adapter_model.safetensors")
+    short = lambda name: hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name))
+    return file, {name: key for name, (_, key) in stored_once([file], short).items()}, *settings
+
+
+def adapter_products(folder):
+    """{name of a linear layer: (scale, A, B)} of an adapter, on the CPU in fp32: its weight becomes W + scale B A."""
+    file, stored, rank, alpha, _, rslora = stored_adapter(folder)
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    tensors = {name: file.read(there, "cpu", torch.float32) for name, there in stored.items()}
+    layers = {name.rpartition(".")[0] for name in tensors}
+    return {name: (scale, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in sorted(layers)}
+
+
 def load_adapter(model, folder):
     """Read an adapter in PEFT's format, under in-library or hub names; LoRA is added where the model has none.
 
     Returns the model. Raises InputError that names the tensors that do not fit, or the PEFT option unknown here.
     """
-    folder = find_folder(folder, hub="")
-    rank, alpha, dropout, rslora = read_adapter(folder / "adapter_config.json")
-    file = TensorFile(folder / "adapter_model.safetensors")
-    short = lambda name: hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name))
-    stored = {name: key for name, (_, key) in stored_once([file], short).items()}
+    file, stored, rank, alpha, dropout, rslora = stored_adapter(folder)
     present, named = lora_layers(model), {name.rpartition(".")[0] for name in stored} - {"lm_head"}
     layers = present or {name: layer for name, layer in sorted(linear_layers(model).items()) if name in named}
     rank = next(iter(present.values())).rank if present else rank

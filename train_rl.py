@@ -128,7 +128,9 @@ class Sampling:
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", above=0)
     min_response: int = option(0, "tokens before a response may end", least=0)
-    budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
+    budget: int = option(
+        0, "tokens of prompts and responses that sampling holds at a time; 0: what memory allows", least=0
+    )
 
 
 @dataclass

@@ -48,18 +48,23 @@ from support.sharding import shard, unsharded, whole
 
 
 def _dissolve_lora(model):
-    """Merge the adapter and put plain linear layers back: what was frozen under it can be tuned again."""
-    qwen.merge_lora(model)
-    for name, layer in qwen.lora_layers(model).items():
+    """Merge the adapter and put plain linear layers back: what was frozen under it can be tuned again.
+
+    Layer by layer: a merged one keeps its original weight as long as it is there.
+    """
+    layers = qwen.lora_layers(model)
+    while layers:
+        name, layer = layers.popitem()
+        layer.become("merged")
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, plain)
 
 
-def round_matrices(model, dtype, everything):
-    """Store in `dtype` what autocast would round to it in each product, or everything; in place."""
-    for layer in [model] if everything else qwen.linear_layers(model).values():
+def round_matrices(model, dtype):
+    """Store in `dtype` what autocast would round to it in each product; in place."""
+    for layer in qwen.linear_layers(model).values():
         layer.to(dtype)
 
 
@@ -111,7 +116,8 @@ class Run:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         half = config.dtype == "bfloat16" or (cuda and config.dtype == "auto")
         self.dtype = torch.bfloat16 if half else torch.float32
-        self.fsdp = config.full and self.world > 1 and (config.fsdp == "on" or config.fsdp == "auto" and cuda)
+        several = self.world > 1
+        self.fsdp = config.full and {"on": cuda or several, "auto": cuda and several, "off": False}[config.fsdp]
         self.base, self.adapter = locate(config.init, hub="") if config.init else locate(config.model)
         self.adapter = config.adapter or self.adapter
         self._lock, self._new = None, False
@@ -127,10 +133,10 @@ class Run:
     def __enter__(self):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():  # one group for all the runs of a process
-            dist.init_process_group(
-                "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=self.config.timeout)
-            )
+        if (self.world > 1 or self.fsdp) and not dist.is_initialized():  # one group for all the runs of a process
+            alone = {} if self.world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=self.config.timeout), **alone)
             atexit.register(dist.destroy_process_group)
         self._open_streams = contextlib.ExitStack()
         self._open_streams.enter_context(lasting_output())
@@ -349,11 +355,11 @@ class Run:
         config = self.config
         base, adapter = locate(config.model) if frozen == "base" else (self.base, self.adapter)
         torch.manual_seed(config.seed)  # a new adapter is drawn alike on every rank
-        exact = config.full and not (frozen and self.fsdp and not adapter)  # an adapter is merged before it is rounded
-        # sharded: only shapes now, then each rank reads its rows; an adapter has to be merged into whole weights first
-        device = self.device if not self.fsdp else "cpu" if adapter else "meta"
+        exact = config.full and not (frozen and self.fsdp)  # an adapter is merged before it is rounded
+        # sharded: only shapes now; shard() then reads each rank's rows, and merges an adapter's into them
+        device = "meta" if self.fsdp else self.device
         model = qwen.load_pretrained(base, device, torch.float32 if exact else self.dtype)
-        if adapter:
+        if adapter and not self.fsdp:
             qwen.load_adapter(model, adapter)
             if config.full:
                 _dissolve_lora(model)
@@ -367,13 +373,13 @@ class Run:
         elif config.full:
             qwen.set_trainable(model, vision=config.train_vision)
         if frozen and exact:
-            round_matrices(model, self.dtype, everything=self.fsdp)
+            round_matrices(model, self.dtype)
         if config.gradient_checkpointing and not frozen:
             model.enable_gradient_checkpointing()
         if config.compile:
             compile_blocks(model)
         if self.fsdp:
-            shard(model, self.device, self.dtype, self.rank, self.world)
+            shard(model, self.device, self.dtype, self.rank, self.world, adapter)
         processor = qwen.Processor.from_pretrained(self.base, config.min_pixels, config.max_pixels)
         return model.train(not frozen), processor
 
@@ -407,7 +413,8 @@ class Run:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=not self.fsdp)
+        fused = not self.fsdp or self.device.type == "cuda"  # of DTensors on a CPU there is none
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=(0.9, self.config.beta2), fused=fused)
 
     def learning_rate(self, step, steps):
         """The rate of update number `step` (from 0) of `steps`: warm-up, then --schedule."""

@@ -89,7 +89,15 @@ class Batch:
     index: torch.Tensor  # (L,) int64: flat positions b*T + t of the learned ones
     pixel_values: torch.Tensor | None  # (patches, 1176) fp32, the rows' pictures one after the other
     image_grid_thw: torch.Tensor | None  # (pictures, 3) int64
-    position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed; attention_mask is then bool (B,T,T)
+    position_ids: torch.Tensor | None = None  # (3,B,T) int64 where rows are packed
+    parts: torch.Tensor | None = None  # (B,T) int64 there: 0 the prompt, 1, 2, ... its responses, -1 padding
+
+    def mask(self):
+        """What packed rows see, bool (B,T,T), made where the batch is; None: what causality allows."""
+        if self.parts is None:
+            return None
+        seen, sees = self.parts[:, None, :], self.parts[:, :, None]
+        return ((seen == 0) | (seen == sees)).tril()
 
     def to(self, device):
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -137,7 +145,7 @@ def pack(model, prompts, responses, pad_id):
     shared = [prompt.input_ids[:-1] for prompt in prompts]
     length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
     input_ids, labels = torch.full((len(prompts), length), pad_id), torch.full((len(prompts), length), -100)
-    part = torch.full_like(input_ids, -1)  # 0 the prompt, 1, 2, ... its responses, -1 padding
+    part = torch.full_like(input_ids, -1)
     position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
     for b, (prompt, group) in enumerate(zip(prompts, responses)):
         places, delta = model.positions(prompt.input_ids[None], None, prompt.grid_thw)
@@ -149,17 +157,17 @@ def pack(model, prompts, responses, pad_id):
             labels[b, here], part[b, here] = tokens, number
             position_ids[:, b, here] = len(shared[b]) + delta + torch.arange(len(tokens))
             stop = here.stop
-    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B,T,S), and nothing that comes later
     pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
     return Batch(
         input_ids,
-        sees.tril(),
+        (part >= 0).long(),
         labels,
         (labels != -100).flatten().nonzero()[:, 0],
         torch.cat(pixels) if pixels else None,
         torch.cat(grids) if grids else None,
         position_ids,
+        part,
     )
 
 
@@ -191,8 +199,9 @@ def is_fsdp(model):
 def learned_hidden(model, batch):
     """The hidden states that predict the learned tokens of the batch -> (L,D), in the order of batch.index."""
     # padding stands on the right, where causal attention does not reach it: only packed rows need a mask
-    mask = None if batch.position_ids is None else batch.attention_mask
-    hidden = model(batch.input_ids, mask, batch.pixel_values, batch.image_grid_thw, batch.position_ids)  # (B,T,D)
+    hidden = model(
+        batch.input_ids, batch.mask(), batch.pixel_values, batch.image_grid_thw, batch.position_ids
+    )  # (B,T,D)
     if batch.pixel_values is None and is_fsdp(model):  # each rank must give the tower's weights a gradient, here zero
         patch = torch.zeros(4, 1176, device=hidden.device)
         hidden = hidden + 0 * model.visual(patch, torch.tensor([[1, 2, 2]], device=hidden.device)).sum()

@@ -94,7 +94,9 @@ def below(x, end):
 # -- 2. prompts -------------------------------------------------------------------------------------------------------
 
 PREFILL = 1 << 14  # tokens of one prefill pass, padding included
-BUDGET = 1 << 17  # tokens of prompts and responses held at a time
+BUDGET = 1 << 17  # tokens of prompts and responses held at a time on a CPU
+SHARE = 0.8  # of a GPU's free memory that keys and values may take; the rest is for what a pass computes
+ROWS = 1024  # written at a time at most: their logits are fp32
 
 
 class Pictures:
@@ -165,7 +167,7 @@ def sample(
     stop_ids=(),
     banned_ids=(),
     seeds=None,
-    budget=BUDGET,
+    budget=0,
     shared=None,
     prefixes=None,
 ):
@@ -175,7 +177,7 @@ def sample(
     max_tokens: longest response; min_tokens: how many tokens come before a stop token may.
     temperature 0: greedy. top_k 0 and top_p 1 leave the distribution whole. banned_ids are never drawn.
     seeds: [[int]], one per response (default: from the numbers of prompt and response).
-    budget: tokens of prompts and responses held at a time; what does not fit waits.
+    budget: tokens of prompts and responses held at a time, 0: as many as suit the device; what does not fit waits.
     shared: [int], how many tokens at each prompt's start (its policy) are read once for all prompts that begin so.
     prefixes: a dict that keeps those for later calls; empty it when the weights change.
     """
@@ -187,7 +189,9 @@ def sample(
             f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, "
             "no negative temperature"
         )
-    decoder = Decoder(model, prompts, seeds, max_tokens, budget, shared, {} if prefixes is None else prefixes)
+    decoder = Decoder(
+        model, prompts, seeds, max_tokens, budget or fitting(model), shared, {} if prefixes is None else prefixes
+    )
     ids = [torch.tensor(list(given), dtype=torch.long, device=decoder.device) for given in (stop_ids, banned_ids)]
     rules = Rules(temperature, top_k, top_p, min_tokens, *ids)
     with prepacked(model):
@@ -195,6 +199,17 @@ def sample(
             decoder.admit()
             decoder.step(rules, set(stop_ids))
     return decoder.responses
+
+
+def fitting(model):
+    """Tokens whose keys and values fit the device beside the model."""
+    W, config = model.head_weight, model.config
+    if not W.is_cuda:
+        return BUDGET
+    free = torch.cuda.mem_get_info(W.device)[0] + torch.cuda.memory_reserved(W.device)  # torch keeps what it has freed
+    free -= torch.cuda.memory_allocated(W.device)
+    bytes_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * W.element_size()
+    return int(SHARE * free) // bytes_per_token
 
 
 @dataclass
@@ -232,7 +247,8 @@ class Decoder:
         self.waiting = [(p, i) for p in order for i in range(len(seeds[p]))][::-1]  # the next is the last
 
         own = [math.ceil(self.own_length(p) / len(seeds[p])) for p, _ in self.waiting]
-        B = max(1, min(len(self.waiting), budget // (max_tokens + max(own, default=0))))  # a row bears part of a prompt
+        fit = budget // (max_tokens + max(own, default=0))  # a row bears part of a prompt
+        B = max(1, min(len(self.waiting), ROWS, fit))
         self.rows = [None] * B
         self.slots = decoding_cache(model, B, max_tokens, room=max(budget - B * max_tokens, 0))
         self.hidden = model.head_weight.new_zeros(B, model.config.hidden_size)  # (B,D): the next token is drawn from it

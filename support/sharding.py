@@ -10,11 +10,15 @@ import contextlib
 import torch
 
 import model as qwen
+from data import InputError
 from support.batching import is_fsdp
 
 
-def shard(model, device, dtype, rank, world):
-    """Split `model` over the ranks, in place; matrix products in `dtype`. One on the meta device is then read."""
+def shard(model, device, dtype, rank, world, adapter=None):
+    """Split `model`, on the meta device, over the ranks, in place, and read it; matrix products in `dtype`.
+
+    adapter: a folder whose LoRA is merged into the weights.
+    """
     from torch.distributed.device_mesh import init_device_mesh  # here: the imports take two seconds
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -25,18 +29,25 @@ def shard(model, device, dtype, rank, world):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    if next(model.parameters()).is_meta:
-        _read_rows(model.to_empty(device=device), rank, world)
+    _read_rows(model.to_empty(device=device), rank, world, adapter)
 
 
-def _read_rows(model, rank, world):
-    """Fill a rank's rows from the checkpoint: no rank ever holds all of it."""
+def _read_rows(model, rank, world, adapter):
+    """Fill a rank's rows from the checkpoint, W + scale B A where an adapter says so: no rank ever holds all of it."""
+    updates = qwen.adapter_products(adapter) if adapter else {}
     stored = qwen.stored_tensors(model)
     for name, p in model.named_parameters():
-        file, name = stored[name]
-        rows = file.read(name, "cpu", p.dtype).chunk(world)
+        file, key = stored[name]
+        update = updates.pop(name.removesuffix(".weight"), None)
+        rows = file.read(key, "cpu", torch.float32 if update else p.dtype).chunk(world)
         if rank < len(rows):
-            p.detach().to_local().copy_(rows[rank])
+            mine = rows[rank]
+            if update:
+                scale, A, B = update
+                mine = mine + scale * B.chunk(world)[rank] @ A  # rounded once, after the sum
+            p.detach().to_local().copy_(mine)
+    if updates:
+        raise InputError(f"{adapter}: found LoRA of {', '.join(updates)}, expected only layers that the model has")
 
 
 @contextlib.contextmanager

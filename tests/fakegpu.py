@@ -248,7 +248,9 @@ def pretended(launch=None):
             (torch.cuda, "get_device_properties", lambda *_: cuda),
             (torch.cuda, "get_device_name", lambda *_: cuda.name),
             (torch.cuda, "max_memory_allocated", lambda *_: 0),
-            (torch.cuda, "mem_get_info", lambda *_: (70 << 30, 80 << 30)),
+            (torch.cuda, "memory_allocated", lambda *_: 0),
+            (torch.cuda, "memory_reserved", lambda *_: 0),
+            (torch.cuda, "mem_get_info", lambda *_: (1 << 28, 1 << 30)),
             (torch.cuda, "synchronize", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_checkpoint
-from small import ROOT, arguments, metrics, quiet, small_data
+from small import ROOT, arguments, metrics, quiet, small_data, start
 
 import model as qwen
 import train_cpt
@@ -254,3 +254,30 @@ def test_a_second_interrupt_ends_the_process_at_once(folder, tmp_path):
         child.wait(0.5)
     child.send_signal(signal.SIGINT)
     assert child.wait(20) == -signal.SIGINT
+
+
+def test_a_sharded_model_starts_from_an_adapter_and_is_never_whole(tmp_path):
+    """--init of a LoRA run with --full under FSDP: each rank adds its rows of B A to those of W, as merging does."""
+    import torch.distributed as dist
+
+    from support.sharding import shard
+
+    base = tiny_checkpoint(tmp_path / "model", layers=1, vision_depth=2)
+    tuned = qwen.add_lora(qwen.load_pretrained(base), 4, 8.0)
+    for layer in qwen.lora_layers(tuned).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    qwen.save_adapter(tuned, tmp_path / "adapter")
+    qwen.merge_lora(tuned)
+    expected = {name: p.detach() for name, p in tuned.named_parameters() if ".lora_" not in name}
+
+    def work():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        model = qwen.load_pretrained(base, "meta")
+        shard(model, torch.device("cpu"), torch.float32, 0, 1, tmp_path / "adapter")
+        found = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+        for name, right in expected.items():
+            torch.testing.assert_close(found[name], right, atol=1e-6, rtol=1e-6)
+
+    process = start(work, tmp_path / "log")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()

@@ -1,0 +1,48 @@
+"""benchmarks/gpu.py, the first thing to run on a GPU, at toy sizes on a CPU; what takes too long is ended."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import gpu
+
+
+def test_every_part_runs_and_every_row_is_kept(tmp_path):
+    gpu.main(["--tiny", "--out", str(tmp_path), "--only", *(part for part in gpu.PARTS if part != "kernels")])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["rows"]) == [part for part in gpu.PARTS if part != "kernels"] and not result["running"]
+    rows = [(part, row) for part, found in result["rows"].items() for row in found]
+    assert not [pair for pair in rows if "failed" in pair[1][""] or "died" in pair[1][""]]
+    assert len({row["loss"] for part, row in rows if part == "loss"} & {"ours", "eager", "bare products"}) == 3
+    equal = [row for part, row in rows if part == "parity"]
+    assert all(row["largest difference"] == 0 for row in equal), "on one device there is nothing to differ"
+    text = (tmp_path / "gpu.md").read_text()
+    assert all(f"## {part}" in text for part in result["rows"])
+
+
+@pytest.mark.parametrize("fault", ["stuck", "dead"])
+def test_a_part_that_hangs_or_dies_costs_the_others_nothing(tmp_path, fault):
+    """A kernel may never come back: only another process can end it. Rows made before stay."""
+    worker = f"""
+import json, os, pathlib, sys, time  # in the form of gpu.Results, without its imports
+path = pathlib.Path({str(tmp_path / "gpu.json")!r})
+rows = json.loads(path.read_text())["rows"] if path.exists() else {{}}
+def write(running):
+    path.with_suffix(".new").write_text(json.dumps({{"rows": rows, "running": running}}))
+    path.with_suffix(".new").replace(path)
+for part in sys.argv[1:]:
+    rows[part] = [{{"": "a row"}}]
+    write(running=[part, time.time()])
+    part == "second" and (time.sleep(60) if {fault!r} == "stuck" else os._exit(9))
+write(running=None)
+"""
+    start = lambda parts: subprocess.Popen([sys.executable, "-c", worker, *parts], cwd=gpu.ROOT)
+    began = time.time()
+    gpu.supervise(start, ["first", "second", "third"], {"first": 40, "second": 2, "third": 40}, tmp_path)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    ending = "stopped after 2 s" if fault == "stuck" else "the process died"
+    assert [row[""] for row in rows["second"]] == ["a row", ending]
+    assert rows["first"] == rows["third"] == [{"": "a row"}] and time.time() - began < 30
