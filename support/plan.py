@@ -264,6 +264,8 @@ def table(config):
 
 def main(argv=None):
     config = parse(Config, __doc__, argv)
+    if config.out:
+        check_file(config.out, ".md")
     text = table(config) if config.model == "all" else report(config)
     print(text)
     if config.out:

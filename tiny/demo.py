@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, command
+from data import InputError, command, strangers
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +51,7 @@ RUNS = {
     "trimpi_paper": ("train_rl", "cpt_sft", [*RL, *PORO]),
 }
 ROWS = ("in_context no_policy sft cpt_response_sft sft_grpo sft_poro cpt_response_sft_grpo trimpi trimpi_paper").split()
+OURS = (*RUNS, "data", "others", "eval", "*.log", "results.json", "report.html", "report.png")  # what --out holds
 OWN = "--queries 400 --sft 24 --test 200 --leave-out 0.34".split()
 OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  # to keep in practice on
 
@@ -177,6 +178,8 @@ def main(argv=None):
         raise InputError(
             f"{args.model}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)"
         )
+    if other := strangers(out, OURS):
+        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
     if out.exists() and any(out.iterdir()):
         if not args.overwrite:
             raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")

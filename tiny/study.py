@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, command
+from data import InputError, command, strangers
 from data.override import override
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
 from tiny.report import (
@@ -441,6 +441,8 @@ def main(argv=None):
         )
     out, ends = Path(args.out).resolve(), time.time() + 3600 * args.hours
     base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
+    if other := strangers(out, ("data", "runs", "*.log", "rows.jsonl", mark.name)):
+        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
