@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
+from data import check_file
 from support.config import CommonConfig, option, parse, redefault
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
