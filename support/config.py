@@ -19,7 +19,7 @@ MOST_CONFIG = 1 << 20  # characters that are read of a --config file
 
 
 def option(default, help, **limits):
-    """A config field: default, --help line (unit, when to change it); limits: least, above, most, choices, like, required."""
+    """A config field: default, --help line (unit, when to change it); least, above, most, choices, like, required."""
     return field(default=default, metadata={"help": help, **limits})
 
 

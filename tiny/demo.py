@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError, command, strangers
+from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,12 +59,10 @@ OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  #
 def call(arguments, log):
     """Run one of our commands in a process of its own; what it prints goes to a file, its error becomes ours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(log, "a") as file:
-        to_file = {"stdout": file, "stderr": subprocess.STDOUT}
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, **to_file)
-    if done.returncode:
+    code = processes.run([sys.executable, *map(str, arguments)], log, cwd=ROOT, env=environment)
+    if code:
         last = Path(log).read_text().strip().splitlines()[-1:] or [""]
-        said = f"{arguments[0]} {arguments[1]}: ended with code {done.returncode}, {last[0]}"
+        said = f"{arguments[0]} {arguments[1]}: ended with code {code}, {last[0]}"
         raise InputError(f"{said} (whole log: {log})")
 
 
@@ -189,8 +187,9 @@ def main(argv=None):
     print(
         f"drawing a policy of {args.depth} layers, its pictures, and policies to replay (seed {args.seed})", flush=True
     )
-    data, replay = draw_data(out, args.depth, args.seed, args.clevr_root)
-    seconds = run_all(out, Path(args.model).resolve(), data, replay, args.seed)
+    with processes.ended_together():
+        data, replay = draw_data(out, args.depth, args.seed, args.clevr_root)
+        seconds = run_all(out, Path(args.model).resolve(), data, replay, args.seed)
     found = {row["name"]: row for row in json.loads((out / "eval" / "results.json").read_text())["rows"]}
     policy = json.loads((data / "policies.json").read_text())[0]
     hidden = data / "left_out.json"

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data import InputError, command, strangers
 from data.override import override
+from tiny import processes
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
 from tiny.report import (
     LOSS,
@@ -279,8 +280,9 @@ class Study:
             **{side: (found.get(side) or {}).get("accuracy") for side in ("seen", "unseen")},
             **more,
         }
+        torn = self.rows.exists() and not self.rows.read_bytes().endswith(b"\n")  # a kill came while it was written
         with open(self.rows, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * torn + json.dumps(row) + "\n")
         self.done.add(self.key(row))
 
     def evaluate(self, model, data, place, name, short, aware=False):
@@ -291,10 +293,10 @@ class Study:
 
 def column(out, model, world, policy, seed, names, ends):
     """The missing rows of one policy and seed, in a process of one thread; later runs start from earlier ones."""
-    study, parent = Study(out, model), parent_process()  # a study that was stopped stops its processes, too
+    processes.end_with_parent()
+    study = Study(out, model)
     for name in [*(["in_context", "no_policy"] if seed == 0 else []), *names]:
-        in_time = time.time() < ends and (parent is None or parent.is_alive())
-        if (world, policy, seed, name) not in study.done and in_time:
+        if (world, policy, seed, name) not in study.done and time.time() < ends:
             study.run(world, policy, seed, name)
     return f"{world}, policy {policy}, seed {seed}"
 
@@ -456,7 +458,7 @@ def main(argv=None):
         if world in wanted and seed < args.seeds
         for policy in range(min(policies, args.policies))
     ]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with processes.ended_together(), ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for done in tqdm(pool.map(column, *zip(*work)), total=len(work), desc="study", unit="column", disable=None):
             print(done, flush=True)
             write(lines_of(out / "rows.jsonl"), Path(args.results), provenance())
