@@ -84,7 +84,6 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
     "out",
     "resume",
     "overwrite",
-    "save_minutes",
     "save_every",
     "keep",
     "micro_batch",
@@ -124,7 +123,10 @@ class Run:
         self.id, self.digests = secrets.token_hex(4), {}  # of this run; of what it reads
         self.step, self.skipped, self.extra = 0, 0, {}
         self._learning, self._done, self._saved = None, 0, 0  # (model, optimizer); steps done, and saved
-        self._between, self._save_due = True, 0.0  # are the weights those after `_done` steps?; on time's clock
+        self._between = True  # are the weights those after `_done` steps?
+        minutes, number = config.save_every.endswith("m"), float(config.save_every.rstrip("m"))
+        self._save_steps, self._save_seconds = (0, 60 * number) if minutes else (int(number), 0.0)  # 0: never
+        self._saved_at = 0.0
         self.workers = 4 if cuda else 0  # on a CPU threads would only take turns with the training itself
         self._stop, self._phase, self._times, self._began = False, "setup", {}, time.perf_counter()
         if config.batch_size % self.world:
@@ -459,7 +461,7 @@ class Run:
         """The step numbers still to do, from where --resume finds the run; each is seeded by its number."""
         first = self.restore(model, optimizer)
         self._learning, self._done, self._saved = (model, optimizer), first, first
-        self._save_due = time.monotonic() + 60 * self.config.save_minutes
+        self._saved_at = time.monotonic()
         self._bar = tqdm(
             initial=first,
             total=total,
@@ -530,15 +532,15 @@ class Run:
     # -- stop and go on
 
     def checkpoint(self, step, model, optimizer, extra=None, score=None):
-        """Save after `step` updates where --save-every or --save-minutes says so; after a signal save and end with
-        exit code 0.
+        """Save after `step` updates where --save-every says so; after a signal save and end with exit code 0.
 
         extra: a JSON-able dict that the resumed run finds in run.extra. score: the one with the highest is kept, too.
         """
-        config, self.extra, self._done, self._between = self.config, extra or {}, step, True
-        late = self.is_main and config.save_minutes and time.monotonic() >= self._save_due
-        stop, late = self.max([int(self._stop), int(bool(late))])  # a signal reaches the ranks at different moments
-        if stop or late or (config.save_every and step % config.save_every == 0):
+        self.extra, self._done, self._between = extra or {}, step, True
+        late = self._save_seconds and time.monotonic() >= self._saved_at + self._save_seconds
+        late = late or self._save_steps and step % self._save_steps == 0
+        stop, late = self.max([int(self._stop), int(bool(late))])  # clocks and signals differ from rank to rank
+        if stop or late:
             self._save(score)
         if stop:
             if self.is_main:
@@ -548,7 +550,7 @@ class Run:
     def _save(self, score=None, alone=False):
         with self.phase("save"):
             self.checkpoints.save(self._done, *self._learning, self.extra, score, alone)
-        self._saved, self._save_due = self._done, time.monotonic() + 60 * self.config.save_minutes
+        self._saved, self._saved_at = self._done, time.monotonic()
 
     def _rescue(self, alone):
         """Save what was learned before the step that fails. alone: the other ranks do not know of it."""
@@ -607,7 +609,7 @@ class Run:
                 self.on_main(lambda: qwen.save_pretrained(model, self.out / "model", self.dtype))
             else:
                 self.on_main(lambda: qwen.save_adapter(model, self.out / "adapter"))
-            if self.is_main and not self.config.save_every:  # nobody asked for checkpoints; they had guarded the run
+            if self.is_main and not self._save_steps:  # nobody asked for those of certain steps: they guarded the run
                 folder.delete(self.out, ["checkpoints"])
 
 

@@ -29,6 +29,12 @@ def strangers(folder, own):
     return [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
 
 
+def check_file(path, ending, flag="--out"):
+    """Raise InputError where a file to be written would replace one of another kind. ending: say ".html"."""
+    if os.path.lexists(path) and not (os.path.isfile(path) and str(path).endswith(ending)):
+        raise InputError(f"{flag} {path}: found something else there, expected a new file or one that ends in {ending}")
+
+
 class Lasting:
     """sys.stdout or sys.stderr whose reader may go (`| head`, a closed terminal): from then on prints go nowhere."""
 

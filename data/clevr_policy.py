@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from data import InputError, command
+from data import InputError, command, strangers
 from data.clevr import (
     ATTRIBUTES,
     CAMERA,
@@ -400,13 +400,21 @@ def write_jsonl(path, items):
 class NewFolder:
     """A folder that appears whole or not at all: it is filled beside its place and moved there at the end.
 
-    with NewFolder(path, overwrite) as draft: ...   raises InputError if something is at `path` and overwrite is unset.
+    with NewFolder(path, overwrite) as draft: ...   raises InputError if something is at `path` and overwrite is unset,
+    or if something is there that no such command wrote: MADE lists what it did.
     """
+
+    MADE = ".made"
+    PAGES = ("inspect.html", "check.html")  # ours, too
 
     def __init__(self, path, overwrite=False):
         self.path, self.draft = os.path.abspath(path), f"{os.path.abspath(path)}.draft-{os.getpid()}"
         if os.path.exists(self.path) and not overwrite and (not os.path.isdir(self.path) or os.listdir(self.path)):
             raise InputError(f"{path}: exists already, expected a new or empty folder (--overwrite replaces it)")
+        made = os.path.join(self.path, self.MADE)
+        ours = open(made).read().splitlines() if os.path.isfile(made) else []
+        if other := strangers(self.path, [self.MADE, *self.PAGES, *ours]):
+            raise InputError(f"{path}: holds {other[0]}, which we did not write, expected a new or empty folder")
 
     def __enter__(self):
         os.makedirs(self.draft)
@@ -414,6 +422,8 @@ class NewFolder:
 
     def __exit__(self, kind, *_):
         if kind is None:
+            with open(os.path.join(self.draft, self.MADE), "w") as file:
+                file.write("".join(f"{name}\n" for name in sorted(os.listdir(self.draft)) if name != self.MADE))
             if os.path.isdir(self.path):
                 shutil.rmtree(self.path)
             os.replace(self.draft, self.path)
@@ -545,8 +555,8 @@ def cpt_items(policy, style, items, scenes, kinds, rng):
     """VM-CPT items of one policy, of the kinds wanted, around its chain-of-thought items and their scenes.
 
     "applied": the item with the policy in front; "document": the policy alone, one for every ten items; "response":
-    the same query, answered by all sections in random order, each with its answer on the picture; "section": items about
-    single sections, with one simulated case a response.
+    the same query, answered by all sections in random order, each with its answer on the picture; "section": items
+    about single sections, with one simulated case a response.
     """
     out = []
     if "applied" in kinds:
@@ -668,6 +678,7 @@ def main(argv=None):
         raise InputError(
             f"--objects {args.objects} --size {args.size} found, expected 1 to 10 objects, 56 to 4096 pixels"
         )
+    NewFolder(args.out, args.overwrite)  # refuses a taken place before any work
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(ProcessPoolExecutor(args.processes)).map if args.processes > 1 else map
         if args.clevr_root:

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from data import InputError, command
+from data import InputError, check_file, command
 from data.clevr import ATTRIBUTES, SceneTable
 from data.clevr_policy import FEW, build_policy, choose, figures, make_items, read_clevr, route, sample_scenes
 from data.dataset import IMAGE, load_items, load_policies
@@ -233,6 +233,8 @@ def main(argv=None):
     parser.add_argument("--scenes", type=int, default=6000, help="for the table: scenes drawn (default 6000)")
     parser.add_argument("--seed", type=int, default=0, help="of the table's policies and scenes (default 0)")
     args = parser.parse_args(argv)
+    if args.table:
+        check_file(args.table, ".md", "--table")
     if not args.folders and not args.table:
         raise InputError("nothing to do: expected data folders or --table FILE")
     for folder in args.folders:

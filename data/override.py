@@ -37,6 +37,8 @@ def override(data, out, seed, style=None, overwrite=False):
     Returns the number of items and how many have different answers. Raises InputError for a folder without trees.
     """
     style = style or Prose()
+    if os.path.realpath(data) == os.path.realpath(out):
+        raise InputError(f"{out}: found that it is the data to be changed, expected a new or empty folder")
     policies = load_policies(data)
     old = {(item["policy"], item["scene"]): item["answer"] for item in load_items(data, "test.jsonl", policies)}
     scenes = read_clevr(data)

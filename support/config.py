@@ -19,7 +19,7 @@ MOST_CONFIG = 1 << 20  # characters that are read of a --config file
 
 
 def option(default, help, **limits):
-    """A config field: default, --help line (unit, when to change it); limits: least, above, most, choices, required."""
+    """A config field: default, --help line (unit, when to change it); least, above, most, choices, like, required."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -98,10 +98,11 @@ class Machine:
         choices=("auto", "on", "off"),
     )
     timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
-    save_minutes: float = option(
-        15.0, "minutes between checkpoints, which is what a machine that dies may cost; 0: none", least=0
+    save_every: str = option(
+        "15m",
+        "steps (100) or minutes (15m) between checkpoints, which is what a machine that dies costs; 0: none",
+        like=(r"\d+|\d+(\.\d+)?m", "steps such as 100, or minutes such as 15m"),
     )
-    save_every: int = option(0, "steps between further checkpoints; 0: none", least=0)
     keep: int = option(2, "newest checkpoints to keep, and the best where a run names one", least=1)
     resume: bool = option(False, "continue from the newest whole checkpoint of --out; from the start if there is none")
     overwrite: bool = option(False, "delete the run that --out holds")
@@ -205,6 +206,8 @@ def _convert(name, value, kind, limits):
     except ValueError:
         article = "an" if kind is int else "a"
         raise InputError(f"{flag}: found {value!r}, expected {article} {kind.__name__}") from None
+    if "like" in limits and not re.fullmatch(limits["like"][0], value):
+        raise InputError(f"{flag}: found {value!r}, expected {limits['like'][1]}")
     if "choices" in limits and value not in limits["choices"]:
         raise InputError(f"{flag}: found {value!r}, expected one of {', '.join(limits['choices'])}")
     least, above = limits.get("least", -math.inf), limits.get("above", -math.inf)

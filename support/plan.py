@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
+from data import check_file
 from support.config import CommonConfig, option, parse, redefault
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
@@ -264,6 +265,8 @@ def table(config):
 
 def main(argv=None):
     config = parse(Config, __doc__, argv)
+    if config.out:
+        check_file(config.out, ".md")
     text = table(config) if config.model == "all" else report(config)
     print(text)
     if config.out:

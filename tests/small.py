@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 from pathlib import Path
 
 from helpers import picture
@@ -117,6 +118,7 @@ def start(work, log, **environment):
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest has others
         command(work)
 
     process = multiprocessing.get_context("fork").Process(target=child)

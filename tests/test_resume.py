@@ -256,10 +256,10 @@ def test_checkpoints_of_another_run_are_not_taken_for_this_one_s(folder, tmp_pat
 
 
 def test_a_checkpoint_is_due_by_the_clock_and_goes_when_the_final_weights_are_there(folder, tmp_path, stopped):
-    """Nobody has asked for --save-every: a machine that dies costs --save-minutes, and a finished run no disk."""
+    """A machine that dies costs --save-every; a finished run needs no disk for what guarded it."""
     stopped(3, die)
     with pytest.raises(Killed):
-        train(folder, tmp_path / "run", save_every=0, save_minutes=1e-9)
+        train(folder, tmp_path / "run", save_every="0.0001m")
     assert checkpoint_names(tmp_path / "run") == ["step-00000001", "step-00000002"]
     assert train(folder, tmp_path / "run", save_every=0, resume=True) == 0
     assert same(tmp_path / "run", folder / "sft-whole") and not (tmp_path / "run" / "checkpoints").exists()
@@ -268,7 +268,7 @@ def test_a_checkpoint_is_due_by_the_clock_and_goes_when_the_final_weights_are_th
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_defaults_save_every_quarter_of_an_hour(stage):
     module = {"cpt": train_cpt, "sft": train_sft}[stage]
-    assert module.Config().save_minutes == 15
+    assert module.Config().save_every == "15m"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from data import InputError, command
-from data.clevr_policy import make_dataset, read_clevr, sample_scenes, write_jsonl
+from data.clevr_policy import NewFolder, make_dataset, read_clevr, sample_scenes, write_jsonl
 from data.dataset import KINDS
 from tiny.world import LOOK, OBJECTS, SIDE, Terse
 
@@ -115,6 +115,7 @@ def main(argv=None):
     kinds = args.cpt.split(",")
     if set(kinds) - set(KINDS):
         raise InputError(f"--cpt {args.cpt!r} found, expected some of {', '.join(KINDS)}, by commas")
+    NewFolder(args.out, args.overwrite)  # refuses a taken place before any work
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(ProcessPoolExecutor(args.processes)).map if args.processes > 1 else map
         if args.clevr_root:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, command
+from data import InputError, command, strangers
+from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +51,7 @@ RUNS = {
     "trimpi_paper": ("train_rl", "cpt_sft", [*RL, *PORO]),
 }
 ROWS = ("in_context no_policy sft cpt_response_sft sft_grpo sft_poro cpt_response_sft_grpo trimpi trimpi_paper").split()
+OURS = (*RUNS, "data", "others", "eval", "*.log", "results.json", "report.html", "report.png")  # what --out holds
 OWN = "--queries 400 --sft 24 --test 200 --leave-out 0.34".split()
 OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  # to keep in practice on
 
@@ -58,12 +59,10 @@ OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  #
 def call(arguments, log):
     """Run one of our commands in a process of its own; what it prints goes to a file, its error becomes ours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(log, "a") as file:
-        to_file = {"stdout": file, "stderr": subprocess.STDOUT}
-        done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, **to_file)
-    if done.returncode:
+    code = processes.run([sys.executable, *map(str, arguments)], log, cwd=ROOT, env=environment)
+    if code:
         last = Path(log).read_text().strip().splitlines()[-1:] or [""]
-        said = f"{arguments[0]} {arguments[1]}: ended with code {done.returncode}, {last[0]}"
+        said = f"{arguments[0]} {arguments[1]}: ended with code {code}, {last[0]}"
         raise InputError(f"{said} (whole log: {log})")
 
 
@@ -177,6 +176,8 @@ def main(argv=None):
         raise InputError(
             f"{args.model}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)"
         )
+    if other := strangers(out, OURS):
+        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
     if out.exists() and any(out.iterdir()):
         if not args.overwrite:
             raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
@@ -186,8 +187,9 @@ def main(argv=None):
     print(
         f"drawing a policy of {args.depth} layers, its pictures, and policies to replay (seed {args.seed})", flush=True
     )
-    data, replay = draw_data(out, args.depth, args.seed, args.clevr_root)
-    seconds = run_all(out, Path(args.model).resolve(), data, replay, args.seed)
+    with processes.ended_together():
+        data, replay = draw_data(out, args.depth, args.seed, args.clevr_root)
+        seconds = run_all(out, Path(args.model).resolve(), data, replay, args.seed)
     found = {row["name"]: row for row in json.loads((out / "eval" / "results.json").read_text())["rows"]}
     policy = json.loads((data / "policies.json").read_text())[0]
     hidden = data / "left_out.json"

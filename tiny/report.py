@@ -6,6 +6,7 @@ provenance()                    what results were made with
 """
 
 import base64
+import contextlib
 import html
 import json
 import os
@@ -146,7 +147,13 @@ def keep(figure, path, rect=(0, 0, 1, 1), dpi=130):
 
 
 def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    """The rows of a JSONL file; what a kill left of one, or a bad disk made of it, is no row."""
+    rows = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def markdown_table(head, lines):
@@ -254,7 +261,7 @@ def table(rows):
         interval, paper = " – ".join(map(share, row["interval"])), PAPER.get(row["name"])
         cells = [TITLES[row["name"]], share(row["accuracy"]), interval, *sides, f"{row['exact_chain']:.2f}", row["n"]]
         lines.append([*cells, share(paper and paper / 100)])
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in line)}</tr>" for line in lines)
     return f'<div class="wide"><table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{body}</table></div>'
 
 
@@ -263,14 +270,17 @@ def write_report(out, results):
     out, rows = Path(out), results["rows"]
     rl = {TITLES[row["name"]]: lines_of(out / row["name"] / "metrics.jsonl") for row in rows}
     rl = {title: metrics for title, metrics in rl.items() if metrics and "reward" in metrics[0]}
+    names = ("seed", "policy", "depth", "seconds", "hardware", "torch", "commit", "text")
+    safe = {name: html.escape(str(results[name])) for name in names}
+    left_out = html.escape(", ".join(map(str, results["left_out"]))) or "(none)"
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>TriMPI on a tiny base</title><style>{STYLE}</style></head><body>
 <h1>TriMPI on a tiny base: one policy, without it in the prompt</h1>
-<p>Seed {results["seed"]}: policy {results["policy"]} of {results["depth"]} layers, {rows[0]["n"]} unseen pictures,
-greedy answers, {results["seconds"]} seconds on {html.escape(results["hardware"])}, torch {results["torch"]}, commit
-{results["commit"]}. No SFT item meets the sections {", ".join(results["left_out"]) or "(none)"}.</p>
-<p><code>{html.escape(results["text"])}</code></p>
+<p>Seed {safe["seed"]}: policy {safe["policy"]} of {safe["depth"]} layers, {rows[0]["n"]} unseen pictures, greedy
+answers, {safe["seconds"]} seconds on {safe["hardware"]}, torch {safe["torch"]}, commit {safe["commit"]}. No SFT item
+meets the sections {left_out}.</p>
+<p><code>{safe["text"]}</code></p>
 <h2>Accuracy</h2>{bars(rows)}
 <p><small>Bar: all paths, with a 95 % interval. Pale bar: paths with a section that no SFT item met. Circle: the
 paper's figure with its own GRPO, for Qwen2.5-VL-7B on its own policies of six layers: not the same task.</small></p>

@@ -19,14 +19,15 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, command
+from data import InputError, command, strangers
 from data.override import override
+from tiny import processes
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
 from tiny.report import (
     LOSS,
@@ -279,8 +280,9 @@ class Study:
             **{side: (found.get(side) or {}).get("accuracy") for side in ("seen", "unseen")},
             **more,
         }
+        torn = self.rows.exists() and not self.rows.read_bytes().endswith(b"\n")  # a kill came while it was written
         with open(self.rows, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * torn + json.dumps(row) + "\n")
         self.done.add(self.key(row))
 
     def evaluate(self, model, data, place, name, short, aware=False):
@@ -291,10 +293,10 @@ class Study:
 
 def column(out, model, world, policy, seed, names, ends):
     """The missing rows of one policy and seed, in a process of one thread; later runs start from earlier ones."""
-    study, parent = Study(out, model), parent_process()  # a study that was stopped stops its processes, too
+    processes.end_with_parent()
+    study = Study(out, model)
     for name in [*(["in_context", "no_policy"] if seed == 0 else []), *names]:
-        in_time = time.time() < ends and (parent is None or parent.is_alive())
-        if (world, policy, seed, name) not in study.done and in_time:
+        if (world, policy, seed, name) not in study.done and time.time() < ends:
             study.run(world, policy, seed, name)
     return f"{world}, policy {policy}, seed {seed}"
 
@@ -441,6 +443,8 @@ def main(argv=None):
         )
     out, ends = Path(args.out).resolve(), time.time() + 3600 * args.hours
     base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
+    if other := strangers(out, ("data", "runs", "*.log", "rows.jsonl", mark.name)):
+        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -454,7 +458,7 @@ def main(argv=None):
         if world in wanted and seed < args.seeds
         for policy in range(min(policies, args.policies))
     ]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with processes.ended_together(), ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for done in tqdm(pool.map(column, *zip(*work)), total=len(work), desc="study", unit="column", disable=None):
             print(done, flush=True)
             write(lines_of(out / "rows.jsonl"), Path(args.results), provenance())
