@@ -71,7 +71,7 @@ class Judge:
         self.known, self.lock = read_cache(cache), threading.Lock()
 
     def __call__(self, prompts, responses, items):
-        """Scores in 0 to 1 of responses to items, NaN where the server gave none; what has no answer gets 0, unasked."""
+        """Scores in 0 to 1 of responses to items, NaN where the server gave none; no answer gets 0, unasked."""
         questions = [self.question(item, response) for item, response in zip(items, responses)]
         new = {self.key(text): (text, item) for text, item in zip(questions, items) if text}
         new = {key: value for key, value in new.items() if key not in self.known}

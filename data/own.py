@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import InputError, command
 from data.check import Length, advice, count, picture_tokens
 from data.clevr_policy import NewFolder, write_json
-from data.dataset import IMAGE, PLACES, clip, messages, picture_path, target
+from data.dataset import IMAGE, PLACES, clip, messages, target
 from data.formats import (
     ANSWERS,
     FORMATS,
@@ -54,8 +54,10 @@ BATCH = 256  # prompts tokenized at a time
 # -- 1. the policy -----------------------------------------------------------------------------------------------------
 
 HEADING = re.compile(r" {0,3}(#{1,6})\s+(.*?)\s*#*\s*$")
-NUMBERED = re.compile(
-    r" {0,3}(?:(?:\*\*)?(?:rule|section|article|case|step|§)\s*)?(\d+(?:\.\d+)*)[.):]?(?:\*\*)?[ \t]+\S", re.I
+NUMBERED = re.compile(  # "1. ", "2) ", "1.1 ", "**3.** ", "Rule 4: ", "§ 5 "
+    r" {0,3}(?:\*\*)?(?:(?:rule|section|article|case|step|§)\s*(\d+(?:\.\d+)*)[.):]?|(\d+(?:\.\d+)+)[.)]?|(\d+)[.)])"
+    r"(?:\*\*)?:?[ \t]+\S",
+    re.I,
 )
 PICTURE = re.compile(
     r"!\[(?P<alt>[^\]]*)\]\(\s*<?(?P<path>[^)\s>]+)>?(?:\s+[\"'][^)]*)?\)"  # ![alt](path "title")
@@ -81,7 +83,7 @@ def sections(text):
             heading = head.group(2).strip("*_ ")
             parts.append([heading, "", [line]])
         elif number:
-            parts.append([heading, number.group(1), [line]])
+            parts.append([heading, next(filter(None, number.groups())), [line]])
         else:
             parts[-1][2].append(line)
     found = [
@@ -210,9 +212,9 @@ class Store:
             raise InputError(f"{where}: {found}, expected PNG, JPEG, WebP, GIF, BMP or TIFF") from None
         digest = hashlib.sha1(content).hexdigest()[:20]
         name = f"images/{digest}.{SUFFIX[kind]}"
-        if self.media and isinstance(picture, str):
-            path = picture_path(self.media, os.path.abspath(picture), where)
-            name = os.path.relpath(path, os.path.realpath(self.media))
+        inside = self.media and isinstance(picture, str) and os.path.realpath(picture)
+        if inside and os.path.commonpath([inside, os.path.realpath(self.media)]) == os.path.realpath(self.media):
+            name = os.path.relpath(inside, os.path.realpath(self.media))
         else:
             self.put(picture, os.path.join(self.folder, name))
         if isinstance(picture, str):
