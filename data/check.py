@@ -245,11 +245,11 @@ def advice(lengths, limit, processor, most):
 # -- 3. train against test ---------------------------------------------------------------------------------------------
 
 
-def alike(train, test, pictures, near=2.5, largest=24):
+def alike(train, test, pictures, near=4.0, largest=24):
     """Pairs of items (train, test, why) that are nearly the same: a picture as good as equal, or without one the text.
 
     Pictures are compared as 16 x 16 thumbnails: `near` is the mean difference, `largest` that of any value, in levels
-    of 256. Texts: three quarters of all runs of three words are shared.
+    of 256. Texts: seven in ten of all runs of three words are shared.
     """
     thumbs = {item["id"]: [p for p in item["images"] if p in pictures.thumbnails] for item in [*train, *test]}
     owners = lambda items: [(item, path) for item in items for path in dict.fromkeys(thumbs[item["id"]])]
@@ -278,7 +278,7 @@ def alike(train, test, pictures, near=2.5, largest=24):
     return [*found.values(), *alike_texts([i for i in train if not i["images"]], [i for i in test if not i["images"]])]
 
 
-def alike_texts(train, test, share=0.75):
+def alike_texts(train, test, share=0.7):
     runs = lambda item: {
         tuple(w[k : k + 3]) for w in [re.findall(r"\w+", words_of(item))] for k in range(max(1, len(w) - 2))
     }
@@ -347,7 +347,7 @@ class Report:
         for split, items, lengths, _ in self.rows:
             kinds = defaultdict(list)
             for item, length in zip(items, lengths):
-                kinds[item.get("kind", "") if split == "cpt" else ""].append((item, length))
+                kinds[item.get("kind", "applied") if split == "cpt" else ""].append((item, length))
             for kind, pairs in kinds.items():
                 prompts, responses = (sorted(getattr(n, key) for _, n in pairs) for key in ("prompt", "response"))
                 middle = len(pairs) // 2
