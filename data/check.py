@@ -89,26 +89,14 @@ class Pictures:
 
     def open(self, path):
         """(tokens, thumbnail (16, 16, 3) uint8) of a picture, or what is wrong with it."""
-        from model import open_image
-
         try:
-            image = open_image(path)
-            tokens = picture_tokens(self.processor, *image.size)
+            image, tokens = self.processor.look(path)
         except InputError as error:
             return str(error).removeprefix(f"{path}: ")
         return tokens, np.asarray(image.resize((16, 16), Image.Resampling.BOX))
 
     def tokens(self, paths):
         return sum(self.sizes.get(path, 0) for path in paths)
-
-
-def picture_tokens(processor, width, height):
-    """Tokens of a picture of so many pixels, its two marks aside; raises InputError where it is too long and thin."""
-    from model import smart_resize
-
-    side = processor.patch_size * processor.merge_size
-    h, w = smart_resize(height, width, side, processor.min_pixels, processor.max_pixels)
-    return h * w // side**2
 
 
 # -- 2. items ----------------------------------------------------------------------------------------------------------
@@ -171,7 +159,7 @@ def look_over(items, policies, processor, limits, pictures=None):
     policies = {name: policy for name, policy in policies.items() if name in used}
     pictures.look([path for policy in policies.values() for path in policy["images"]])
     pictures.look([path for item in items for path in item["images"]])
-    special = {token.content for token in processor.tokenizer.get_added_tokens_decoder().values()}
+    special = control_tokens(processor)
     faults = []
     for policy in policies.values():
         at = Fault("policies.json", 1, policy["name"], "", "")
@@ -214,6 +202,17 @@ def look_over(items, policies, processor, limits, pictures=None):
         if IMAGE in target(item):
             faults.append(at._replace(what=f"{IMAGE} in what is to be learned, expected text"))
     return faults
+
+
+def control_tokens(processor):
+    """Control tokens of the chat that are such in a text, too; none where the processor takes them as plain text."""
+    ends = [
+        processor.encode([{"role": "user", "content": text}]).input_ids.tolist().count(processor.stop_ids[0])
+        for text in ("", "<|im_end|>")
+    ]
+    if ends[0] == ends[1]:
+        return set()
+    return {token.content for token in processor.tokenizer.get_added_tokens_decoder().values()}
 
 
 def unknown_share(items, processor):
@@ -405,7 +404,8 @@ class Report:
         )
 
 
-def main(argv=None):
+def main(argv=None, load=None):
+    """load: a processor from a checkpoint, as model.Processor.from_pretrained makes it."""
     parser = argparse.ArgumentParser(prog="python -m data.check", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("folder", metavar="DIR", help="a data folder")
@@ -417,9 +417,7 @@ def main(argv=None):
     add("--out", metavar="FILE", help="the page (default DIR/check.html)")
     args = parser.parse_args(argv)
     load_policies(args.folder, args.media)  # better refused now than after the model's import
-    from model import Processor
-
-    processor = Processor.from_pretrained(args.model)
+    processor = load(args.model)
     processor.max_pixels = args.max_pixels or processor.max_pixels
     report = Report(args.folder, processor, Limits(args.max_prompt, args.max_response), args.media, progress=True)
     out = args.out or os.path.join(args.folder, "check.html")
@@ -434,4 +432,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command(main)
+
+    def load_processor(path):
+        from model import Processor  # the only thing that takes torch
+
+        return Processor.from_pretrained(path)
+
+    command(lambda: main(load=load_processor))

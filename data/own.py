@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import InputError, command
-from data.check import Length, advice, count, picture_tokens
+from data.check import Length, advice, count
 from data.clevr_policy import NewFolder, write_json
 from data.dataset import IMAGE, PLACES, clip, messages, target
 from data.formats import (
@@ -393,16 +393,13 @@ class Groups:
 
 
 class Lengths:
-    """Tokens of prompts and responses by a model's tokenizer, counted as items pass by; nothing without a model."""
+    """Tokens of prompts and responses by a model's processor, counted as items pass by; nothing without one."""
 
-    def __init__(self, model, policies, shown):
-        self.processor, self.waiting, self.pool, self.under_way = None, [], ThreadPoolExecutor(1), None
+    def __init__(self, processor, policies, shown):
+        self.processor, self.waiting, self.pool, self.under_way = processor, [], ThreadPoolExecutor(1), None
         self.texts, self.responses, self.pictures, self.count = (array("q") for _ in range(4))  # an entry per item
         self.owners, self.policies = [], {}
-        if model:
-            from model import Processor
-
-            self.processor = Processor.from_pretrained(model)
+        if processor:
             for policy in policies:
                 sizes, words = shown.get(policy["name"], []), policy["text"].replace(IMAGE, "") + "\n\n"
                 pictures = self.of_pictures(sizes) + 2 * len(sizes)  # each stands between two marks
@@ -413,7 +410,7 @@ class Lengths:
         total = 0
         for size in sizes:
             with contextlib.suppress(InputError):
-                total += picture_tokens(self.processor, *size)
+                total += self.processor.picture_tokens(*size)
         return total
 
     def add(self, item, sizes):
@@ -503,7 +500,7 @@ def convert(
     options=None,
     test=0.1,
     seed=0,
-    model="",
+    processor=None,
     limits=(4096, 2048),
     overwrite=False,
     progress=False,
@@ -522,7 +519,7 @@ def convert(
         shown = {}  # sizes of the policies' pictures
         written = [read_policy(*policy, store, shown) for policy in policies]
         write_json(os.path.join(draft, "policies.json"), written)
-        lengths, groups, starts, reasoned = Lengths(model, written, shown), Groups(), array("q"), array("b")
+        lengths, groups, starts, reasoned = Lengths(processor, written, shown), Groups(), array("q"), array("b")
         owners, pictures = [], array("q")
         with open(os.path.join(draft, "dropped.txt"), "w", encoding="utf-8") as log:
             converter = Converter(store, [media] if media else [], options, lambda line: log.write(clean(line) + "\n"))
@@ -694,7 +691,8 @@ def arguments():
     return parser
 
 
-def main(argv=None):
+def main(argv=None, load=None):
+    """load: a processor from a checkpoint, as model.Processor.from_pretrained makes it."""
     args = arguments().parse_args(argv)
     names = args.name or [os.path.splitext(os.path.basename(path))[0] for path in args.policy]
     if len(names) != len(args.policy) or len(set(names)) != len(names) or not all(names):
@@ -725,7 +723,7 @@ def main(argv=None):
         options=options,
         test=args.test,
         seed=args.seed,
-        model=args.model,
+        processor=load(args.model) if args.model else None,
         limits=(args.max_prompt, args.max_response),
         overwrite=args.overwrite,
         progress=True,
@@ -734,4 +732,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command(main)
+
+    def load_processor(path):
+        from model import Processor  # the only thing that takes torch, and only with --model
+
+        return Processor.from_pretrained(path)
+
+    command(lambda: main(load=load_processor))

@@ -91,20 +91,14 @@ def token_f1(prompt, response, item):
     return 0.0 if found is None else shared_words(found, item["answer"])
 
 
-def json_call(prompt, response, item):
-    """A tool call {"name", "arguments"} against the item's: 0.5 for the name, 0.5 for the share of arguments right."""
-    from data.gta_score import call
-
-    return call(prompt, response, item)
-
-
 def exact_chain(response, item, policy=None):
     """1.0 if the thoughts are the item's gold chain word for word (white space aside) and the answer is right."""
     same = thoughts(response).split() == item["cot"].split()
     return float(same and accuracy(None, response, item) == 1.0)
 
 
-REWARDS = {"accuracy": accuracy, "format": format, "token_f1": token_f1, "json_call": json_call}
+REWARDS = {"accuracy": accuracy, "format": format, "token_f1": token_f1}
+ELSEWHERE = {"json_call": "data.gta_score:call"}  # 0.5 for the name of a tool call, 0.5 for its arguments
 
 
 # -- calling functions of other people's making ------------------------------------------------------------------------
@@ -113,8 +107,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def batch(function):
-    """Mark a reward that takes lists, (prompts, responses, items) -> [float]: one call for all that are to be
-    judged."""
+    """Mark a reward that takes lists, (prompts, responses, items) -> [float]: one call for all to be judged."""
     function.batch = True
     return function
 
@@ -135,7 +128,7 @@ def load(text, judge=None):
                 raise ValueError(f"weight {weight}")
             found.append((name.rpartition(":")[2], function, value))
         except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-            known = ", ".join([*REWARDS, "judge"])
+            known = ", ".join([*REWARDS, *ELSEWHERE, "judge"])
             raise InputError(
                 f"--reward {part!r}: {type(error).__name__}: {error}; expected name=weight of data.rewards ({known}), "
                 "or module:function=weight"
@@ -146,7 +139,7 @@ def load(text, judge=None):
 
 
 def _find(name, judge):
-    module, _, attribute = name.rpartition(":")
+    module, _, attribute = ELSEWHERE.get(name, name).rpartition(":")
     if not module and attribute == "judge":
         if judge is None:
             raise ValueError("no --judge-url found")

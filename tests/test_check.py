@@ -8,8 +8,9 @@ import pytest
 from helpers import picture, tiny_checkpoint
 from small import small_data, write_lines
 
+import data.check
 from data import InputError
-from data.check import Limits, Pictures, Report, alike, look_over, main, measure
+from data.check import Limits, Pictures, Report, alike, look_over, measure
 from data.dataset import load_items, load_policies, messages, target
 from model import Processor
 
@@ -27,6 +28,10 @@ def processor(model):
 @pytest.fixture
 def folder(tmp_path):
     return small_data(tmp_path / "d")
+
+
+def main(argv):
+    data.check.main(argv, Processor.from_pretrained)
 
 
 def rows(folder, split="sft"):
@@ -102,10 +107,8 @@ def test_lengths_are_those_of_the_processor(folder, processor):
 
 
 def test_pictures_are_opened_once(folder, processor, monkeypatch):
-    import model as qwen
-
-    opened, whole = [], qwen.open_image
-    monkeypatch.setattr(qwen, "open_image", lambda path: opened.append(path) or whole(path))
+    opened, whole = [], Processor.look
+    monkeypatch.setattr(Processor, "look", lambda self, path: opened.append(path) or whole(self, path))
     Report(folder, processor, Limits())
     assert len(opened) == len(set(opened)) == 12
 

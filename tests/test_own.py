@@ -411,11 +411,15 @@ def test_a_large_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
 
 
 def test_two_thousand_items_a_second(shop):
-    """50,000 items are a log of ordinary size; CPU time, as other jobs share the machine."""
+    """50,000 items are a log of ordinary size; CPU time and the best of three, as other jobs share the machine."""
     rows = [chat(f"photos/{k % 6}.png") for k in range(3000)]
     for k, row in enumerate(rows):
         row["messages"][1]["content"] += str(k)
     (shop / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    start = time.process_time()
-    make(shop, name="log.jsonl")
-    assert 3000 / (time.process_time() - start) > 2000
+
+    def seconds():
+        start = time.process_time()
+        main(f"--policy {shop}/returns.md --data {shop}/log.jsonl --out {shop}/out --overwrite".split())
+        return time.process_time() - start
+
+    assert 3000 / min(seconds() for _ in range(3)) > 2000

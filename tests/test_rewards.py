@@ -9,20 +9,7 @@ import pytest
 
 from data import InputError
 from data.dataset import target
-from data.rewards import (
-    Failures,
-    accuracy,
-    batch,
-    exact_chain,
-    format,
-    guarded,
-    json_call,
-    load,
-    parse,
-    score,
-    thoughts,
-    token_f1,
-)
+from data.rewards import Failures, accuracy, batch, exact_chain, format, guarded, load, parse, score, thoughts, token_f1
 
 ITEM = {"answer": "Case 3", "cot": "Condition 1 asks: Is there a cube? The answer is yes, so the response is Case 3."}
 
@@ -155,6 +142,7 @@ def test_free_text_is_what_follows_the_thoughts():
 
 
 def test_calls_are_scored_by_name_and_arguments():
+    ((_, json_call, _),) = load("json_call")
     item = {"id": "c", "answer": '{"name": "find", "arguments": {"a": 1, "b": "x"}}', "boxed": False}
     say = lambda **changes: json.dumps({"name": "find", "arguments": {"a": 1, "b": "x"}} | changes)
     assert json_call("", say(), item) == 1 and json_call("", say(arguments={"a": 1}), item) == 0.75
