@@ -526,12 +526,13 @@ class Run:
         """Save after `step` updates where --save-every or --save-minutes says so; after a signal save and end with
         exit code 0.
 
-        extra: a JSON-able dict that the resumed run finds in run.extra. score: the one with the highest is kept, too.
+        extra: a JSON-able dict that the resumed run finds in run.extra. score: saves, too; the one with the highest is
+        kept, and <out>/checkpoints/best leads to it.
         """
         config, self.extra, self._done, self._between = self.config, extra or {}, step, True
         late = self.is_main and config.save_minutes and time.monotonic() >= self._save_due
         stop, late = self.max([int(self._stop), int(bool(late))])  # a signal reaches the ranks at different moments
-        if stop or late or (config.save_every and step % config.save_every == 0):
+        if stop or late or score is not None or (config.save_every and step % config.save_every == 0):
             self._save(score)
         if stop:
             if self.is_main:

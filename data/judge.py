@@ -50,6 +50,16 @@ class Refused(Exception):
     """What the server says no to for good: asking again would not help."""
 
 
+def of(config, policies):
+    """The Judge that a script's options name, with its cache in --out; None where --reward does not ask for one."""
+    if not any(part.strip().partition("=")[0] == "judge" for part in config.reward.split(",")):
+        return None
+    if not config.judge_url:
+        raise InputError("--reward judge: found no --judge-url, expected the server that is to be asked")
+    cache = os.path.join(config.out, "judge.cache")
+    return Judge(config.judge_url, config.judge_model, config.judge_rubric, policies, cache)
+
+
 class Judge:
     """A batch reward. url: of the server, up to /v1; model: the name it is asked for; rubric: a file, "": RUBRIC.
 
