@@ -159,8 +159,12 @@ class Judge:
         if not self.cache or not found:
             return
         lines = "".join(json.dumps({"key": key, "score": value}) + "\n" for key, value in found.items())
-        with self.lock, open(self.cache, "a", encoding="utf-8") as file:
-            file.write(lines)
+        try:  # a cache that cannot be written must not cost the scores
+            os.makedirs(os.path.dirname(self.cache) or ".", exist_ok=True)
+            with self.lock, open(self.cache, "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            failures.note(self, error, {"id": self.cache})
 
 
 def read_score(text):

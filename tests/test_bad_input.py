@@ -18,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from small import ROOT, arguments, quiet, small_data
 
 import data.benchmarks
+import data.check
 import data.clevr_policy
 import data.cot
 import data.gta_policy
 import data.inspect
 import data.oracle
 import data.override
+import data.own
+import data.shop
 import evaluate
 import train_cpt
 import train_rl
@@ -39,7 +42,7 @@ MAIN = {
     "plan": training.main,
 }
 DATA = {
-    name: getattr(data, name).main for name in "clevr_policy gta_policy benchmarks cot inspect oracle override".split()
+    name: getattr(data, name).main for name in "clevr_policy gta_policy benchmarks cot inspect oracle override own check shop".split()
 }
 PAGE = ROOT / "tests" / "BAD_INPUT.md"
 COMMANDS = {
@@ -389,6 +392,38 @@ TABLE = {
         ["--data", "F/data", "--out", "F/out.jsonl", "--attempts", "0"],
         "--attempts 0",
     ),
+    "a log that is not there": ("own", nothing, ["--data", "F/no.jsonl", "--out", "F/new"], "no.jsonl: no such file"),
+    "a log of another kind": ("own", nothing, ["--data", "F/model/config.json", "--out", "F/new"], "found 1 rows dropped"),
+    "an own folder that holds something": (
+        "own",
+        nothing,
+        ["--data", "F/data/rl.jsonl", "--out", "F/data"],
+        "data: exists already, expected a new or empty folder",
+    ),
+    "an own policy that is not there": (
+        "own",
+        nothing,
+        ["--policy", "F/no.md", "--data", "F/data/rl.jsonl", "--out", "F/new"],
+        "no.md: no such file, expected text or Markdown",
+    ),
+    "a look at no data": ("check", nothing, ["F/nowhere", "--model", "F/model"], "policies.json: no such file"),
+    "a judge without a server": ("rl", nothing, ["--reward", "judge"], "--reward judge: found no --judge-url"),
+    "a judge without a name": (
+        "rl",
+        nothing,
+        ["--reward", "judge", "--judge-url", "http://127.0.0.1:9/v1"],
+        "--judge-model is missing",
+    ),
+    "a judge at no address": (
+        "rl",
+        nothing,
+        ["--reward", "judge", "--judge-url", "localhost", "--judge-model", "m"],
+        "--judge-url 'localhost': expected http://HOST:PORT/v1",
+    ),
+    "a judge for evaluation without a server": ("evaluate", nothing, ["--reward", "judge"], "found no --judge-url"),
+    "a reward that is no number's name": ("rl", nothing, ["--reward", "accuracy=nan"], "weight nan"),
+    "a shop of one query": ("shop", nothing, ["--out", "F/new", "--queries", "1"], "--queries 1 found"),
+    "a page of no run": ("inspect", nothing, ["F/data", "F/data"], "no metrics.jsonl and no results.json"),
     "a page of no data": ("inspect", nothing, ["F/nowhere"], "policies.json: no such file"),
     "a check of no data": ("oracle", nothing, ["F/nowhere"], "policies.json: no such file"),
     "an override of no data": (

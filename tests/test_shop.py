@@ -1,4 +1,4 @@
-"""data/OWN.md, from a policy in Markdown to an answer: every command of the page is run, what it shows is what comes."""
+"""data/OWN.md, from a policy in Markdown to an answer: every command is run, and what the page shows is what comes."""
 
 import contextlib
 import io
