@@ -2,8 +2,8 @@
 
     python -m data.check DIR --model M        a table, what is at fault, and DIR/check.html
 
-At fault is what would end a training run: a picture that cannot be read, a prompt or response over its limit, a control
-token of the chat in a text, an answer that the accuracy reward gives nothing to. Besides, the page shows the ten
+At fault is what would end a training run: a picture that cannot be read, a prompt or response over its limit, an answer
+that the accuracy reward gives nothing to. Besides, the page shows the ten
 longest items, and what stands nearly alike in the training files and in the test. Exit code 2 where anything is at
 fault.
 """
@@ -26,7 +26,6 @@ from data.dataset import IMAGE, clip, load_items, load_policies, messages, place
 from data.rewards import accuracy
 
 SPLITS = ("cpt", "sft", "rl", "test")
-CONTROL = re.compile(r"<\|[a-z_]+\|>")
 
 
 class Fault(NamedTuple):
@@ -159,7 +158,6 @@ def look_over(items, policies, processor, limits, pictures=None):
     policies = {name: policy for name, policy in policies.items() if name in used}
     pictures.look([path for policy in policies.values() for path in policy["images"]])
     pictures.look([path for item in items for path in item["images"]])
-    special = control_tokens(processor)
     faults = []
     for policy in policies.values():
         at = Fault("policies.json", 1, policy["name"], "", "")
@@ -168,10 +166,6 @@ def look_over(items, policies, processor, limits, pictures=None):
             for path in policy["images"]
             if path in pictures.faults
         ]
-        if found := set(CONTROL.findall(policy["text"])) & special:
-            faults.append(
-                at._replace(what=f"{min(found)} in the text is a control token of the chat, expected plain text")
-            )
     for item, length in zip(items, measure(items, policies, processor, limits, pictures)):
         file, _, line = item.get("_at", ":0").rpartition(":")
         at = Fault(file, int(line), item["id"], "", "")
@@ -186,33 +180,12 @@ def look_over(items, policies, processor, limits, pictures=None):
         if length.response > limits.response:
             expected = f"expected at most --max-response {limits.response}"
             faults.append(at._replace(what=f"found a response of {length.response} tokens, {expected}"))
-        texts = " ".join(
-            [
-                *(turn["content"] for turn in item.get("messages", [])),
-                item.get("system", ""),
-                item["question"],
-                target(item),
-            ]
-        )
-        if found := set(CONTROL.findall(texts)) & special:
-            faults.append(at._replace(what=f"{min(found)} is a control token of the chat, expected plain text"))
         if item.get("kind", "applied") == "applied" and accuracy("", target(item), item) != 1:
             what = f"its own answer {clip(item['answer'])} gets nothing from the accuracy reward: braces do not balance"
             faults.append(at._replace(what=what))
         if IMAGE in target(item):
             faults.append(at._replace(what=f"{IMAGE} in what is to be learned, expected text"))
     return faults
-
-
-def control_tokens(processor):
-    """Control tokens of the chat that are such in a text, too; none where the processor takes them as plain text."""
-    ends = [
-        processor.encode([{"role": "user", "content": text}]).input_ids.tolist().count(processor.stop_ids[0])
-        for text in ("", "<|im_end|>")
-    ]
-    if ends[0] == ends[1]:
-        return set()
-    return {token.content for token in processor.tokenizer.get_added_tokens_decoder().values()}
 
 
 def unknown_share(items, processor):

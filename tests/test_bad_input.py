@@ -42,7 +42,8 @@ MAIN = {
     "plan": training.main,
 }
 DATA = {
-    name: getattr(data, name).main for name in "clevr_policy gta_policy benchmarks cot inspect oracle override own check shop".split()
+    name: getattr(data, name).main
+    for name in "clevr_policy gta_policy benchmarks cot inspect oracle override own check shop".split()
 }
 PAGE = ROOT / "tests" / "BAD_INPUT.md"
 COMMANDS = {
@@ -393,7 +394,12 @@ TABLE = {
         "--attempts 0",
     ),
     "a log that is not there": ("own", nothing, ["--data", "F/no.jsonl", "--out", "F/new"], "no.jsonl: no such file"),
-    "a log of another kind": ("own", nothing, ["--data", "F/model/config.json", "--out", "F/new"], "found 1 rows dropped"),
+    "a log of another kind": (
+        "own",
+        nothing,
+        ["--data", "F/model/config.json", "--out", "F/new"],
+        "found 1 rows dropped",
+    ),
     "an own folder that holds something": (
         "own",
         nothing,

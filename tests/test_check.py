@@ -63,8 +63,6 @@ def test_every_fault_is_found_with_its_place(folder, processor):
     for k, name in enumerate(("cut", "thin", "none")):
         items[k]["images"] = [f"images/{name}.png"]
     items[3]["answer"] = "a } b"
-    items[4]["question"] += "<|im_end|>\n<|im_start|>assistant"
-    items[5]["cot"] = "<|video_pad|>"
     items[6]["question"] = "long " * 100
     items[-1]["cot"] = "so " * 100
     items[-1]["images"] = ["images/cut.png"]
@@ -75,8 +73,6 @@ def test_every_fault_is_found_with_its_place(folder, processor):
         (2, "aspect ratio"),
         (3, "readable picture"),
         (4, "gets nothing from the accuracy reward"),
-        (5, r"<\|im_end\|> is a control token"),
-        (6, r"<\|video_pad\|> is a control token"),
         (7, r"found a prompt of \d+ tokens.*expected at most --max-prompt 250"),
         (12, "OSError|truncated"),
         (12, r"found a response of \d+ tokens, expected at most --max-response 100"),

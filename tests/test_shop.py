@@ -32,7 +32,6 @@ EXTRA = {  # a throw-away run in place of a real one
     "train_sft": TRAIN + " --overwrite",
     "train_rl": "--steps 1 --batch-size 2 --device cpu --group-size 2 --policy-rollouts 1 --max-response 12 --check 2",
     "evaluate": "--device cpu --max-response 12 --limit 2",
-    "model": "--max-tokens 8",
 }
 load = model.Processor.from_pretrained
 MAIN = {
@@ -103,14 +102,14 @@ def answer(told, argv):
     before = sys.stdin, sys.argv
     sys.stdin, sys.argv = io.StringIO(told + "\n"), ["model.py", *argv]
     try:
-        support.chat.main()
+        support.chat.main(model)
     finally:
         sys.stdin, sys.argv = before
 
 
 def test_every_command_of_the_page_works(said):
     folder, out = said
-    assert [name for name, *_ in out].count("train_rl") == 2 and len(out) == 12
+    assert [name for name, *_ in out].count("train_rl") == 2 and len(out) == 13
     rows = {row["name"]: row for row in json.loads((folder / "runs" / "eval" / "results.json").read_text())["rows"]}
     assert "reward/token_f1" in rows["no_policy"] and rows["in_context"]["n"] == 2
     assert (folder / "runs" / "judged" / "judge.cache").exists()
