@@ -30,8 +30,6 @@ RUBRIC = "policy {policy} query {query} reference <{reference}> response <{respo
 SFT = "--full --lr 3e-3 --warmup 10 --steps 120 --batch-size 16 --micro-batch 16"
 # No policy-aware half: a model of random weights does not follow a policy that it reads, as train_rl.py warns.
 RL = "--lr 1e-4 --steps 30 --batch-size 8 --micro-batch 16 --group-size 8 --policy-rollouts 0 --max-response 80"
-    "--lr 3e-4 --steps 30 --batch-size 8 --micro-batch 16 --group-size 4 --policy-rollouts 4 --max-response 80 --beta 0"
-)
 QUERIES = 96
 
 
