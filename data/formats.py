@@ -15,6 +15,7 @@ A reader looks at one row and knows nothing of the others; what it cannot use it
 
 import base64
 import binascii
+import contextlib
 import csv
 import json
 import os
@@ -68,8 +69,14 @@ def _json(path):
     scan, text, number, end = json.JSONDecoder(), "", 0, False
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(CHUNK).lstrip()
-        if text[:1] == "{":  # JSON lines under the name .json, or one object over several lines
-            yield from _jsonl(path) if _is_json(text.split("\n", 1)[0]) else [(path, text + file.read())]
+        if text[:1] == "{" and _is_json(text.split("\n", 1)[0]) and "\n{" in text:  # JSON lines under the name .json
+            yield from _jsonl(path)
+            return
+        if text[:1] == "{":  # one object, which may hold the list: {"data": [...]}
+            whole = parse_json(text + file.read(), path)
+            lists = [rows for rows in whole.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+            only = lists[0] if len(whole) == len(lists) == 1 else [whole]
+            yield from ((f"{path}: row {k}", json.dumps(row)) for k, row in enumerate(only, 1))
             return
         if text[:1] != "[":
             raise InputError(f"{path}: not JSON, found {clip(text[:20])}, expected a list of objects")
@@ -145,10 +152,11 @@ class Example:
     pictures: list  # paths, data URIs or bytes, in the order of the marks
     answer: str
     cot: str = ""
-    boxed: bool | None = None  # None: as --boxed says
+    boxed: bool | None = None  # None: as the converter's options say
     policy: str = ""
     conversation: str = ""  # examples of one conversation stand on one side of the split
-    rest: dict = field(default_factory=dict)  # keys of ours that go into the item as they are
+    id: str = ""
+    left_out: list = field(default_factory=list)  # what was not taken over, to be counted
 
 
 def split_thoughts(text):
@@ -256,13 +264,15 @@ def own(row, where):
     for key in ("question",) if "messages" not in row else ():
         if not isinstance(row[key], str):
             raise InputError(f"{where}: key {key!r} holds {type(row[key]).__name__}, expected text")
+    if row["answer"] in (None, "", [], {}):
+        raise InputError(f"{where}: the answer is empty")
     answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)
     chat = chat_turns(row["messages"], where)[0] if "messages" in row else [("user", row["question"])]
     if isinstance(row.get("system"), str) and row["system"].strip():
         chat.insert(0, ("system", row["system"]))
     example = conversation([*chat, ("assistant", answer)], column(row, where), row, where)
     example.boxed = row["boxed"] if isinstance(row.get("boxed"), bool) else True
-    example.rest = {key: row[key] for key in ("id",) if isinstance(row.get(key), str)}
+    example.id = row["id"] if isinstance(row.get("id"), str) else ""
     return example
 
 
@@ -338,8 +348,10 @@ def conversation(chat, pictures, row, where):
     chat = [
         ("user", f"<tool_response>\n{text}\n</tool_response>") if who == "tool" else (who, text) for who, text in chat
     ]
+    said = len(chat)
     while chat and chat[-1][0] != "assistant":
         chat = chat[:-1]
+    left_out = ["turns after the last answer"] * (said - len(chat))
     if len(chat) < 2 or chat[-2][0] != "user":
         raise InputError(f"{where}: no answer of the assistant to a user's turn")
     if any(who == "system" for who, _ in chat[1:]):
@@ -355,6 +367,9 @@ def conversation(chat, pictures, row, where):
     if not answer:
         raise InputError(f"{where}: the answer is empty")
     kept = [(who, split_thoughts(text)[1] if who == "assistant" else text) for who, text in chat[:-1]]
+    left_out += ["reasoning of earlier turns"] * sum(
+        a != b.strip() for (_, a), (who, b) in zip(kept, chat) if who == "assistant"
+    )
     marks = sum(text.count(IMAGE) for _, text in kept)
     if marks not in (0, len(pictures)):
         raise InputError(f"{where}: {marks} {IMAGE} in the text, {len(pictures)} pictures")
@@ -367,6 +382,7 @@ def conversation(chat, pictures, row, where):
         boxed=boxed or None,
         policy=policy if isinstance(policy, str) else "",
         conversation=str(group) if isinstance(group, (str, int)) else "",
+        left_out=left_out,
     )
 
 
@@ -400,9 +416,13 @@ def source(picture, roots, where):
     if picture.lower().startswith("file://"):
         picture = unquote(urlsplit(picture).path)
     for root in roots:
-        path = os.path.join(root, picture)
-        if os.path.isfile(path):
-            return path
+        for name in dict.fromkeys((picture, picture.replace("\\", "/"))):  # a log from Windows
+            path = os.path.join(root, name)
+            if len(name) < 4096 and os.path.isfile(path):
+                return path
+    if len(picture) > 200 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", picture):  # base64 without a data URI's head
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(picture)
     raise InputError(f"{where}: picture {clip(picture)} is missing from {' and '.join(roots)}")
 
 

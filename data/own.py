@@ -258,7 +258,7 @@ class Converter:
 
     def __init__(self, store, roots, options, dropped):
         self.store, self.roots, self.options, self.dropped = store, roots, options, dropped
-        self.reasons, self.formats, self.ignored = Counter(), Counter(), Counter()
+        self.reasons, self.formats, self.ignored, self.left_out = Counter(), Counter(), Counter(), Counter()
         self.firsts, self.ids, self.seen, self.number = {}, set(), set(), 0
 
     def drop(self, error):
@@ -306,7 +306,7 @@ class Converter:
         digests = [digest for _, digest, _ in pictures]
         boxed = self.options.boxed if self.options.boxed is not None else bool(example.boxed)
         self.number += 1
-        item = {"id": self.unused(example.rest.get("id")), "policy": example.policy}
+        item = {"id": self.unused(example.id), "policy": example.policy}
         item["images"] = [name for name, _, _ in pictures]
         chat = example.turns
         if chat[0][0] == "system":
@@ -326,6 +326,7 @@ class Converter:
         if digest in self.seen:
             raise InputError(f"{where}: the same prompt and answer once more")
         self.seen.add(digest)
+        self.left_out.update(example.left_out)
         groups = digests
         groups += [f"conversation {example.conversation}"] if example.conversation else []
         groups += [f"row {where}"] if self.options.every_turn else []
@@ -604,6 +605,7 @@ def report(out, policies, splits, counts, kinds, converter, lengths, limits, tes
         lines.append(f"dropped {times:,}: {clean(reason)} (first: {clean(converter.firsts[reason])})")
     if converter.reasons:
         lines.append(f"dropped {sum(converter.reasons.values()):,} in all, each with its place in {out}/dropped.txt")
+    lines += [f"left out {times:,}: {what}" for what, times in converter.left_out.items()]
     if converter.ignored:
         lines.append("columns that nothing here reads: " + clean(", ".join(map(str, converter.ignored)))[:300])
     if not counts["sft"][1]:

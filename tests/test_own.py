@@ -3,16 +3,20 @@
 import base64
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+from helpers import tiny_checkpoint
 from PIL import Image
 
+import data.check
 from data import InputError
 from data.dataset import load_items, load_policies, messages, target
 from data.formats import read_rows
 from data.own import main, sections
+from model import Processor
 
 POLICY = """# Returns
 
@@ -133,6 +137,17 @@ FORMATS = {
         [("user", "what?\n<.png>")],
         "a box",
     ),
+    "LLaVA, a path from Windows": (
+        [
+            {
+                "image": f"photos\\{k}.png",
+                "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a box"}],
+            }
+            for k in range(6)
+        ],
+        [("user", "<.png>what?")],
+        "a box",
+    ),
     "ShareGPT": (
         [
             {
@@ -206,9 +221,15 @@ def test_parquet_with_pictures_as_bytes(shop):
     assert said(items["rl"][0]) == [("user", "<.png>how many?")] and len(items["rl"]) == 5
 
 
+def test_a_list_may_stand_in_an_object(shop):
+    (shop / "w.json").write_text(json.dumps({"data": FORMATS["LLaVA"][0]}, indent=1))
+    _, _, items = make(shop, name="w.json")
+    assert len(items["sft"]) == 5
+
+
 def test_pictures_by_path_uri_and_bytes_are_one_file(shop):
     path = shop / "photos" / "3.png"
-    urls = ["photos/3.png", str(path), f"file://{path}", data_uri(path)]
+    urls = ["photos/3.png", str(path), f"file://{path}", data_uri(path), data_uri(path).partition(",")[2]]
     rows = [chat(url) | {"ticket": k} for k, url in enumerate(urls)]
     for k, row in enumerate(rows):
         row["messages"][-1]["content"] = f"answer {k}"
@@ -363,6 +384,37 @@ def test_nothing_is_dropped_silently(shop, capsys):
     assert [int(line.split("log.jsonl:")[1].split(":")[0]) for line in dropped] == list(range(5, 20))
     told = capsys.readouterr().out
     assert "dropped 15 in all" in told and "the same prompt and answer once more" in told
+
+
+def test_what_is_left_out_of_a_conversation_is_counted(shop, capsys):
+    say = lambda who, text: {"role": who, "content": text}
+    chats = [
+        [say("user", f"q {k}"), say("assistant", "<think>a</think>b"), say("user", "c"), say("assistant", "d")]
+        for k in range(4)
+    ]
+    chats[0].append(say("user", "thanks"))
+    _, _, items = make(shop, rows=[{"messages": chat, "colour": 1} for chat in chats])
+    told = capsys.readouterr().out
+    assert "left out 1: turns after the last answer" in told and "left out 4: reasoning of earlier turns" in told
+    assert "columns that nothing here reads: colour" in told
+    assert items["sft"][0]["messages"][1]["content"] == "b"
+
+
+def test_photographs_are_told_the_two_flags_that_they_need(shop, capsys):
+    """12 megapixels and a policy of 20,000 characters; the flags hold for what data.check counts exactly."""
+    folder = tiny_checkpoint(shop / "model")
+    Image.new("RGB", (4000, 3000)).save(shop / "photos" / "0.png")
+    (shop / "returns.md").write_text(POLICY + "3. And so on. \n" * 1400)
+    log = "".join(json.dumps(chat(f"photos/{k}.png")) + "\n" for k in range(6))
+    (shop / "log.jsonl").write_text(log)
+    words = f"--policy {shop}/returns.md --data {shop}/log.jsonl --out {shop}/out --model {folder} --max-response 20000"
+    main(words.split(), Processor.from_pretrained)
+    told = capsys.readouterr().out
+    assert "too long: 6 prompts over --max-prompt 4096" in told
+    flags = re.search(r"train with (--max-pixels \d+ --max-prompt \d+)", told).group(1).split()
+    data.check.main(
+        [f"{shop}/out", "--model", str(folder), "--max-response", "30000", *flags], Processor.from_pretrained
+    )
 
 
 REFUSED = [
