@@ -17,16 +17,22 @@ import base64
 import binascii
 import contextlib
 import csv
+import hashlib
+import io
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
+
+from PIL import Image
 
 from data import InputError
 from data.dataset import IMAGE, clip, parse_json
 
 CHUNK = 1 << 20  # characters of a JSON file read at a time
+SUFFIX = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 # -- 1. rows of a file -------------------------------------------------------------------------------------------------
 
@@ -428,3 +434,60 @@ def source(picture, roots, where):
 
 class OnTheNetwork(InputError):
     """Ends the command, where other faults cost a row: a log that was meant to be downloaded first is no small loss."""
+
+
+class Store:
+    """The pictures of a data folder, named by their content: one that comes twice is one file, on one side of the
+    split.
+
+    A file is linked (copied where that cannot be); under `media` it stays where it is, and its path there is its name.
+    """
+
+    def __init__(self, folder, media=""):
+        self.folder, self.media, self.known = folder, media, {}
+        os.makedirs(os.path.join(folder, "images"))
+
+    def add(self, picture, where):
+        """(name, digest, (width, height)) of a path or of bytes; raises InputError for what is no picture."""
+        if picture in self.known:
+            return self.known[picture]
+        try:
+            if isinstance(picture, bytes):
+                content = picture
+            else:
+                with open(picture, "rb") as file:
+                    content = file.read()
+            with Image.open(io.BytesIO(content), formats=list(SUFFIX)) as image:
+                kind, size = image.format, image.size
+        except Exception as error:  # Pillow's readers raise anything on damaged files
+            found = f"picture {clip(picture)} found {type(error).__name__}"
+            raise InputError(f"{where}: {found}, expected PNG, JPEG, WebP, GIF, BMP or TIFF") from None
+        digest = hashlib.sha1(content).hexdigest()[:20]
+        name = f"images/{digest}.{SUFFIX[kind]}"
+        inside = self.media and isinstance(picture, str) and os.path.realpath(picture)
+        if inside and os.path.commonpath([inside, os.path.realpath(self.media)]) == os.path.realpath(self.media):
+            name = os.path.relpath(inside, os.path.realpath(self.media))
+        else:
+            self.put(picture, os.path.join(self.folder, name))
+        if isinstance(picture, str):
+            if len(self.known) > 4096:  # neighbours share pictures; memory is not to grow with the data
+                self.known.clear()
+            self.known[picture] = name, digest, size
+        return name, digest, size
+
+    def put(self, picture, path):
+        try:
+            if isinstance(picture, bytes) or os.path.islink(picture):
+                raise OSError
+            os.link(picture, path)
+        except FileExistsError:  # the same content came before
+            return
+        except OSError:  # bytes, a link, another disk, or one without links
+            if os.path.exists(path):
+                return
+            with open(path, "wb") as file:
+                if isinstance(picture, bytes):
+                    file.write(picture)
+                else:
+                    with open(picture, "rb") as original:
+                        shutil.copyfileobj(original, file)

@@ -12,11 +12,9 @@ data/OWN.md goes through all of it with an example.
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 import warnings
 from array import array
 from collections import Counter, defaultdict
@@ -31,6 +29,7 @@ from data import InputError, command
 from data.check import Length, advice, count
 from data.clevr_policy import NewFolder, write_json
 from data.dataset import IMAGE, PLACES, clip, messages, target
+from data.document import cpt_items, read_policy
 from data.formats import (
     ANSWERS,
     FORMATS,
@@ -38,210 +37,19 @@ from data.formats import (
     QUESTIONS,
     THOUGHTS,
     OnTheNetwork,
+    Store,
     read_rows,
     recognise,
     renamed,
     source,
 )
-from data.prose import Prose
 from data.rewards import accuracy
 
-SUFFIX = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 READ = {key.split(".")[0] for key in (*QUESTIONS, *ANSWERS, *THOUGHTS, *GROUPS)}
 READ |= {"messages", "conversations", "image", "images", "image_path", "img", "system", "policy", "id", "boxed"}
 BATCH = 256  # prompts tokenized at a time
 
-# -- 1. the policy -----------------------------------------------------------------------------------------------------
-
-HEADING = re.compile(r" {0,3}(#{1,6})\s+(.*?)\s*#*\s*$")
-NUMBERED = re.compile(  # "1. ", "2) ", "1.1 ", "**3.** ", "Rule 4: ", "§ 5 "
-    r" {0,3}(?:\*\*)?(?:(?:rule|section|article|case|step|§)\s*(\d+(?:\.\d+)*)[.):]?|(\d+(?:\.\d+)+)[.)]?|(\d+)[.)])"
-    r"(?:\*\*)?:?[ \t]+\S",
-    re.I,
-)
-PICTURE = re.compile(
-    r"!\[(?P<alt>[^\]]*)\]\(\s*<?(?P<path>[^)\s>]+)>?(?:\s+[\"'][^)]*)?\)"  # ![alt](path "title")
-    r"|!\[(?P<words>[^\]]*)\]\[(?P<key>[^\]]*)\]"  # ![alt][key], with [key]: path elsewhere
-    r"|<img\b[^>]*?\bsrc=[\"'](?P<src>[^\"']+)[\"'][^>]*>"
-    r"|<image>",
-    re.I,
-)
-
-
-def sections(text):
-    """The sections of a policy: [{"id", "section"}], its headings and numbered rules, each with the text up to the
-    next.
-
-    A heading without text of its own is no section. Numbers that begin anew under another heading are named with it. A
-    text without headings and numbers is split at its empty lines.
-    """
-    parts, heading, fenced = [["", "", []]], "", False  # [heading, number, lines]
-    for line in text.split("\n"):
-        fenced ^= line.lstrip().startswith("```")
-        head, number = (None, None) if fenced else (HEADING.match(line), NUMBERED.match(line))
-        if head:
-            heading = head.group(2).strip("*_ ")
-            parts.append([heading, "", [line]])
-        elif number:
-            parts.append([heading, next(filter(None, number.groups())), [line]])
-        else:
-            parts[-1][2].append(line)
-    found = [
-        (head, number, "\n".join(lines).strip())
-        for head, number, lines in parts
-        if number or head and "".join(lines[1:]).strip()
-    ]
-    if not found:
-        blocks = [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
-        found = [("", str(k), block) for k, block in enumerate(blocks, 1)] if len(blocks) > 1 else []
-        return [{"id": f"paragraph {number}", "section": block} for _, number, block in found]
-    often, used, out = Counter(number for _, number, _ in found if number), Counter(), []
-    for head, number, body in found:
-        name = head if not number else f"rule {number}" if often[number] == 1 else f"{head}, rule {number}"
-        used[name] += 1
-        out.append({"id": name if used[name] == 1 else f"{name} ({used[name]})", "section": body})
-    return out
-
-
-def read_policy(path, name, place, extra, store, shown):
-    """A policy of policies.json from a file of text or Markdown; its pictures go into the store.
-
-    extra: picture files of the bare <image> marks, in their order; shown: {name: [(width, height)]}, to be added to.
-    The sections' texts have a picture's alternative text in its place, as they are recited in words, and `shown` says
-    which pictures stand in them.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read().strip()
-    except FileNotFoundError:
-        raise InputError(f"--policy {path}: no such file, expected text or Markdown") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--policy {path}: not UTF-8, expected text or Markdown") from None
-    if not text:
-        raise InputError(f"--policy {path}: the file is empty, expected text or Markdown")
-    keys = {key.lower(): target for key, target in re.findall(r"^ {0,3}\[([^\]]+)\]:\s*<?([^\s>]+)>?", text, re.M)}
-    root, extra, images, alts = os.path.dirname(os.path.abspath(path)), list(extra), [], []
-
-    def mark(found):
-        file = found["path"] or found["src"]
-        if found["key"] is not None:
-            file = keys.get((found["key"] or found["words"]).lower())
-            if file is None:
-                raise InputError(f"--policy {path}: picture {clip(found.group())} names no file")
-        if file is None and not extra:
-            raise InputError(
-                f"--policy {path}: {IMAGE} without a file, expected --policy-image FILE for each, or ![](FILE)"
-            )
-        picture, _, size = store.add(source(file or extra.pop(0), [root], f"--policy {path}"), f"--policy {path}")
-        images.append(picture), shown.setdefault(name, []).append(size)
-        alts.append((found["alt"] or found["words"] or "").strip() or "a picture")
-        return IMAGE
-
-    text = PICTURE.sub(mark, text)
-    if extra:
-        raise InputError(f"--policy-image {extra[0]}: found no {IMAGE} for it in {path}")
-    parts, rest = sections(text), iter(range(len(images)))
-    where = [text.find(part["section"]) for part in parts]
-    for part, start in zip(parts, where):
-        first = text.count(IMAGE, 0, start)
-        part["shown"] = [images[first + k] for k in range(part["section"].count(IMAGE))]
-        rest = iter(alts[first:])
-        part["section"] = re.sub(IMAGE, lambda _: f"[{next(rest)}]", part["section"])
-    entry = {"name": name, "text": text, "images": images, "sections": parts}
-    return entry if place == "user" else {**entry, "place": place}
-
-
-def named(text, policy):
-    """The sections of a policy that a chain of thought names, in the policy's order."""
-    here = lambda part: re.search(rf"(?<!\w){re.escape(part['id'])}(?!\w|\.\d)", text, re.I)
-    return [part for part in policy["sections"] if here(part)]
-
-
-def cpt_items(policy, items, rng):
-    """VM-CPT items of one policy around its SFT items, as data.clevr_policy makes them of a tree: every kind
-    there is."""
-    blank = {"policy": policy["name"], "images": [], "question": "", "answer": ""}
-    for item in items:
-        yield {**item, "id": f"{item['id']}-applied", "kind": "applied"}
-        parts = named(item.get("cot", ""), policy)
-        if parts:
-            said = [parts[k]["section"] for k in rng.permutation(len(parts)).tolist()]
-            answer = f"<think>{' '.join(said)}</think>"
-            yield {**item, "id": f"{item['id']}-response", "kind": "response", "answer": answer, "cot": ""}
-    for k in range(max(1, len(items) // 10)):
-        yield {**blank, "id": f"{policy['name']}-document-{k}", "kind": "document"}
-    for k, part in enumerate(policy["sections"]):
-        start = " ".join(re.sub(r"^\W*(\d+(\.\d+)*[.):]?\s+)?", "", part["section"]).split()[:8])
-        asked = [(wording.format(part["id"], policy["name"]), part["section"], []) for wording in Prose.RESTATE]
-        asked.append((f"Which part of policy {policy['name']} has the words “{start} ...”?", part["id"], []))
-        for image in part["shown"]:
-            asked.append((f"{IMAGE}\nWhere does policy {policy['name']} show this?", part["id"], [image]))
-        for j, (question, answer, images) in enumerate(asked):
-            asks = {"question": question, "answer": answer, "images": images}
-            yield {**blank, **asks, "id": f"{policy['name']}-section-{k}-{j}", "kind": "section"}
-
-
-# -- 2. pictures -------------------------------------------------------------------------------------------------------
-
-
-class Store:
-    """The pictures of a data folder, named by their content: one that comes twice is one file, on one side of the
-    split.
-
-    A file is linked (copied where that cannot be); under `media` it stays where it is, and its path there is its name.
-    """
-
-    def __init__(self, folder, media=""):
-        self.folder, self.media, self.known = folder, media, {}
-        os.makedirs(os.path.join(folder, "images"))
-
-    def add(self, picture, where):
-        """(name, digest, (width, height)) of a path or of bytes; raises InputError for what is no picture."""
-        if picture in self.known:
-            return self.known[picture]
-        try:
-            if isinstance(picture, bytes):
-                content = picture
-            else:
-                with open(picture, "rb") as file:
-                    content = file.read()
-            with Image.open(io.BytesIO(content), formats=list(SUFFIX)) as image:
-                kind, size = image.format, image.size
-        except Exception as error:  # Pillow's readers raise anything on damaged files
-            found = f"picture {clip(picture)} found {type(error).__name__}"
-            raise InputError(f"{where}: {found}, expected PNG, JPEG, WebP, GIF, BMP or TIFF") from None
-        digest = hashlib.sha1(content).hexdigest()[:20]
-        name = f"images/{digest}.{SUFFIX[kind]}"
-        inside = self.media and isinstance(picture, str) and os.path.realpath(picture)
-        if inside and os.path.commonpath([inside, os.path.realpath(self.media)]) == os.path.realpath(self.media):
-            name = os.path.relpath(inside, os.path.realpath(self.media))
-        else:
-            self.put(picture, os.path.join(self.folder, name))
-        if isinstance(picture, str):
-            if len(self.known) > 4096:  # neighbours share pictures; memory is not to grow with the data
-                self.known.clear()
-            self.known[picture] = name, digest, size
-        return name, digest, size
-
-    def put(self, picture, path):
-        try:
-            if isinstance(picture, bytes) or os.path.islink(picture):
-                raise OSError
-            os.link(picture, path)
-        except FileExistsError:  # the same content came before
-            return
-        except OSError:  # bytes, a link, another disk, or one without links
-            if os.path.exists(path):
-                return
-            with open(path, "wb") as file:
-                if isinstance(picture, bytes):
-                    file.write(picture)
-                else:
-                    with open(picture, "rb") as original:
-                        shutil.copyfileobj(original, file)
-
-
-# -- 3. items ----------------------------------------------------------------------------------------------------------
+# -- 1. items ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -390,19 +198,20 @@ class Groups:
         return set(chosen)
 
 
-# -- 4. how long things are --------------------------------------------------------------------------------------------
+# -- 2. how long things are --------------------------------------------------------------------------------------------
 
 
 class Lengths:
     """Tokens of prompts and responses by a model's processor, counted as items pass by; nothing without one."""
 
-    def __init__(self, processor, policies, shown):
+    def __init__(self, processor, policies):
+        """policies: as read_policy gives them, with the sizes of their pictures."""
         self.processor, self.waiting, self.pool, self.under_way = processor, [], ThreadPoolExecutor(1), None
         self.texts, self.responses, self.pictures, self.count = (array("q") for _ in range(4))  # an entry per item
         self.owners, self.policies = [], {}
         if processor:
-            for policy in policies:
-                sizes, words = shown.get(policy["name"], []), policy["text"].replace(IMAGE, "") + "\n\n"
+            for policy, sizes in policies:
+                words = policy["text"].replace(IMAGE, "") + "\n\n"
                 pictures = self.of_pictures(sizes) + 2 * len(sizes)  # each stands between two marks
                 self.policies[policy["name"]] = count(self.processor, [words])[0] + pictures
 
@@ -468,28 +277,57 @@ def asked(item):
     return item["messages"][-1]["content"] if "messages" in item else item["question"]
 
 
-# -- 5. the folder -----------------------------------------------------------------------------------------------------
+# -- 3. the folder -----------------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """Items that lie in a file, read one at a time: a list in len() and in iteration, not in memory."""
+class Draft:
+    """Items on their way, in one file: where each begins, and of each what the split and the report have to know."""
 
-    def __init__(self, numbers, read):
-        self.numbers, self.read = numbers, read
+    def __init__(self, path):
+        self.file = open(path, "w+b")
+        self.starts, self.reasoned, self.pictures, self.owners = array("q"), array("b"), array("q"), []
+
+    def __len__(self):
+        return len(self.starts)
+
+    def add(self, item):
+        self.starts.append(self.file.tell())
+        self.file.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
+        self.reasoned.append("cot" in item)
+        self.pictures.append(len(item["images"]))
+        self.owners.append(item["policy"])
+
+    def line(self, k):
+        self.file.seek(self.starts[k])
+        return self.file.readline()
+
+    def split(self, test):
+        """{"sft", "rl", "test": numbers of items}: SFT has those with reasoning, RL the rest; where there are none of
+        either kind, it has them all."""
+        train = [k for k in range(len(self)) if k not in test]
+        with_cot, rest = [k for k in train if self.reasoned[k]], [k for k in train if not self.reasoned[k]]
+        return {"sft": with_cot or train, "rl": rest or train, "test": sorted(test)}
+
+    def write(self, path, chosen):
+        with open(path, "wb") as file:
+            file.writelines(map(self.line, chosen))
+
+    def counts(self, chosen):
+        """How many of the items, with reasoning, and pictures."""
+        return len(chosen), sum(self.reasoned[k] for k in chosen), sum(self.pictures[k] for k in chosen)
+
+
+class Chosen:
+    """Some items of a Draft, read one at a time: a list in len() and in iteration, not in memory."""
+
+    def __init__(self, draft, numbers):
+        self.draft, self.numbers = draft, numbers
 
     def __len__(self):
         return len(self.numbers)
 
     def __iter__(self):
-        return map(self.read, self.numbers)
-
-
-def split(count, test, reasoned):
-    """{"sft", "rl", "test": numbers of items}: SFT has those with reasoning, RL the rest; where there are none of
-    either, it has them all."""
-    train = [k for k in range(count) if k not in test]
-    with_cot, rest = [k for k in train if reasoned[k]], [k for k in train if not reasoned[k]]
-    return {"sft": with_cot or train, "rl": rest or train, "test": sorted(test)}
+        return (json.loads(self.draft.line(k)) for k in self.numbers)
 
 
 def convert(
@@ -508,70 +346,50 @@ def convert(
 ):
     """Write a data folder -> the closing report, a list of lines.
 
-    policies: [(file, name, place, [files of its bare <image> marks])]; files: paths of data; media: where pictures
-    stay; test: share of items kept for the test; limits: longest prompt and response in tokens. Two passes: rows to
-    items in one draft file, of which only offsets are kept in memory, then each item into its split. Raises InputError;
-    then nothing is left.
+    files: paths of data; policies: [(file, name, place, [files of its bare <image> marks])]; media: where pictures
+    stay; test: share of items kept for the test; processor: a model's, to count tokens; limits: of a prompt and of a
+    response, in tokens. Raises InputError; then nothing is left.
     """
     options = options or Options([name for _, name, _, _ in policies])
-    with NewFolder(out, overwrite) as draft, warnings.catch_warnings():
+    with NewFolder(out, overwrite) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of photographs; nothing is decoded here
-        store = Store(draft, media)
-        shown = {}  # sizes of the policies' pictures
-        written = [read_policy(*policy, store, shown) for policy in policies]
-        write_json(os.path.join(draft, "policies.json"), written)
-        lengths, groups, starts, reasoned = Lengths(processor, written, shown), Groups(), array("q"), array("b")
-        owners, pictures = [], array("q")
-        with open(os.path.join(draft, "dropped.txt"), "w", encoding="utf-8") as log:
+        at = lambda name: os.path.join(folder, name)
+        store = Store(folder, media)
+        read = [read_policy(*policy, store) for policy in policies]
+        written = [policy for policy, _ in read]
+        write_json(at("policies.json"), written)
+
+        draft, groups, lengths = Draft(at("draft")), Groups(), Lengths(processor, read)
+        with open(at("dropped.txt"), "w", encoding="utf-8") as log:
             converter = Converter(store, [media] if media else [], options, lambda line: log.write(clean(line) + "\n"))
-            with open(os.path.join(draft, "all"), "wb") as file:
-                for path in files:
-                    for item, keys, sizes in tqdm(
-                        converter.items(path), desc=os.path.basename(path), disable=not progress
-                    ):
-                        starts.append(file.tell())
-                        line = json.dumps(item, ensure_ascii=False) + "\n"
-                        file.write(line.encode())
-                        groups.add(keys)
-                        reasoned.append("cot" in item)
-                        owners.append(item["policy"])
-                        pictures.append(len(item["images"]))
-                        lengths.add(item, sizes)
-        if not starts:
+            for path in files:
+                rows = converter.items(path)
+                for item, keys, sizes in tqdm(rows, os.path.basename(path), disable=not progress):
+                    draft.add(item)
+                    groups.add(keys)
+                    lengths.add(item, sizes)
+        if not len(draft):
             why = converter.reasons.most_common(1)
             found = f"{why[0][1]} rows dropped, {why[0][0]}" if why else "no rows"
             raise InputError(f"{', '.join(map(str, files))}: found {found}, expected at least one item")
         lengths.flush(wait=True)
-        splits = split(len(starts), groups.test_side(test, seed), reasoned)
+
+        splits, kinds = draft.split(groups.test_side(test, seed)), Counter()
+        for name, chosen in splits.items():
+            if chosen:
+                draft.write(at(f"{name}.jsonl"), chosen)
         rng = np.random.default_rng(seed)
-        with open(os.path.join(draft, "all"), "rb") as file:
-
-            def read(k):
-                file.seek(starts[k])
-                return json.loads(file.readline())
-
-            for name, chosen in splits.items():
-                if chosen:
-                    with open(os.path.join(draft, f"{name}.jsonl"), "wb") as side:
-                        for k in chosen:
-                            file.seek(starts[k])
-                            side.write(file.readline())
-            kinds = Counter()
-            if written:
-                with open(os.path.join(draft, "cpt.jsonl"), "w", encoding="utf-8") as side:
-                    for policy in written:
-                        mine = Kept([k for k in splits["sft"] if owners[k] == policy["name"]], read)
-                        for item in cpt_items(policy, mine, rng):
-                            kinds[item["kind"]] += 1
-                            side.write(json.dumps(item, ensure_ascii=False) + "\n")
-        os.unlink(os.path.join(draft, "all"))
-        if not converter.reasons:
-            os.unlink(os.path.join(draft, "dropped.txt"))
-    counts = {
-        name: (len(chosen), sum(reasoned[k] for k in chosen), sum(pictures[k] for k in chosen))
-        for name, chosen in splits.items()
-    }
-    return report(out, written, splits, counts, kinds, converter, lengths, limits, test)
+        with open(at("cpt.jsonl"), "w", encoding="utf-8") as file:
+            for policy in written:
+                mine = Chosen(draft, [k for k in splits["sft"] if draft.owners[k] == policy["name"]])
+                for item in cpt_items(policy, mine, rng):
+                    kinds[item["kind"]] += 1
+                    file.write(json.dumps(item, ensure_ascii=False) + "\n")
+        draft.file.close()
+        empty = [name for name in ("cpt.jsonl", "dropped.txt") if not os.path.getsize(at(name))]
+        for name in ("draft", *empty):
+            os.unlink(at(name))
+    return report(out, written, draft, splits, kinds, converter, lengths, limits)
 
 
 def clean(text):
@@ -579,7 +397,7 @@ def clean(text):
     return "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text)
 
 
-def report(out, policies, splits, counts, kinds, converter, lengths, limits, test):
+def report(out, policies, draft, splits, kinds, converter, lengths, limits):
     """What was made, as lines of a table, and what the training scripts will say to it."""
     lines = []
     for policy in policies:
@@ -596,7 +414,7 @@ def report(out, policies, splits, counts, kinds, converter, lengths, limits, tes
     for name, chosen in splits.items():
         if chosen:
             figures = lengths.row(chosen) if lengths.processor else [""] * 4
-            lines.append(row(name, "", *(f"{count:,}" for count in counts[name]), *figures).rstrip())
+            lines.append(row(name, "", *(f"{count:,}" for count in draft.counts(chosen)), *figures).rstrip())
     if not lengths.processor:
         lines.append("(tokens: with --model M)")
     lines.append("")
@@ -608,18 +426,16 @@ def report(out, policies, splits, counts, kinds, converter, lengths, limits, tes
     lines += [f"left out {times:,}: {what}" for what, times in converter.left_out.items()]
     if converter.ignored:
         lines.append("columns that nothing here reads: " + clean(", ".join(map(str, converter.ignored)))[:300])
-    if not counts["sft"][1]:
+    if not draft.counts(splits["sft"])[1]:
         lines.append("no reasoning found: sft.jsonl has answers alone; python -m data.cot --mode reverse writes chains")
     if splits["sft"] == splits["rl"]:
         lines.append("sft.jsonl and rl.jsonl have the same items")
     if not splits["test"]:
-        lines.append(
-            "no test items: all items share a picture or a conversation" if test else "no test items (--test 0)"
-        )
+        lines.append("no test items: --test is 0, or all items share a picture or a conversation")
     return lines
 
 
-# -- 6. the command ----------------------------------------------------------------------------------------------------
+# -- 4. the command ----------------------------------------------------------------------------------------------------
 
 
 def arguments():

@@ -14,8 +14,9 @@ from PIL import Image
 import data.check
 from data import InputError
 from data.dataset import load_items, load_policies, messages, target
+from data.document import sections
 from data.formats import read_rows
-from data.own import main, sections
+from data.own import main
 from model import Processor
 
 POLICY = """# Returns
