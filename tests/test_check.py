@@ -84,6 +84,13 @@ def test_every_fault_is_found_with_its_place(folder, processor):
     assert str(faults[0]).startswith("sft.jsonl:1: item i0, picture ")
 
 
+def test_a_policy_is_looked_at_too(folder, processor):
+    """Its pictures stand in every prompt: one that is cut would end the run at its first item."""
+    (folder / "images" / "0.png").write_bytes(png((84, 84))[:300])
+    (fault,) = [fault for fault in found(folder, processor, "rl") if fault.file == "policies.json"]
+    assert fault.item == "P2" and fault.picture.endswith("0.png") and "expected a readable picture" in fault.what
+
+
 def test_lengths_are_those_of_the_processor(folder, processor):
     """With and without the policy, for every kind, and near the limit to the token."""
     policies = load_policies(folder)
