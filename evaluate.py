@@ -24,19 +24,20 @@ from tqdm import tqdm
 
 import model as qwen
 from data import InputError, command, gta_score, rewards
+from data import judge as judges
 from data.dataset import load_items, load_policies
 from data.referral import branching_error, referral
 from data.sections import recitation, recitation_items
 from rollout import PolicyRollout
 from support import folder
 from support.checkpoint import not_finite, to_json, write_json
-from support.config import option, parse
+from support.config import Judge, option, parse
 from support.runs import open_model
 from support.stock import generate, read_generation
 
 
 @dataclass
-class Config:
+class Config(Judge):
     """options"""
 
     model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
@@ -48,6 +49,8 @@ class Config:
     policy_in_context: bool = option(False, "put each item's policy in front of its prompt")
     seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart")
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
+    reward: str = option("", "rewards of train_rl.py to report, too; the first one tells right from wrong")
+    media: str = option("", "folder that pictures may be read from, too")
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
@@ -115,7 +118,7 @@ def judge(text, item, policy):
         said = recitation(text, item)
         return {"parsed": text, "correct": said["exact"], "f1": said["f1"]}
     verdict = {
-        "parsed": rewards.parse(text),
+        "parsed": rewards.said(text, item),
         "correct": rewards.accuracy(None, text, item),
         "format": rewards.format(None, text, item),
     }
@@ -128,7 +131,7 @@ def judge(text, item, policy):
         verdict["exact_chain"] = rewards.exact_chain(text, item, policy)
     if "old_answer" in item:  # another policy stands in the prompt under this name: whom does the model follow?
         same = gta_score.exact if "tool" in verdict else rewards.accuracy
-        verdict["follows_old"] = same(None, text, {"answer": item["old_answer"]}) * (1 - verdict["correct"])
+        verdict["follows_old"] = same(None, text, {**item, "answer": item["old_answer"]}) * (1 - verdict["correct"])
     return verdict
 
 
@@ -143,43 +146,53 @@ def evaluate(
     max_prompt=65536,
     max_response=2048,
     batch=256,
+    asked=(),
     progress=False,
     stock=None,
 ):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
+    asked: [(name, function, weight)] of data.rewards, whose means are reported; the first says what is correct.
     stock: settings of support/stock.py, one prompt at a time; None: greedy.
     row: accuracy with its 95 % interval, the mean of every other verdict, the same by depth and by policy, seconds.
     """
-    began, records, asked = time.perf_counter(), [], []
+    began, records, answered = time.perf_counter(), [], []
     rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=max_prompt, max_tokens=max_response)
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start : start + batch]]
-        for item, (text, *lengths, finished) in zip(part, respond(model, rollout, part, policy_in_context, stock)):
+        answers = respond(model, rollout, part, policy_in_context, stock)
+        given = rewards.score(asked, [""] * len(part), [text for text, *_ in answers], part, 60.0) if asked else []
+        for k, (item, (text, *lengths, finished)) in enumerate(zip(part, answers)):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
                 "depth": len(item.get("path", [])),
                 "answer": item["answer"],
-                **judge(text, item, policies[item["policy"]]),
+                **judge(text, item, policies.get(item["policy"])),
                 "finished": finished,
                 "prompt_tokens": lengths[0],
                 "tokens": lengths[1],
                 "response": text,
             }
+            if asked:
+                record["reward"] = {name: x for (name, *_), x in zip(asked, given[k])}
+                record["correct"] = float(given[k][0] >= 1)
             if seen is not None:
                 record["seen"] = sections([item]) <= seen
             records.append(record)
-            asked.append(item)
+            answered.append(item)
     row = score(records)
     for key in (*VERDICTS, "finished", "prompt_tokens", "tokens"):
         values = [record[key] for record in records if key in record]
         if values:
             row[key] = sum(values) / len(values)
-    if all("cot" in item and item.get("path") for item in asked):
-        row |= branching_error([record["response"] for record in records], asked, policies)
+    for name, *_ in asked:
+        values = [record["reward"][name] for record in records if not math.isnan(record["reward"][name])]
+        row[f"reward/{name}"] = sum(values) / len(values) if values else None
+    if all("cot" in item and item.get("path") for item in answered):
+        row |= branching_error([record["response"] for record in records], answered, policies)
     if seen is not None:
         row["seen"], row["unseen"] = (score([r for r in records if r["seen"] is side]) for side in (True, False))
     row |= {"by_depth": group(records, "depth"), "by_policy": group(records, "policy")}
@@ -238,13 +251,16 @@ def main(argv=None):
     name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
     name = config.name or name
     check_out(config, name)
-    policies = load_policies(config.data)
-    items = recitation_items(policies) if config.recite else load_items(config.data, config.split, policies)
+    policies = load_policies(config.data, config.media)
+    asked = rewards.load(config.reward, judges.of(config, policies)) if config.reward else []
+    items = (
+        recitation_items(policies) if config.recite else load_items(config.data, config.split, policies, config.media)
+    )
     items = items[: config.limit or None]
     if not items:
         raise InputError(f"{config.data}: found no policy with sections, expected some to recite")
     path = Path(config.seen)
-    seen = sections(load_items(path.parent, path.name, policies)) if config.seen else None
+    seen = sections(load_items(path.parent, path.name, policies, config.media)) if config.seen else None
     limits = config.min_pixels, config.max_pixels
     model, processor = load(config.model, config.adapter, config.device, config.dtype, *limits)
     row, records = evaluate(
@@ -257,6 +273,7 @@ def main(argv=None):
         max_prompt=config.max_prompt,
         max_response=config.max_response,
         batch=config.batch,
+        asked=asked,
         progress=True,
         stock=read_generation(model.source) if config.stock_generation else None,
     )

@@ -929,6 +929,17 @@ class Processor:
         """Text of token ids, without special tokens such as <|im_end|>."""
         return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
+    def look(self, path):
+        """A picture file as a PIL.Image, and how many tokens it becomes; raises InputError where it cannot be read."""
+        image = open_image(path)
+        return image, self.picture_tokens(*image.size)
+
+    def picture_tokens(self, width, height):
+        """How many tokens a picture of so many pixels becomes; raises InputError where it is too long and thin."""
+        side = self.patch_size * self.merge_size
+        h, w = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
+        return h * w // side**2
+
 
 if __name__ == "__main__":  # those who only want to read or import the model can skip the commands
     import sys

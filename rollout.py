@@ -15,7 +15,7 @@ import torch
 import model as qwen
 from data import InputError
 from data.dataset import messages
-from data.rewards import guarded
+from data.rewards import score
 from kernels.logprob import linear_logprob
 from support.batching import batches, lay_out, learned_hidden, rng
 from support.engine import common_length, sample
@@ -113,7 +113,7 @@ class PolicyRollout:
         """The item's policy with its pictures scaled, and the prompt that holds nothing else; read once per run."""
         name = item["policy"]
         if name not in self.scaled:
-            policy = self.scale(self.policies[name])
+            policy = self.scale(self.policies[name]) if name else None
             alone = self.processor.encode(messages({"images": [], "question": ""}, policy))
             self.scaled[name] = policy, alone
         return self.scaled[name]
@@ -132,12 +132,14 @@ class PolicyRollout:
 # -- 2. judge ----------------------------------------------------------------------------------------------------------
 
 
-def judge(group, rewards, processor, seconds):
-    """The group with the rewards of its responses, (G+K,F) float64, NaN where one raised, hung or was no number."""
-    prompt = processor.decode(group.prompt.input_ids.tolist())
-    texts = [processor.decode(response.tokens) for response in group.responses]
-    found = [[guarded(function, prompt, text, group.item, seconds) for _, function, _ in rewards] for text in texts]
-    return replace(group, rewards=torch.tensor(found, dtype=torch.float64))
+def judge(groups, rewards, processor, seconds):
+    """The groups with the rewards of their responses, (G+K,F) float64, NaN where one raised, hung or was no number."""
+    prompts = [processor.decode(group.prompt.input_ids.tolist()) for group in groups for _ in group.responses]
+    texts = [processor.decode(response.tokens) for group in groups for response in group.responses]
+    items = [group.item for group in groups for _ in group.responses]
+    found = torch.tensor(score(rewards, prompts, texts, items, seconds), dtype=torch.float64)
+    parts = found.split([len(group.responses) for group in groups]) if groups else []
+    return [replace(group, rewards=part) for group, part in zip(groups, parts)]
 
 
 def right_and_wrong(group):
@@ -166,7 +168,7 @@ class Sampler:
         with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
             groups = rollout(self.model, [self.items[i] for i in mine], seeds)
         with run.phase("judge"):
-            return [judge(group, self.rewards, rollout.processor, config.reward_seconds) for group in groups]
+            return judge(groups, self.rewards, rollout.processor, config.reward_seconds)
 
     def __call__(self, cursor):
         """A step's groups, from batch number `cursor` on -> (Responses | None where they do not suffice, next cursor).

@@ -50,8 +50,9 @@ class Sequences:
         kinds = config.kinds.split(",")
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise InputError(f"--kinds: found {', '.join(unknown)!r}, expected some of {', '.join(KINDS)}, by commas")
-        self.policies = load_policies(folder)
-        self.items = [item for item in load_items(folder, split, self.policies) if item.get("kind", "applied") in kinds]
+        self.policies = load_policies(folder, config.media)
+        items = load_items(folder, split, self.policies, config.media)
+        self.items = [item for item in items if item.get("kind", "applied") in kinds]
         if not self.items:
             raise InputError(f"{folder}/{split}: found no items of the kinds {config.kinds}, expected at least one")
         self.folder, self.split, self.processor, self.config = folder, split, processor, config
@@ -66,7 +67,7 @@ class Sequences:
 
     def policy(self, item):
         """The policy in front of the item; None where it is asked without."""
-        return self.policies[item["policy"]] if item.get("kind", "applied") in ("applied", "document") else None
+        return self.policies.get(item["policy"]) if item.get("kind", "applied") in ("applied", "document") else None
 
     def size(self, i):
         """Characters: near enough to tokens for dealing out work evenly."""
@@ -99,7 +100,9 @@ class Sequences:
 def train(config):
     with Run(config, stage="cpt") as run:
         model, processor = run.load()
-        learn(run, model, processor, Sequences(config.data, config.split, processor, config))
+        sequences = lambda split: Sequences(config.data, split, processor, config)
+        held_out = sequences(config.validation) if config.validate_every else None
+        learn(run, model, processor, sequences(config.split), held_out)
 
 
 def main(argv=None):

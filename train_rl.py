@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 
 import model as qwen
-from data import InputError, command
+from data import InputError, command, judge
 from data.dataset import load_items, load_policies
 from data.rewards import load
 from kernels.advantage import group_advantage
 from rollout import PolicyRollout, Sampler
-from support.config import CommonConfig, option, parse, redefault
+from support.config import CommonConfig, Judge, option, parse, redefault
 from support.metrics import Reporter, Reporting, Tally
 from train_sft import Replay
 from training import Run
@@ -144,7 +144,7 @@ class Judging:
 
 
 @dataclass
-class Config(Method, Sampling, Judging, Reporting, CommonConfig):
+class Config(Method, Sampling, Judging, Judge, Reporting, CommonConfig):
     """RL"""
 
     split: str = redefault(CommonConfig, "split", "rl.jsonl")
@@ -269,13 +269,13 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         found = f"{config.group_size} + {config.policy_rollouts} responses per query"
         raise InputError(f"found {found}, expected a group of {Learner.smallest_group} at least")
     with Run(config, stage="rl") as run:
-        loss, rewards = Learner.losses[config.algorithm], load(config.reward)
+        policies = load_policies(config.data, config.media)
+        loss, rewards = Learner.losses[config.algorithm], load(config.reward, judge.of(config, policies))
         model, processor = run.load()
-        policies = load_policies(config.data)
         sections = {name: [node["id"] for node in policy["nodes"]] for name, policy in policies.items()}  # for PA3
-        items = load_items(config.data, config.split, policies)
-        items = [{**item, "sections": sections[item["policy"]]} for item in items]
-        held_out = load_items(config.data, config.validation, policies) if config.validate_every else []
+        items = load_items(config.data, config.split, policies, config.media)
+        items = [{**item, "sections": sections.get(item["policy"], [])} for item in items]
+        held_out = load_items(config.data, config.validation, policies, config.media) if config.validate_every else []
 
         beta = loss.beta if config.beta is None else config.beta
         start, frozen = frozen_models(config, run, model, beta or Learner.needs_start)

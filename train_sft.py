@@ -13,10 +13,13 @@ policies' items, their policy in the prompt, so that the model keeps following p
 
 from dataclasses import dataclass
 
+import torch
+
 from data import InputError, command
 from data.dataset import load_items, load_policies, messages, target
 from support.batching import Ahead, batches, collate, mixture, replayed_items, share, token_logprobs
 from support.config import CommonConfig, option, parse, redefault
+from support.metrics import tracker
 from training import Run
 
 # -- 1. options (the rest of them: support/config.py) ------------------------------------------------------------------
@@ -43,8 +46,8 @@ class Examples:
 
     def __init__(self, folder, split, processor, config, policy_in_prompt=False):
         self.folder, self.split = folder, split
-        self.policies = load_policies(folder)
-        self.items = load_items(folder, split, self.policies)
+        self.policies = load_policies(folder, config.media)
+        self.items = load_items(folder, split, self.policies, config.media)
         self.processor, self.config, self.policy_in_prompt = processor, config, policy_in_prompt
 
     def source(self):
@@ -56,13 +59,15 @@ class Examples:
 
     def size(self, i):
         """Characters: near enough to tokens for dealing out work evenly."""
-        policy = self.policies[self.items[i]["policy"]]["text"] if self.policy_in_prompt else ""
-        return len(policy) + len(self.items[i]["question"]) + len(self.items[i].get("cot", ""))
+        policy = self.policies.get(self.items[i]["policy"]) if self.policy_in_prompt else None
+        return (
+            len(policy["text"] if policy else "") + len(self.items[i]["question"]) + len(self.items[i].get("cot", ""))
+        )
 
     def encode(self, step, i):
         """Item i, the same in every step."""
         item = self.items[i]
-        policy = self.policies[item["policy"]] if self.policy_in_prompt else None
+        policy = self.policies.get(item["policy"]) if self.policy_in_prompt else None
         prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
         response = response_ids(self.processor, target(item, cot=not getattr(self.config, "answer_only", False)))
         check_length(item, "prompt", prompt.input_ids, self.config.max_prompt, prompt)
@@ -139,12 +144,28 @@ class Replay:
         likelihood(run, model, [(collate(*zip(*part), pad_id=self.pad_id), weight) for part, weight in parts])
 
 
+@torch.no_grad()
+def held_out_loss(run, model, items, pad_id):
+    """L of items that are not learned, over all ranks. items: see `reader`; the first --validate-items of them."""
+    mine = range(run.rank, min(len(items), run.config.validate_items), run.world)
+    total, learned = torch.zeros((), dtype=torch.float64), 0
+    for part, here in run.micro_batches([items.encode(0, i) for i in mine], spare=[items.encode(0, 0)]):
+        with run.autocast():
+            logp, _ = token_logprobs(model, collate(*zip(*part), pad_id=pad_id).to(run.device))  # (L,)
+        total, learned = total - here * logp.double().sum().cpu(), learned + here * len(logp)
+    total, learned = run.sum([float(total), learned])
+    return total / learned
+
+
 # -- 4. train ----------------------------------------------------------------------------------------------------------
 
 
-def learn(run, model, processor, own):
-    """The loop of stages 1 and 2: read a global batch, add up gradients, update, report. own: see `reader`."""
-    config = run.config
+def learn(run, model, processor, own, held_out=None):
+    """The loop of stages 1 and 2: read a global batch, add up gradients, update, report. own: see `reader`.
+
+    held_out: likewise, items whose loss is reported every --validate-every steps; the best checkpoint stays.
+    """
+    config, track = run.config, tracker(run.config, run)
     replay = config.replay and Examples(config.replay, "sft.jsonl", processor, config, True)
     run.examine(processor, *own.source())
     if replay:
@@ -160,16 +181,23 @@ def learn(run, model, processor, own):
             loss, tokens, seen = likelihood(run, model, parts)  # L and its number of tokens, over all ranks
             run.reduce_gradients(model)
             grad_norm = run.update(model, optimizer, step, steps)
-        run.report(step, {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, seen)
-        run.checkpoint(step + 1, model, optimizer)
+        metrics, score = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}, None
+        if held_out and ((step + 1) % config.validate_every == 0 or step + 1 == steps):
+            with run.phase("validate"), run.gathered(model):
+                metrics["validation_loss"] = held_out_loss(run, model, held_out, processor.pad_id)
+            score = -metrics["validation_loss"]
+        run.report(step, metrics, seen)
+        track(step, metrics)
+        run.checkpoint(step + 1, model, optimizer, score=score)
     run.finish(model)
 
 
 def train(config):
     with Run(config, stage="sft") as run:
         model, processor = run.load()
-        own = Examples(config.data, config.split, processor, config, config.policy_in_prompt)
-        learn(run, model, processor, own)
+        examples = lambda split: Examples(config.data, split, processor, config, config.policy_in_prompt)
+        held_out = examples(config.validation) if config.validate_every else None
+        learn(run, model, processor, examples(config.split), held_out)
 
 
 def main(argv=None):

@@ -534,13 +534,14 @@ class Run:
     def checkpoint(self, step, model, optimizer, extra=None, score=None):
         """Save after `step` updates where --save-every says so; after a signal save and end with exit code 0.
 
-        extra: a JSON-able dict that the resumed run finds in run.extra. score: the one with the highest is kept, too.
+        extra: a JSON-able dict that the resumed run finds in run.extra. score: saves, too; the one with the highest is
+        kept, and <out>/checkpoints/best leads to it.
         """
         self.extra, self._done, self._between = extra or {}, step, True
         late = self._save_seconds and time.monotonic() >= self._saved_at + self._save_seconds
         late = late or self._save_steps and step % self._save_steps == 0
         stop, late = self.max([int(self._stop), int(bool(late))])  # clocks and signals differ from rank to rank
-        if stop or late:
+        if stop or late or score is not None:
             self._save(score)
         if stop:
             if self.is_main:

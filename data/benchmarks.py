@@ -12,7 +12,6 @@ import ast
 import base64
 import binascii
 import io
-import json
 import os
 import random
 import re
@@ -22,6 +21,7 @@ from PIL import Image
 
 from data import InputError, command
 from data.clevr_policy import NewFolder, write_json, write_jsonl
+from data.formats import read_rows
 
 LETTERS = "ABCDEFGHIJ"
 PICTURES = 7  # image_1 ... image_7 in MMMU-Pro
@@ -37,38 +37,7 @@ JUDGE = (
 
 def rows(path):
     """The rows of a JSONL or parquet file, each with where it stands: ("FILE:12", {column: value}), ..."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file, expected the benchmark's official .parquet or .jsonl file")
-    yield from _parquet(path) if path.endswith(".parquet") else _jsonl(path)
-
-
-def _jsonl(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}:{number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: {type(row).__name__} found, expected an object")
-                yield f"{path}:{number}", row
-
-
-def _parquet(path):
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise InputError(f"{path}: parquet needs pyarrow, found none (pip install pyarrow), or give JSONL") from None
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(64):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: unreadable parquet ({error})") from None
+    return read_rows(path, expected="the benchmark's official .parquet or .jsonl file")
 
 
 def take(row, key, kind, where):

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 
 from data import InputError
-from data.rewards import parse
+from data.rewards import said
 
 EXACT = ("image", "position", "color", "k", "top1")
 SIMILAR = ("text", "attribute", "query", "command", "annotation", "keywords", "instruction")
@@ -238,7 +238,7 @@ def compare(found, gold, similarity=token_f1):
 
 def parts(response, item, similarity=token_f1):
     """{"tool", "arguments", "call", "exact"} of a response, to be logged apart."""
-    tool_score, arguments_score = compare(read_call(parse(response)), json.loads(item["answer"]), similarity)
+    tool_score, arguments_score = compare(read_call(said(response, item)), json.loads(item["answer"]), similarity)
     return {
         "tool": tool_score,
         "arguments": arguments_score,

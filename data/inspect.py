@@ -1,6 +1,7 @@
 """One HTML page that shows a data folder: policies as trees, queries with their way lit, balance, lengths, warnings.
 
     python -m data.inspect DIR [--responses runs/eval/no_policy.jsonl] [--out DIR/inspect.html]
+    python -m data.inspect RUN [RUN] [--live]               a run or an evaluation instead: data/runs.py
 
 The page is one file: no network, no framework, pictures inside it. It works for every data set in our format; where a
 policy is no tree, its text and its items' profile and history are shown.
@@ -8,6 +9,7 @@ policy is no tree, its text and its items' profile and history are shown.
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import os
@@ -16,27 +18,39 @@ from html import escape
 
 from PIL import Image
 
-from data import InputError, command
+from data import InputError, command, runs
 from data.dataset import IMAGE, load_items, load_policies
 from data.oracle import tokens
 from data.referral import mentions, referral
 from data.rewards import accuracy, thoughts
 
 SPLITS = ("cpt", "sft", "rl", "test")
+NO_POLICY = {"nodes": [], "leaves": []}
 STYLE = """
-:root { --ink: #1d2530; --soft: #66717f; --line: #dfe4ea; --way: #c2541b; --good: #2c7a4b; --bad: #b3261e; --paper: #fff }
-* { box-sizing: border-box } body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #f4f6f8; margin: 0 }
-main { max-width: 1180px; margin: 0 auto; padding: 24px } h1 { font-size: 26px; margin: 0 } h2 { margin: 36px 0 10px; font-size: 19px }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; margin: 12px 0 }
-.facts { display: flex; flex-wrap: wrap; gap: 22px } .facts b { display: block; font-size: 21px } .facts span, .soft { color: var(--soft) }
-summary { cursor: pointer } details details { margin-left: 22px } .tree summary { padding: 1px 0 }
-.tag { font-size: 12px; border-radius: 9px; padding: 1px 8px; background: #eef1f4; color: var(--soft); margin-right: 5px }
-.yes { color: var(--good) } .no { color: var(--bad) } .leaf { margin-left: 22px } .way { color: var(--way); font-weight: 600 }
-.crop { height: 44px; vertical-align: middle; border-radius: 4px; margin: 0 3px } pre { white-space: pre-wrap; font-size: 13px; margin: 6px 0 }
-.query { display: grid; grid-template-columns: 260px 1fr; gap: 18px } .query img.scene { width: 260px; border-radius: 6px }
+
+:root { --ink: #1d2530; --soft: #66717f; --line: #dfe4ea; --way: #c2541b; --good: #2c7a4b; --bad: #b3261e;
+  --paper: #fff }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #f4f6f8; margin: 0 }
+main { max-width: 1180px; margin: 0 auto; padding: 24px } h1 { font-size: 26px; margin: 0 }
+h2 { margin: 36px 0 10px; font-size: 19px }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px;
+  margin: 12px 0 }
+.facts { display: flex; flex-wrap: wrap; gap: 22px } .facts b { display: block; font-size: 21px }
+.facts span, .soft { color: var(--soft) } summary { cursor: pointer } details details { margin-left: 22px }
+.tree summary { padding: 1px 0 }
+.tag { font-size: 12px; border-radius: 9px; padding: 1px 8px; background: #eef1f4; color: var(--soft);
+  margin-right: 5px }
+.yes { color: var(--good) } .no { color: var(--bad) } .leaf { margin-left: 22px }
+.way { color: var(--way); font-weight: 600 }
+.crop { height: 44px; vertical-align: middle; border-radius: 4px; margin: 0 3px }
+pre { white-space: pre-wrap; font-size: 13px; margin: 6px 0 }
+.query { display: grid; grid-template-columns: 260px 1fr; gap: 18px }
+.query img.scene { width: 260px; border-radius: 6px }
 .bars { display: grid; grid-template-columns: 130px 1fr 60px; gap: 2px 10px; font-size: 13px; align-items: center }
-.bar { background: #5a7fa8; height: 11px; border-radius: 3px; min-width: 1px } .warn { border-left: 5px solid #d98a00 }
-.fine { border-left: 5px solid var(--good) } svg { width: 100%; height: auto } .edge { stroke: #c9d1da; fill: none }
+.bar { background: #5a7fa8; height: 11px; border-radius: 3px; min-width: 1px }
+.warn { border-left: 5px solid #d98a00 } .fine { border-left: 5px solid var(--good) }
+svg { width: 100%; height: auto } .edge { stroke: #c9d1da; fill: none }
 .lit { stroke: var(--way); stroke-width: 3; fill: none } .dot { fill: #c9d1da } .on { fill: var(--way) }
 text.on { font: 700 12px system-ui, sans-serif; paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px }
@@ -200,8 +214,8 @@ def warnings(policies, items):
         for item in part:
             wrong = [
                 s
-                for s in mentions(item.get("cot", ""), policies[item["policy"]])
-                if s not in {n["id"] for n in policies[item["policy"]]["nodes"]}
+                for s in mentions(item.get("cot", ""), policies.get(item["policy"], NO_POLICY))
+                if s not in {n["id"] for n in policies.get(item["policy"], NO_POLICY)["nodes"]}
             ]
             if wrong:
                 out.append(f"{split}: {item['id']} cites {wrong[0]}, which its policy does not have")
@@ -209,24 +223,24 @@ def warnings(policies, items):
 
 
 def query(item, policy, drawing, response=None):
-    """One query as a card: its picture, what is asked, the right way, and beside it a run's response if there is one."""
+    """One query as a card: its picture, what is asked, the right way, and a run's response beside it if any."""
     pictures = "".join(f'<img class="scene" alt="" src="{thumbnail(path, 520)}">' for path in item["images"][:4])
     head = f'<b>{escape(item["policy"])}</b> <span class="soft">{escape(item["id"])}</span>'
     parts = [head, f"<pre>{escape(item['question'])}</pre>"]
-    for key in ("profile", "history"):
+    for key in ("profile", "history", "system", "messages"):
         if item.get(key):
-            parts.append(
-                f'<details><summary class="soft">{key}</summary><pre>{escape(json.dumps(item[key], indent=1))}</pre></details>'
-            )
+            inside = f"<pre>{escape(json.dumps(item[key], indent=1, ensure_ascii=False))}</pre>"
+            parts.append(f'<details><summary class="soft">{key}</summary>{inside}</details>')
     leaf = next((end["id"] for end in policy["leaves"] if end["response"] == item["answer"]), None)
     if drawing and leaf:
         parts.append(drawing.lit(item["path"], leaf))
-    gold = f'<div><span class="tag">gold</span> <span class="way">{escape(item["answer"])}</span><pre>{escape(item.get("cot", ""))}</pre></div>'
+    gold = f'<span class="tag">gold</span> <span class="way">{escape(item["answer"])}</span>'
+    gold = f"<div>{gold}<pre>{escape(item.get('cot', ''))}</pre></div>"
     if response is None:
         parts.append(gold)
     else:
-        right = accuracy(None, response, item) == 1
-        said = f'<span class="tag">response</span> <span class="{"yes" if right else "no"}">{"right" if right else "wrong"}</span>'
+        kind, word = ("yes", "right") if accuracy(None, response, item) == 1 else ("no", "wrong")
+        said = f'<span class="tag">response</span> <span class="{kind}">{word}</span>'
         if policy["nodes"]:
             read = referral(response, item, policy)
             said += (
@@ -239,20 +253,22 @@ def query(item, policy, drawing, response=None):
     return f'<div class="card query"><div>{pictures}</div><div>{"".join(parts)}</div></div>'
 
 
-def page(folder, responses=None, limit=24):
+def page(folder, responses=None, limit=24, media=""):
     """The whole page as HTML.
 
-    folder: a data folder; responses: {item id: text} of a run, shown beside the gold chains; limit: queries shown, taken
-    evenly over the policies. Raises InputError as the loaders do.
+    folder: a data folder; responses: {item id: text} of a run, beside the gold chains; limit: queries shown, taken
+    evenly over the policies; media: where pictures may also lie. Raises InputError as the loaders do.
     """
-    policies = load_policies(folder)
+    policies = load_policies(folder, media)
     present = [split for split in SPLITS if os.path.exists(os.path.join(folder, f"{split}.jsonl"))]
-    items = {split: load_items(folder, f"{split}.jsonl", policies) if split in present else [] for split in SPLITS}
+    items = {
+        split: load_items(folder, f"{split}.jsonl", policies, media) if split in present else [] for split in SPLITS
+    }
     lengths = [tokens(policy["text"]) for policy in policies.values()]
     facts = [
         ("policies", len(policies)),
         *((f"{split} items", len(items[split])) for split in present),
-        ("tokens a policy", f"{min(lengths)}-{max(lengths)}"),
+        ("tokens a policy", f"{min(lengths, default=0)}-{max(lengths, default=0)}"),
         ("pictures in policies", sum(len(policy["images"]) for policy in policies.values())),
     ]
     out = [
@@ -285,13 +301,13 @@ def page(folder, responses=None, limit=24):
         )
 
     shown = [i for i in items["test"] or items["rl"] if responses is None or i["id"] in responses]
-    by_policy = {name: iter([i for i in shown if i["policy"] == name]) for name in policies}
+    by_policy = {name: iter([i for i in shown if i["policy"] == name]) for name in (*policies, "")}
     chosen = []
     while len(chosen) < min(limit, len(shown)):
         chosen += [i for i in (next(rest, None) for rest in by_policy.values()) if i]
     out.append(f"<h2>Queries</h2><p class='soft'>{min(limit, len(shown))} of {len(shown)}; the right way is lit.</p>")
     out += [
-        query(i, policies[i["policy"]], drawings.get(i["policy"]), responses and responses[i["id"]])
+        query(i, policies.get(i["policy"], NO_POLICY), drawings.get(i["policy"]), responses and responses[i["id"]])
         for i in chosen[:limit]
     ]
 
@@ -304,7 +320,8 @@ def page(folder, responses=None, limit=24):
             out.append(f'<div class="card"><b>{title}</b>{bars(histogram(values))}</div>')
     title = escape(os.path.basename(os.path.abspath(folder)))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body><main>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        "</head><body><main>"
         f"<h1>{title}</h1>{''.join(out)}</div></main></body></html>\n"
     )
 
@@ -329,14 +346,36 @@ def read_responses(path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", metavar="DIR", help="a data folder")
-    parser.add_argument("--responses", metavar="FILE", help="a run's responses, as evaluate.py writes them (JSONL)")
-    parser.add_argument("--out", metavar="FILE", help="the page (default DIR/inspect.html)")
-    parser.add_argument("--limit", type=int, default=24, metavar="N", help="queries shown (default 24)")
+    add = parser.add_argument
+    add("folder", nargs="+", metavar="DIR", help="a data folder; or a run or an evaluation, or two of them")
+    add(
+        "--responses",
+        metavar="FILE",
+        help="a run's responses, as evaluate.py writes them (JSONL), beside the gold chains",
+    )
+    add("--out", metavar="FILE", help="the page (default DIR/inspect.html)")
+    add("--limit", type=int, default=24, metavar="N", help="queries of a data folder shown (default 24)")
+    add("--media", default="", metavar="DIR", help="folder that pictures may also be read from")
+    add("--live", action="store_true", help="serve a run's page on this machine while it runs; no file is written")
+    add("--port", type=int, default=0, metavar="N", help="of --live (default: a free one)")
     args = parser.parse_args(argv)
-    html = page(args.folder, read_responses(args.responses) if args.responses else None, args.limit)
-    out = args.out or os.path.join(args.folder, "inspect.html")
-    with open(f"{out}.draft", "w", encoding="utf-8") as file:
+    if runs.is_run(args.folder[0]) or len(args.folder) > 1 or args.live:
+        if len(args.folder) > 2 or args.responses:
+            raise InputError(
+                f"{len(args.folder)} folders found, expected one or two runs, and --responses with data only"
+            )
+        html = runs.page(args.folder)
+        if args.live:
+            with runs.serve(args.folder, args.port) as server:
+                print(f"http://{runs.LOOPBACK}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+                with contextlib.suppress(KeyboardInterrupt):
+                    server.serve_forever()
+            return
+    else:
+        responses = read_responses(args.responses) if args.responses else None
+        html = page(args.folder[0], responses, args.limit, args.media)
+    out = args.out or os.path.join(args.folder[0], "inspect.html")
+    with open(f"{out}.draft", "w", encoding="utf-8", errors="replace") as file:
         file.write(html)
     os.replace(f"{out}.draft", out)
     print(f"{out}: {len(html) / 1e6:.1f} MB")

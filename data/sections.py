@@ -4,10 +4,9 @@ Continual pre-training on restatements, questions about a section and simulated 
 2510.11588). Reciting a section on request tells whether a policy is stored in words, apart from whether it is followed.
 """
 
-from collections import Counter
-
 from data.clevr import execute, word
 from data.prose import Prose
+from data.rewards import shared_words
 
 
 def _item(policy, number, question, answer):
@@ -62,19 +61,13 @@ def recitation_items(policies):
     return [
         _item(policy, f"recite-{k}", asked(policy, node), node["section"])
         for policy in policies.values()
-        for k, node in enumerate(policy["nodes"])
+        for k, node in enumerate([*policy["nodes"], *policy.get("sections", [])])
         if "section" in node
     ]
 
 
-def token_f1(found, expected):
-    """Overlap of two texts' words, order aside: 2 x shared / (words of both), lower case, 0 to 1."""
-    a, b = found.lower().split(), expected.lower().split()
-    shared = sum((Counter(a) & Counter(b)).values())
-    return 2 * shared / (len(a) + len(b)) if a and b else 0.0
-
-
 def recitation(response, item):
-    """How well a section was recited: {"exact": word for word, "f1": token F1}; thoughts before the answer are dropped."""
+    """How well a section was recited: {"exact": word for word, "f1": token F1}; thoughts before the answer are
+    dropped."""
     said = response.rpartition("</think>")[2]
-    return {"exact": float(said.split() == item["answer"].split()), "f1": token_f1(said, item["answer"])}
+    return {"exact": float(said.split() == item["answer"].split()), "f1": shared_words(said, item["answer"])}

@@ -123,6 +123,10 @@ class Checkpoints:
         whole = {name: state for name in self.names() if (state := self.state(name))}
         scores = {name: state["score"] for name, state in whole.items() if state["score"] is not None}
         best = max(scores, key=scores.get, default=None)
+        if best:
+            (self.folder / "best.new").unlink(missing_ok=True)
+            (self.folder / "best.new").symlink_to(best)
+            os.replace(self.folder / "best.new", self.folder / "best")
         for name in [*whole][self.run.config.keep :]:
             if name != best:
                 shutil.rmtree(self.folder / name)

@@ -41,6 +41,7 @@ class Start:
     )
     adapter: str = option("", "start from this LoRA adapter on top of --model")
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
+    media: str = option("", "folder that pictures of the data may be read from, too, if they lie outside --data")
     split: str = option("", "file of the items to learn from, inside --data")
     replay: str = option(
         "",
@@ -109,7 +110,26 @@ class Machine:
 
 
 @dataclass
-class CommonConfig(Start, Update, Machine):
+class Watching:
+    """what is watched"""
+
+    validation: str = option("test.jsonl", "file of the validation items, inside --data")
+    validate_every: int = option(0, "steps between validations, each with a checkpoint (RL: none); 0: none", least=0)
+    validate_items: int = option(128, "items per validation", least=1)
+    tracker: str = option("", "also log to", choices=("", "tensorboard", "wandb"))
+
+
+@dataclass
+class Judge:
+    """the judge"""
+
+    judge_url: str = option("", "OpenAI-compatible server, up to /v1, that the reward named judge asks")
+    judge_model: str = option("", "the model that it is asked for")
+    judge_rubric: str = option("", "text with {policy}, {query}, {reference}, {response}; empty: data/judge.py's own")
+
+
+@dataclass
+class CommonConfig(Start, Update, Watching, Machine):
     """common to all stages"""
 
 

@@ -15,7 +15,7 @@ metrics.jsonl holds one row per step; means over all ranks:
                                     these is in it, none to speak of in a trained model, .02 in a random one
     speed                           seconds, tokens a second by phase, memory: what differs from run to run
 
-validation.jsonl has accuracies, samples.jsonl whole groups. Axes: model.py.
+validation.jsonl has accuracies, samples.jsonl whole groups; python -m data.inspect shows all three. Axes: model.py.
 """
 
 import sys
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from data import InputError
-from data.rewards import guarded
+from data.rewards import score
 from support.batching import batches
 from support.config import option
 
@@ -34,11 +34,7 @@ class Reporting:
     """reporting"""
 
     check: int = option(64, "queries on which the policy in the prompt is tried before training; 0: none", least=0)
-    validation: str = option("test.jsonl", "file of the validation items, inside --data")
-    validate_every: int = option(0, "steps between validations without the policy; 0: none", least=0)
-    validate_items: int = option(128, "queries per validation", least=1)
     samples_every: int = option(10, "steps between whole groups in samples.jsonl; 0: none", least=0)
-    tracker: str = option("", "also log to", choices=("", "tensorboard", "wandb"))
 
 
 class Tally(dict):
@@ -47,6 +43,7 @@ class Tally(dict):
     def __init__(self):
         names = "loss tokens entropy kl clipped_low clipped_high standard_tokens difference".split()
         super().__init__(dict.fromkeys(names, 0.0))
+        self.first = {}  # {response of the first group: its logp (R,) before the first update that it is in}
 
     @torch.no_grad()
     def add(self, loss, micro, here, clip):
@@ -64,6 +61,9 @@ class Tally(dict):
         }
         for name, value in sums.items():
             self[name] += value
+        for row, logp in zip(micro.rows, micro.logp.detach()):
+            if micro.data.rows[row][0] == 0:
+                self.first.setdefault(row, logp)
 
 
 class Reporter:
@@ -109,20 +109,39 @@ class Reporter:
         run.report(step, metrics, total["length"], phase_tokens={"sample": total["length"], "learn": total["tokens"]})
         self.track(step, metrics)
         every, validate = self.config.samples_every, self.config.validate_every
-        if every and step % every == 0 and data.groups:
-            run.append("samples", self.sample(step, data.groups[0], rewards, data.A))
+        if every and step % every == 0 and data.groups and run.is_main:
+            run.append("samples", self.sample(step, data, rewards, tally))
         if validate and (step + 1) % validate == 0:
             run.append("validation", {"step": step, "accuracy": self.accuracy(self.items), "n": len(self.items)})
 
-    def sample(self, step, group, rewards, A):
-        """A whole group, for reading; rewards and A begin with its own."""
-        texts = [self.rollout.processor.decode(response.tokens) for response in group.responses]
-        rows = [
-            dict(zip(("text", "aware", "reward", "advantage"), values))
-            for values in zip(texts, group.aware, rewards.tolist(), A.tolist())
-        ]
-        item = {"id": group.item["id"], "policy": group.item["policy"], "answer": group.item["answer"]}
+    def sample(self, step, data, rewards, tally):
+        """The first group, whole, for reading; "moved": how far each token's logp given x has grown in this step."""
+        group, processor = data.groups[0], self.rollout.processor
+        n, item = len(group.responses), group.item
+        now = self.logprobs(data, n) if tally.first else []
+        rows = []
+        for i, response in enumerate(group.responses):
+            row = {"text": processor.decode(response.tokens), "aware": group.aware[i], "finished": response.finished}
+            row |= {"right": float(data.rewards[i, 0]) >= 1, "reward": float(rewards[i]), "advantage": float(data.A[i])}
+            if i in tally.first and len(now):
+                moved = (now[i] - tally.first[i])[: len(response.tokens)]
+                row["tokens"] = [processor.decode([token]) for token in response.tokens]
+                row["moved"] = [round(x, 4) for x in moved.tolist()]
+            rows.append(row)
+        item = {key: item[key] for key in ("id", "policy", "question", "answer")}
         return {"step": step, **item, "responses": rows}
+
+    @torch.no_grad()
+    def logprobs(self, data, n):
+        """log pi (n,R) of the first n responses given x, as the model is now; [] where it is sharded over ranks."""
+        if self.run.fsdp:
+            return []
+        logp = []
+        for i in range(0, n, self.config.micro_batch):
+            micro = data.take(list(range(i, min(i + self.config.micro_batch, n))))
+            with self.run.autocast():
+                logp += micro.read(self.model, self.config.temperature, self.rollout.processor.pad_id)[0]
+        return logp
 
     def accuracy(self, items, policy_in_prompt=False):
         """Share of right greedy responses, over all ranks; each item's policy stands in its prompt, or not."""
@@ -130,8 +149,8 @@ class Reporter:
         with self.run.phase("validate"), self.run.gathered(self.model):
             answers = self.rollout.greedy(self.model, mine, policy_in_prompt)
         texts = [self.rollout.processor.decode(response.tokens) for _, response in answers]
-        right = sum(guarded(self.rewards[0][1], "", text, item, 60.0) == 1 for text, item in zip(texts, mine))
-        return self.run.sum(right) / len(items)
+        found = score(self.rewards[:1], [""] * len(mine), texts, mine, 60.0)
+        return self.run.sum(sum(first == 1 for (first,) in found)) / len(items)
 
     def does_the_policy_help(self, items):
         """Before training: warn where the policy in the prompt does not raise accuracy, as PolicyRollout then harms."""

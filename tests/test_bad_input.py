@@ -23,12 +23,15 @@ from safetensors.torch import load_file, save_file
 from small import ROOT, arguments, quiet, small_data, start
 
 import data.benchmarks
+import data.check
 import data.clevr_policy
 import data.cot
 import data.gta_policy
 import data.inspect
 import data.oracle
 import data.override
+import data.own
+import data.shop
 import evaluate
 import model as qwen
 import tiny.data
@@ -46,7 +49,7 @@ PAGE = ROOT / "tests" / "BAD_INPUT.md"
 TRAINS = {"cpt": train_cpt, "sft": train_sft, "rl": train_rl}
 TRAINS |= {"gdpo": gdpo, "halves": halves, "icpo": icpo, "noisy": noisy, "opcd": opcd, "tis": tis}
 OTHERS = {f"data.{name}": getattr(data, name) for name in "benchmarks clevr_policy cot gta_policy inspect".split()}
-OTHERS |= {f"data.{name}": getattr(data, name) for name in "oracle override".split()}
+OTHERS |= {f"data.{name}": getattr(data, name) for name in "oracle override own check shop".split()}
 OTHERS |= {f"tiny.{name}": getattr(tiny, name) for name in "data demo score study".split()}
 SECONDS, GIGABYTES = 20, 1  # a row may take so much, beside what the tests hold already
 

@@ -11,7 +11,7 @@ import pytest
 
 from data import InputError
 from data.clevr_policy import main
-from data.dataset import load_items, load_policies, messages, target
+from data.dataset import load_items, load_policies, messages, target, unknown_keys
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,138 @@ def test_the_command_ends_in_one_line_and_exit_code_2(tmp_path):
         cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 2 and run.stderr.startswith("error: --depth -3") and run.stderr.count("\n") == 1
+
+
+# -- items of one's own: conversations, placed pictures, no policy
+# ---------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder written by hand: a policy of text alone, and two pictures."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"y")
+    (tmp_path / "policies.json").write_text('[{"name": "P", "text": "be polite"}]')
+    return tmp_path
+
+
+def load_one(folder, item, **more):
+    (folder / "rl.jsonl").write_text(json.dumps({"id": "1", "answer": "x", **item}))
+    return load_items(folder, "rl.jsonl", load_policies(folder), **more)[0]
+
+
+def shown(item, policy=None):
+    """[(role, text)] with <a> for the picture a.png."""
+    show = lambda part: part.get("text") or f"<{Path(part['image']).stem}>"
+    return [(turn["role"], "".join(map(show, turn["content"]))) for turn in messages(item, policy)]
+
+
+TURNS = [
+    {"role": "user", "content": "see <image>"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "and <image>?"},
+]
+BOTH = ["a.png", "b.png"]
+PROMPTS = [
+    ({"question": "q", "images": BOTH}, [("user", "<a><b>q")]),
+    ({"question": "one <image> two <image>", "images": BOTH}, [("user", "one <a> two <b>")]),
+    ({"question": "q", "system": "Be Bo."}, [("system", "Be Bo."), ("user", "q")]),
+    ({"messages": TURNS, "images": BOTH}, [("user", "see <a>"), ("assistant", "yes"), ("user", "and <b>?")]),
+    (
+        {
+            "messages": [{"role": "system", "content": "S"}, *TURNS[1:2], {"role": "user", "content": "q"}],
+            "images": BOTH,
+        },
+        [("system", "S"), ("assistant", "yes"), ("user", "<a><b>q")],
+    ),
+]
+
+
+@pytest.mark.parametrize("item, chat", PROMPTS)
+def test_turns_and_pictures_stand_where_they_were_written(own, item, chat):
+    loaded = load_one(own, item)
+    assert loaded["policy"] == "" and shown(loaded) == chat
+    k = next(k for k, (role, _) in enumerate(chat) if role == "user")
+    assert shown(loaded, load_policies(own)["P"]) == [
+        (role, f"be polite\n\n{text}" if j == k else text) for j, (role, text) in enumerate(chat)
+    ]
+    front = "be polite\n\n" if chat[0][0] == "system" else "be polite"
+    rest = [("system", front + chat[0][1]), *chat[1:]] if chat[0][0] == "system" else [("system", front), *chat]
+    assert shown(loaded, load_policies(own)["P"] | {"place": "system"}) == rest
+
+
+WRONG = [
+    ({"question": "one <image>", "images": BOTH}, "1 <image> in the text, 2 pictures in images"),
+    ({"question": "one <image>"}, "1 <image> in the text, 0 pictures"),
+    ({"messages": TURNS[:2]}, "messages ends with 'assistant', expected the user's turn"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": TURNS, "question": "q", "images": BOTH}, "both 'question' and 'messages' found"),
+    ({"messages": [{"role": "king", "content": "x"}, *TURNS], "images": BOTH}, "a turn of 'king'"),
+    ({"messages": [*TURNS[:2], {"role": "system", "content": "x"}, TURNS[2]], "images": BOTH}, "a turn of 'system'"),
+    ({"messages": [{"role": "user", "content": " "}]}, "turn 0 of messages: key 'content' is empty"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "key 'content' holds list, expected str"),
+    ({"question": "q", "boxed": "no"}, "key 'boxed' holds str, expected bool"),
+    ({"question": "q", "system": 1}, "key 'system' holds int"),
+    ({"prompt": "q"}, "key 'question' is missing.*python -m data.own reads other formats"),
+    (
+        {"question": "q", "images": ["data:image/png;base64," + "A" * 2_000_000]},
+        "characters\\) lies outside|is missing",
+    ),
+    ({"question": "q", "images": ["\0"]}, "expected a file name"),
+]
+
+
+@pytest.mark.parametrize("item, says", WRONG)
+def test_items_that_cannot_be_used_are_refused(own, item, says):
+    with pytest.raises(InputError, match=f"rl.jsonl:1: .*{says}") as caught:
+        load_one(own, item)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_pictures_may_lie_under_media_and_nowhere_else(own, tmp_path_factory):
+    media = tmp_path_factory.mktemp("media")
+    (media / "far.png").write_bytes(b"z")
+    (own / "images").symlink_to(media)
+    for name in ("far.png", str(media / "far.png"), "images/far.png"):
+        with pytest.raises(InputError, match="outside the data folder|is missing"):
+            load_one(own, {"question": "q", "images": [name]})
+        assert load_one(own, {"question": "q", "images": [name]}, media=media)["images"] == [str(media / "far.png")]
+    inside = str(own / "a.png")
+    assert load_one(own, {"question": "q", "images": [inside]})["images"] == [inside]
+
+
+def test_free_text_is_learned_as_it_is(own):
+    item = load_one(own, {"question": "q", "answer": "Sorry, no.", "cot": "rule 1", "boxed": False})
+    assert target(item) == "<think>rule 1</think>Sorry, no." and target(item, cot=False) == "Sorry, no."
+
+
+def test_keys_that_nothing_reads_are_named(own, folder):
+    items = [
+        load_one(own, {"question": "q", "colour": "red", "sistem": "x"}),
+        load_one(own, {"question": "q", "colour": 1}),
+    ]
+    assert unknown_keys(items) == {"colour": 2, "sistem": 1}
+    for split in ("cpt", "sft", "rl", "test"):
+        assert unknown_keys(load_items(folder, f"{split}.jsonl", load_policies(folder))) == {}
+
+
+def test_a_byte_order_mark_is_no_fault_and_half_a_character_is_one(own):
+    (own / "rl.jsonl").write_text('\ufeff{"id": "1", "question": "q", "answer": "x"}', encoding="utf-8")
+    assert load_items(own, "rl.jsonl", {})[0]["question"] == "q"
+    (own / "rl.jsonl").write_text('{"id": "1", "question": "a\\ud800b", "answer": "x"}')
+    with pytest.raises(InputError, match=r"rl.jsonl:1: half of a character \(.ud800\)"):
+        load_items(own, "rl.jsonl", {})
+    (own / "rl.jsonl").write_text('{"id": "1", "question": "\\ud83d\\ude00", "answer": "x"}')
+    assert load_items(own, "rl.jsonl", {})[0]["question"] == "😀"
+
+
+def test_policies_need_a_name_and_a_text_and_no_more(own):
+    assert load_policies(own)["P"]["nodes"] == []
+    (own / "policies.json").write_text("[]")
+    assert load_policies(own) == {}
+    (own / "policies.json").write_text('[{"name": "P", "text": "x", "place": "sky"}]')
+    with pytest.raises(InputError, match="place 'sky' found, expected user or system"):
+        load_policies(own)
+    (own / "policies.json").unlink()
+    with pytest.raises(InputError, match="no such file, expected a data folder as python -m data.own makes it"):
+        load_policies(own)

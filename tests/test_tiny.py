@@ -236,7 +236,14 @@ def test_muon_moves_every_direction_alike():
 def fake_results():
     row = {"accuracy": 0.5, "n": 4, "interval": [0.2, 0.8], "exact_chain": 0.25}
     row |= {"seen": {"accuracy": 0.5}, "unseen": {"accuracy": None}}
-    drawn = {"seed": 0, "depth": 3, "policy": "P1<script>", "text": "policy P1 <x>", "left_out": ["<script>"], "seconds": 1}
+    drawn = {
+        "seed": 0,
+        "depth": 3,
+        "policy": "P1<script>",
+        "text": "policy P1 <x>",
+        "left_out": ["<script>"],
+        "seconds": 1,
+    }
     return {**drawn, **report.provenance(), "rows": [{"name": name, **row} for name in demo.ROWS]}
 
 
