@@ -24,7 +24,7 @@ import train_rl
 from data import InputError
 from rollout import Group, Responses
 from support.engine import Response
-from variants import capo, filtered, hints, opcd, pidistill, rlsd, sdpg, sdpo, srpo
+from variants import capo, filtered, hints, opcd, rlsd, sdpg, sdpo, srpo
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELD = (
@@ -39,7 +39,7 @@ LOW, HIGH = 0.2, 0.28
 
 
 def step(seed):
-    """Responses to BATCH queries in groups of 3 to 6, of 1 to 6 tokens, in float64; every eleventh reward has failed."""
+    """Responses to BATCH queries in groups of 3 to 6, of 1 to 6 tokens, float64; every eleventh reward failed."""
     draw = random.Random(seed)
     normal = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(draw.randrange(10**6))).double()
     groups = []
@@ -75,7 +75,7 @@ def learner(method, **options):
 
 
 def objective(method, seed, more=()):
-    """What a variant makes of a step -> (loss (B,R), its derivatives by logp and by the teacher's logp), and the step."""
+    """What a variant makes of a step -> (loss (B,R), its derivatives by logp and the teacher's logp), and the step."""
     data, x = step(seed)
     rows = random.Random(seed).sample(range(len(data.list)), len(data.list))  # in any order
     micro = data.take(rows)
@@ -422,9 +422,10 @@ def test_responses_without_an_advantage_learn_where_the_reward_is_not_all(method
 
 
 def test_a_truncated_kl_without_its_rest_would_be_negative():
-    """KL over C tokens and the rest as one: 0 at most where both agree, in float64 by hand, never below 0."""
+    """KL over C tokens and the rest as one, in float64 by hand: never below 0."""
     torch.manual_seed(0)
-    h, g, W = torch.randn(50, 6), torch.randn(50, 6), 2 * torch.randn(30, 6)
+    h, W = torch.randn(50, 6), 0.5 * torch.randn(30, 6)
+    g = h + 0.5 * torch.randn(50, 6)
     p, q = ((x.double() @ W.T.double()).softmax(-1) for x in (h, g))
     top = p.topk(4).indices
     bucketed = lambda x: torch.cat([x.gather(1, top), 1 - x.gather(1, top).sum(1, keepdim=True)], 1)
@@ -488,7 +489,7 @@ def test_gradient_is_that_of_two_forward_passes(folder, drawn, name):
     model, start, groups, processor = drawn
     if name == "srpo":
         groups = [dataclasses.replace(group, rewards=torch.zeros_like(group.rewards)) for group in groups]
-    flags = {"sdpg": dict(distil=0.3, beta=0.0, top_tokens=1000), "srpo": dict(top_tokens=1000)}.get(name, {})
+    flags = {"sdpg": dict(distil=0.3, top_tokens=1000), "srpo": dict(top_tokens=1000)}.get(name, {})
     settings = config(folder, method, micro_batch=4, clip_low=0.2, clip_high=0.2, beta=0.0, **flags)
     A = torch.linspace(-1.5, 2.0, 16)
     wide = dict(settings=settings, drawn=(model, start, groups, processor), method=method, A=A)
@@ -527,7 +528,7 @@ def test_gradient_does_not_depend_on_how_the_work_is_split(folder, drawn, name):
 
 
 RUNS = {"hints": dict(policy_rollouts=6), "filtered": dict(group_size=0, policy_rollouts=8)}
-RUNS |= {name: dict(policy_rollouts=0, group_size=8) for name in ("rlsd", "sdpg", "srpo", "iwopd")}
+RUNS |= {name: dict(policy_rollouts=0, group_size=8) for name in ("srpo", "iwopd")}
 
 
 @pytest.mark.parametrize("name", FIELD)
@@ -545,28 +546,18 @@ def test_filtered_distillation_learns_from_right_responses_alone(reader):
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_the_tiers_of_hints_are_three_prompts(reader, folder):
+def test_the_tiers_of_hints_are_three_prompts(reader):
     """A heading, the section where the path ends, the whole policy: in that order, and each for a third of K."""
-    seen = []
-
-    class Watched(hints.Hints):
-        def prompt(self, item, policy=None):
-            seen.append(policy and policy["text"])
-            return super().prompt(item, policy)
-
-        def policy(self, item):
-            node = {"id": "N2", "section": "N2 red then A1 else A2 ."}
-            return {"text": "policy P : start N1 . N1 cube then N2 else A3 . " + node["section"], "images": [],
-                    "nodes": [{"id": "N1", "section": "N1 cube then N2 else A3 ."}, node]}, None  # fmt: skip
-
-    rollout = Watched(None, {}, 2, 3)
-    item = {"path": [{"node": "N1"}, {"node": "N2"}]}
+    sections = ["N1 cube then N2 else A3 .", "N2 red then A1 else A2 ."]
+    whole = " ".join(["policy P : start N1 .", *sections])
+    nodes = [{"id": section[:2], "section": section} for section in sections]
+    rollout = hints.Hints(SimpleNamespace(stop_ids=[], banned_ids=[]), {}, 2, 3)
+    rollout.policy = lambda item: ({"text": whole, "images": [], "nodes": nodes}, None)
     rollout.prompt = lambda item, policy: policy["text"]
     texts = []
     for rollout.tier in range(3):
-        texts.append(rollout.policy_prompt(item, None))
-    whole = "policy P : start N1 . N1 cube then N2 else A3 . N2 red then A1 else A2 ."
-    assert texts == ["policy P : start N1 .", "policy P : start N1 . N2 red then A1 else A2 .", whole]
+        texts.append(rollout.policy_prompt({"path": [{"node": "N1"}, {"node": "N2"}]}, None))
+    assert texts == ["policy P : start N1 .", f"policy P : start N1 . {sections[1]}", whole]
     with pytest.raises(InputError, match="multiple of 3"):
         run(reader, "hints-4", method=hints, **{**READ, "policy_rollouts": 4, "steps": 1})
 
@@ -590,7 +581,7 @@ MUTATIONS = {  # (file, what stands there, what stands there instead)
     "pidistill: halves": ("pidistill", "torch.where(micro.aware,", "torch.where(~micro.aware,"),
     "pidistill: ratio": ("pidistill", "function(logp, micro.logp_sampler,", "function(logp, micro.logp_old,"),
     "pidistill: sign": ("pidistill", "micro.A - self.config.stay", "micro.A + self.config.stay"),
-    "skill0: grows": ("skill0", "(1 - progress)", "progress"),
+    "skill0: grows": ("skill0", "policy_rollouts * (1 - progress)", "policy_rollouts * progress"),
     "skill0: never mind": ("skill0", "helps[data.ids] & ", ""),
     "dualclip: side": ("dualclip", "micro.A < 0, torch.minimum", "micro.A > 0, torch.minimum"),
     "dualclip: bound": ("dualclip", "-self.config.dual * micro.A", "-micro.A"),
@@ -605,7 +596,7 @@ MUTATIONS = {  # (file, what stands there, what stands there instead)
     "riskpo: utility": ("riskpo", "clamp(max=0)", "clamp(min=0)"),
     "riskpo: bundle": ("riskpo", "data.places[data.ids] //", "data.ids //"),
     "dispo: side": ("dispo", "micro.A < 0", "micro.A > 0"),
-    "xrpo: familiar": ("xrpo", "(1 - e)", "(e - 1)"),
+    "xrpo: familiar": ("xrpo", "novelty * (1 - e)", "novelty * (e - 1)"),
     "xrpo: wrong ones, too": ("xrpo", "torch.where(A > 0, A + bonus, A)", "A + bonus"),
     "xrpo: mask": ("xrpo", "x * kept", "x"),
     "capo: sign": ("capo", "micro.A - self", "micro.A + self"),

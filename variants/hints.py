@@ -3,8 +3,7 @@
     K = 3 k responses: k see the policy's first sentence, k that and the section where the item's path ends, k all of P
     kept = standard responses; where none is right also the first tier that has a right one, or else the last
 
-Source: arXiv 2510.19807 (likewise BREAD, 2506.17211); claim: +44 % on AIME24. What we saw: row `hints` of
-results/README.md.
+Source: arXiv 2510.19807; claim: +44 % on AIME24 over GRPO. What we saw: row `hints` of results/README.md.
 
     python variants/hints.py --model M --init runs/sft --data data/clevr --out runs/hints --policy-rollouts 3
 """

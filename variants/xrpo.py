@@ -31,10 +31,10 @@ class Config(train_rl.Config):
 
 class Learner(train_rl.Learner):
     def credit(self, data, progress):
-        rewards, A, kept = super().credit(data, progress)
-        data.logp_old = self.logprobs(data, kept)  # (B,R)
+        rewards, data.A, kept = super().credit(data, progress)
+        A, data.logp_old = data.A, self.logprobs(data, kept)  # (B,), (B,R)
         s = (data.logp_old * data.mask).sum(1).cpu() / data.lengths  # (B,)
-        total = lambda x: torch.zeros(len(data.groups)).index_add(0, data.ids, x * kept)[data.ids]
+        total = lambda x: torch.zeros(len(data.groups), dtype=x.dtype).index_add(0, data.ids, x * kept)[data.ids]
         e = (s - total(s) / total(torch.ones_like(s)).clamp(min=1)).exp()
         bonus = torch.minimum((self.config.novelty * (1 - e)).clamp(min=0), self.config.most * A)
         return rewards, torch.where(A > 0, A + bonus, A), kept
