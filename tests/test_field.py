@@ -607,7 +607,7 @@ MUTATIONS = {  # (file, what stands there, what stands there instead)
     "lld: gains": ("lld", "lost.clamp(min=0)", "lost"),
     "filtered: wrong ones": ("filtered", "kept & (data.rewards[:, 0] >= 1)", "kept"),
     "filtered: sign": ("filtered", "return -logp", "return logp"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", MUTATIONS)
