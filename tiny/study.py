@@ -540,11 +540,11 @@ def missing(work, done):
 
 
 def report_missing(keys, rows):
-    """What is missing, by world, and hours of two processes: as long as the same row took, or one like it."""
+    """What is missing, by world, and hours of two processes with a core each: as the same row took, or one like it."""
     took = {}
     for row in rows:
         for like in ((row["world"], row["name"]), row["world"], None):
-            took.setdefault(like, []).append(row["seconds"])
+            took.setdefault(like, []).append(row.get("cpu_seconds_all", row["seconds"]))
     likes = lambda world, name: next((like for like in ((world, name), world, None) if like in took), None)
     seconds = lambda key: float(np.mean(took.get(likes(key[0], key[3]), [100.0])))
     for world in dict.fromkeys(key[0] for key in keys):
