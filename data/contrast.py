@@ -23,8 +23,8 @@ def stretches(item, policy):
     starts, at = [], 0
     for step in item["path"]:
         node = nodes[step["node"]]
-        quote = re.escape(node.get("quote", node["question"]))
-        found = re.search(rf"{re.escape(node['id'])}(?![0-9]|\.[0-9]).{{0,{REACH}}}?{quote}", text[at:])
+        name, quote = rf"{re.escape(node['id'])}(?![0-9]|\.[0-9])", re.escape(node.get("quote", node["question"]))
+        found = re.search(rf"{name}(?:(?!{name}).){{0,{REACH}}}?{quote}", text[at:])  # no mention nearer
         if not found:
             return {}  # a chain in words of its own
         starts.append(at + found.start())
