@@ -245,8 +245,9 @@ COLUMNS = {  # key of a row: its heading
     "follows_old": "follows the old P",
     "entropy": "entropy at the end",
     "cpu_seconds": "CPU seconds",
+    "tflop": "TFLOP",
 }
-PLAIN = {"relative": 3, "entropy": 3, "cpu_seconds": 0}  # columns that are no shares: their decimals
+PLAIN = {"relative": 3, "entropy": 3, "cpu_seconds": 0, "tflop": 2}  # columns that are no shares: their decimals
 
 
 @contextlib.contextmanager
@@ -332,7 +333,7 @@ class Study:
             more = {f"curve_{key}": curve for key in curves if (curve := windows(metrics, key))}
             more |= {"entropy": more["curve_entropy"][-1]} if "curve_entropy" in more else {}
             more["cpu_seconds"] = round(trained_in - began[1], 1)
-            more["flops"] = len(metrics) * self.flops(world, name, script, arguments)
+            more["tflop"] = len(metrics) * self.flops(world, name, script, arguments) / 1e12
             found = self.evaluate(trained, data, place, name, [*short, "--contrast", 2])
             more |= stored(found["sections"])
             more["with_policy"] = self.evaluate(trained, data, place, f"{name} with P", short, True)["accuracy"]
@@ -619,7 +620,8 @@ def main(argv=None):
         for policy in range(min(policies, args.policies))
     ]
     study, results = Study(out, Path(args.model).resolve()), Path(args.results)
-    old = json.loads((results / "study.json").read_text())["rows"] if (results / "study.json").exists() else []
+    old = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": []}
+    old = [{"commit": old.get("commit"), **row} for row in old["rows"]]
     tell = lambda: report_missing(missing(work, Study(out, study.model).done), merged(old, lines_of(study.rows)))
     if args.missing:
         return tell()
