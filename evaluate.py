@@ -4,11 +4,11 @@
     python evaluate.py --model M --data data/clevr --out runs/eval --policy-in-context          M(Q, I, P)
 
 Other data folders ask other things: data.override (a new policy under the old name), data.benchmarks (what was
-forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves. --model is a checkpoint, a run's
-folder or one of its checkpoints. Responses are greedy; with --stock-generation they follow the checkpoint's
-generation_config.json, as in transformers and vLLM (the hub's has a repetition_penalty of 1.05). <out>/results.json
-gets one row (its rows of other names stay), <out>/NAME.jsonl each response with its verdict. The parser and the scores
-are those of training: data/rewards.py.
+forgotten), data.gta_policy (tool calls); --recite asks for the policies themselves, --contrast which sections are in
+the weights. --model is a checkpoint, a run's folder or one of its checkpoints. Responses are greedy; with
+--stock-generation they follow the checkpoint's generation_config.json, as in transformers and vLLM (the hub's has a
+repetition_penalty of 1.05). <out>/results.json gets one row (its rows of other names stay), <out>/NAME.jsonl each
+response with its verdict. The parser and the scores are those of training: data/rewards.py.
 """
 
 import json
@@ -25,11 +25,13 @@ from tqdm import tqdm
 import model as qwen
 from data import InputError, command, gta_score, rewards
 from data import judge as judges
+from data.contrast import contrast, table
 from data.dataset import load_items, load_policies
 from data.referral import branching_error, referral
 from data.sections import recitation, recitation_items
 from rollout import PolicyRollout
 from support import folder
+from support.batching import lay_out, token_logprobs
 from support.checkpoint import not_finite, to_json, write_json
 from support.config import Judge, option, parse
 from support.runs import open_model
@@ -51,6 +53,7 @@ class Config(Judge):
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     reward: str = option("", "rewards of train_rl.py to report, too; the first one tells right from wrong")
     media: str = option("", "folder that pictures may be read from, too")
+    contrast: int = option(0, "items per section on which it is held against altered ones; 0: none", least=0)
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
     max_prompt: int = option(65536, "longest prompt in tokens; a longer one is an error, never cut", least=1)
     max_response: int = option(2048, "longest response in tokens; one that does not end by then is cut", least=1)
@@ -200,6 +203,15 @@ def evaluate(
     return row, records
 
 
+@torch.no_grad()
+def likelihoods(model, rollout, item, texts):
+    """log p of each text as the start of the response to an item, without its policy, [float]."""
+    responses = [rollout.processor.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    batch = lay_out(model, [rollout.prompt(item)], [responses], rollout.processor.pad_id)
+    logp, _ = token_logprobs(model, batch.to(model.head_weight.device))
+    return [float(part.double().sum()) for part in logp.split([len(tokens) for tokens in responses])]
+
+
 def load(path, adapter="", device="auto", dtype="auto", min_pixels=0, max_pixels=0):
     """-> (model, processor) ready to answer: adapters merged, no gradients."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -277,6 +289,11 @@ def main(argv=None):
         progress=True,
         stock=read_generation(model.source) if config.stock_generation else None,
     )
+    if config.contrast:
+        rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=config.max_prompt)
+        found = contrast(items, policies, lambda *asked: likelihoods(model, rollout, *asked), config.contrast)
+        row["sections"] = table(found, records, items, seen)
+        print(*row["sections"], sep="\n")
     row = {"name": name, **row, "model": config.model}
     save(config.out, row, records)
     low, high = row["interval"]

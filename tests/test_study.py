@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+import train_rl
 from data import InputError
 from support.config import parse
 from tiny import demo, study
+from tiny.report import TITLES
 
 
 def row(world, policy, seed, name, accuracy, **more):
@@ -44,18 +46,20 @@ def test_two_or_three_runs_are_printed_instead_of_an_interval_wider_than_the_sca
 
 
 def test_every_run_of_the_plan_is_known_and_starts_from_one_that_is():
-    named = {name for _, names, *_ in study.PLAN for name in names}
-    assert named <= set(study.RUNS) and {world for world, *_ in study.PLAN} == set(study.WORLDS)
+    plan = [part for plan in study.PLANS.values() for part in plan]
+    named = {name for _, names, *_ in plan for name in names}
+    assert named <= set(study.RUNS) <= set(TITLES) and {world for world, *_ in plan} == set(study.WORLDS)
     assert {before for _, before, _ in study.RUNS.values() if before} <= set(study.RUNS)
 
 
 def test_every_run_s_flags_are_accepted_by_its_script():
     """A flag that went, or a value that is no longer a choice, would end a study hours after it began."""
     for script, _, flags in [*study.RUNS.values(), *demo.RUNS.values()]:
-        Config = importlib.import_module(script).Config
+        Config = getattr(importlib.import_module(script), "Config", train_rl.Config)
         options = parse(Config, "", ["--model", "M", "--data", "D", "--out", "O", *demo.COMMON, *flags])
         assert options.max_prompt == 2000
-        assert script != "train_rl" or options.algorithm == "dapo"
+        told = "grpo" if "grpo" in flags else "dapo"  # two rows are about the paper's own loss
+        assert script != "train_rl" or options.algorithm == told
 
 
 def test_what_is_done_is_not_done_again_and_time_ends_it(tmp_path, monkeypatch):
@@ -99,3 +103,66 @@ def test_the_tables_and_figures_are_written(tmp_path):
     assert len(kept["rows"]) == len(ROWS) + 5 and kept["worlds"]["T4"][0]["name"] == "sft_grpo"  # in the order of RUNS
     study.main(["--results", str(tmp_path), "--tables"])  # the same from what was kept, with its provenance
     assert (tmp_path / "README.md").read_text() == text and json.loads((tmp_path / "study.json").read_text()) == kept
+
+
+def test_every_variant_has_a_row_of_its_name():
+    """What a file of variants/ claims is held against what we saw; the older ones' rows have names of their own."""
+    older = {"bapo", "gdpo", "halves", "noisy", "tis"}
+    files = {path.stem for path in (study.ROOT / "variants").glob("*.py")} - {"__init__", *older}
+    assert files <= set(study.RUNS) and all(study.RUNS[name][0] == f"variants.{name}" for name in files)
+
+
+def test_a_stopped_study_says_what_is_missing(tmp_path, capsys):
+    """By world, with hours from rows like them; rows of an earlier study stay until they are made again."""
+    (tmp_path / "results").mkdir()
+    old = [row("T4", 0, 0, "sft", 0.1, seconds=36.0), row("T4", 0, 0, "sft_grpo", 0.1, seconds=72.0)]
+    (tmp_path / "results" / "study.json").write_text(json.dumps({"rows": old}))
+    again = row("T4", 0, 0, "sft", 0.9, seconds=36.0)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(again) + "\n")
+    where = ["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--worlds", "T4", "--missing"]
+    study.main([*where, "--policies", "1"])
+    said = capsys.readouterr().out
+    assert "missing in T4: 4 rows" in said and "in_context, no_policy, sft_grpo, sft_poro" in said
+    hours = (72 + 3 * 48) / 7200  # of the row itself; of the others as the mean of its world
+    assert f"missing: 4 rows, {hours:.1f} hours" in said
+    assert study.merged(old, [again]) == [again, old[1]]
+
+
+def test_the_readers_nearest_to_each_share_are_kept(tmp_path, monkeypatch):
+    shares = {100: 0.05, 200: 0.22, 300: 0.46, 400: 0.52, 500: 0.84}
+    for n in shares:
+        (tmp_path / "weak" / f"base-{n}").mkdir(parents=True)
+        (tmp_path / "weak" / f"base-{n}" / "config.json").write_text(str(n))
+    one, asked = study.Study(tmp_path / "out", "base"), []
+    monkeypatch.setattr(one, "data", lambda folder, *flags: folder)
+    answer = lambda path, *_: asked.append(path.name) or {"accuracy": shares[int(path.name[5:])]}
+    monkeypatch.setattr(one, "evaluate", answer)
+    for _ in range(2):  # the second time all is there
+        study.choose_readers(one, tmp_path / "weak")
+    assert len(asked) == 5
+    kept = {share: (one.out / "readers" / str(share) / "config.json").read_text() for share in (20, 50, 80)}
+    assert kept == {20: "200", 50: "400", 80: "500"}
+    other = study.Study(tmp_path / "other", "base")
+    monkeypatch.setattr(other, "data", lambda folder, *flags: folder)
+    monkeypatch.setattr(other, "evaluate", lambda *_: {"accuracy": 0.05})
+    with pytest.raises(InputError, match="expected a base that answers 20 %"):
+        study.choose_readers(other, tmp_path / "weak")
+
+
+def test_a_wrong_picture_calls_for_another_answer(tmp_path):
+    """Else a model that ignores the picture could not be told from one that looks."""
+    items = [{"policy": "P", "answer": a, "images": [f"{i}.png"]} for i, a in enumerate("AABC")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    found = study.lines_of(tmp_path / study.wrong_pictures(tmp_path))
+    shown = [items[int(item["images"][0][0])]["answer"] for item in found]
+    assert [item["answer"] for item in found] == list("AABC") and all(a != b for a, b in zip("AABC", shown))
+
+
+def test_sections_stored_are_counted_apart_where_sft_showed_nothing():
+    rows = [
+        {"section": s, "likelier": 1.0, "margin": 2.0, "shown": shown, "accuracy": 0.5, "stored": stored}
+        for s, shown, stored in (("N1", True, True), ("N2", True, True), ("N3", False, True), ("N4", False, False))
+    ]
+    found = study.stored(rows)
+    assert (found["stored"], found["stored_unseen"]) == (0.75, 0.5) and found["sections"][3][0] == "N4"
+    assert study.stored(rows[:2])["stored_unseen"] is None

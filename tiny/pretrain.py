@@ -1,6 +1,8 @@
 """The tiny base from nothing: a Qwen2.5-VL of 1.9 M parameters that sees small scenes and follows new policies.
 
     python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
+    python -m tiny.pretrain --out runs/weak --vision tiny/base --pictures 12000 --text-steps 1400 --keep-every 50
+                                                                  weak readers with the eyes of a finished base
 
     1. pictures   96,000 scenes with the object that each pixel shows
     2. vision     size, colour, material and shape of every patch's object; full pictures and crops
@@ -16,6 +18,7 @@ Axes: B pictures or rows, N patches, T tokens, D width, K head dim, V vocab.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -33,7 +36,7 @@ from torch import nn
 from data import InputError, command
 from data.clevr import ATTRIBUTES, COLORS, MATERIALS, RADIUS, SHAPES, SIZES
 from data.clevr_policy import CROP as MARGIN
-from model import Config, Qwen25VL, arrange, save_pretrained
+from model import Config, Qwen25VL, arrange, load_pretrained, save_pretrained
 from tiny.stream import Stream, crops_by_value, rows
 from tiny.world import ACTIONS, CROP, ID, NODES, POLICIES, SIDE, TOKENS, pictures, write_tokenizer
 
@@ -511,7 +514,7 @@ def exact(model, source, full, crop, tests, count):
     return scores
 
 
-def train_text(rank, world, out, steps, batch, seed):
+def train_text(rank, world, out, steps, batch, seed, keep_every):
     """One of `world` processes of one thread each: its rows, the mean of all gradients, the same update."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=world)
@@ -573,6 +576,8 @@ def train_text(rank, world, out, steps, batch, seed):
                 },
             )
             save(out / "text.pt", model, step + 1, optimizers)
+        if rank == 0 and keep_every and (step + 1) % keep_every == 0:
+            publish(copy.deepcopy(model), out / f"base-{step + 1}")
     if rank == 0:
         log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 12)})
         save(out / "text.pt", model, steps, optimizers)
@@ -645,6 +650,8 @@ def main(argv=None):
     add("--batch", type=int, default=8192, help="tokens of an update, over all processes (default 8192)")
     add("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     add("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
+    add("--vision", metavar="DIR", help="take the vision tower of this finished base instead of training one")
+    add("--keep-every", type=int, default=0, metavar="N", help="also keep base-N, base-2N, ... of the text stage")
     args = parser.parse_args(argv)
     positive = min(args.vision_steps, args.text_steps, args.processes) >= 1
     if not positive or args.pictures < HELD + 500 or args.batch < 1024 * args.processes:
@@ -659,8 +666,15 @@ def main(argv=None):
     torch.set_num_threads(args.processes)
     model = Qwen25VL(Config.from_json(CONFIG))
     initialise(model)
-    train_vision(model, world, out, args.vision_steps)
-    done, steps = out / "features.done", str(args.vision_steps)
+    if args.vision:
+        tower = load_pretrained(args.vision).visual.state_dict()
+        tower = {
+            name: p for name, p in tower.items() if "merger.mlp" not in name
+        }  # it speaks to a model that has learnt
+        model.visual.load_state_dict(tower, strict=False)
+    else:
+        train_vision(model, world, out, args.vision_steps)
+    done, steps = out / "features.done", args.vision or str(args.vision_steps)
     if not done.exists() or done.read_text() != steps:
         write_features(model, world, out)
         done.write_text(steps)
@@ -669,7 +683,7 @@ def main(argv=None):
         train_merger(model, world, np.load(out / "full.npy", mmap_mode="r"), directions, picture, out, 240)
         save(out / "words.pt", model)
     (out / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(train_text, (args.processes, out, args.text_steps, args.batch, args.seed), args.processes)
+    mp.spawn(train_text, (args.processes, out, args.text_steps, args.batch, args.seed, args.keep_every), args.processes)
     model.load_state_dict(torch.load(out / "text.pt", weights_only=True)["model"])
     publish(model, out / "base")
     draw_curve(out)

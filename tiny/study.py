@@ -1,10 +1,15 @@
 """The paper's ablation, and what its reviewers asked for, on the tiny base: many short runs of the public scripts.
 
     python -m tiny.study --out runs/study --hours 6           stop it at any time; the same command goes on
+    python -m tiny.study --out runs/study --plan field --weak runs/weak          the rivals of 2026, and weak readers
+    python -m tiny.study --out runs/study --missing           train nothing; which rows are missing, and their hours
     python -m tiny.study --tables                             write tables and figures again from results/study.json
 
 Every experiment runs for several policies, and the main ones for three training seeds, the most telling first, so that
-a study cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not repeated.
+a study cut short still compares like with like. A finished run leaves its row in <out>/rows.jsonl and is not repeated;
+rows that results/study.json has and this study has not made again stay there. A weak reader is an early checkpoint of
+the base, with the same eyes (tiny.pretrain --keep-every); those that answer 20, 50 and 80 % of queries with the policy
+in the prompt are chosen once, and kept in <out>/readers.
 Writes results/study.json, the tables in results/README.md and three figures: the main rows, all rows, and what the two
 halves of PolicyRollout's groups earned during training. A mean of four runs or more has its 95 % interval (Student's
 t); of fewer runs each is printed.
@@ -23,9 +28,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import InputError, command, strangers
+from data.clevr_policy import write_json, write_jsonl
 from data.override import override
 from tiny import processes
 from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
@@ -41,6 +48,7 @@ from tiny.report import (
     markdown_table,
     provenance,
 )
+from tiny.score import swapped
 from tiny.world import Terse
 
 # Student's t of the 95 % interval, 1 to 14 degrees of freedom
@@ -54,6 +62,10 @@ def rl(*flags, steps=60):
 
 def group(G, K):
     return f"--algorithm dapo --group-size {G} --policy-rollouts {K}"
+
+
+HALVES, UPDATES = "--group-size 4 --policy-rollouts 4", "--mini-batch 2"  # 8 queries a step: four updates
+ALL_TOKENS = "--top-tokens 203"  # of the tiny base's 204: the rest is one
 
 
 def cpt(kinds, *flags):
@@ -72,7 +84,9 @@ WORLDS = {
     "T3 two at once": "--depth 3 --policies 2 --leave-out 0.34 --queries 300 --test 100".split(),
     "T3 four at once": "--depth 3 --policies 4 --leave-out 0.34 --queries 200 --test 50".split(),
     "T3 eight at once": "--depth 3 --policies 8 --leave-out 0.34 --queries 100 --test 25".split(),
+    **{f"T3 reader {share}": "--depth 3 --leave-out 0.34".split() for share in (20, 50, 80)},
 }
+READERS = {f"T3 reader {share}": share for share in (20, 50, 80)}  # world: % that its base answers with P
 
 LONGEST = {2: 48, 3: 64, 4: 96, 6: 144}  # tokens of a response: one and a half times the longest right one, by depth
 
@@ -135,13 +149,39 @@ RUNS = {
     "opcd, all words": ("variants.opcd", "sft", rl("--group-size 8 --top-tokens 204")),
     "recall reward": ("train_rl", "sft", rl(*GRPO, "--reward accuracy=0.6,format=0.1,data.referral:recall=0.3")),
     "icpo": ("variants.icpo", "sft", rl(group(7, 1), "--bonus 0.2")),
+    # 6. what a reviewer asks for: the paper's losses whole, several updates per step, one half without the other
+    "grpo with its kl": ("train_rl", "sft", rl(group(8, 0), "--algorithm grpo")),
+    "poro with grpo's kl": ("train_rl", "sft", rl(group(4, 4), "--algorithm grpo")),
+    "full dapo": ("train_rl", "sft", rl(*GRPO, "--dynamic-tries 20 --overlong 16")),
+    "poro, full dapo": ("train_rl", "sft", rl(*PORO, "--dynamic-tries 20 --overlong 16")),
+    "grpo, 4 updates": ("train_rl", "sft", rl(*GRPO, UPDATES)),
+    "poro, 4 updates": ("train_rl", "sft", rl(*PORO, UPDATES)),
+    "poro 0+8": ("train_rl", "sft", rl(group(0, 8))),
+    "negatives not pushed down": ("variants.halves", "sft", rl(*PORO, "--ablate negatives")),
+    # 7. the field of 2026, by file of variants/; (8 + 0) where the authors sample without privileged text
+    **{name: (f"variants.{name}", "sft", rl(*PORO)) for name in ("hdpo", "pidistill", "skill0", "topentropy", "capo")},
+    **{name: (f"variants.{name}", "sft", rl(*PORO)) for name in ("riskpo", "xrpo")},
+    **{name: (f"variants.{name}", "sft", rl(*PORO, UPDATES)) for name in ("dualclip", "hapo", "lld")},
+    **{name: (f"variants.{name}", "sft", rl(HALVES, UPDATES)) for name in ("dcpo", "dispo")},
+    "hints": ("variants.hints", "sft", rl(group(2, 6))),
+    "filtered": ("variants.filtered", "sft", rl("--group-size 0 --policy-rollouts 8")),
+    "filtered, own samples": ("variants.filtered", "sft", rl("--group-size 0 --policy-rollouts 8 --frozen-sampler=")),
+    "iwopd": ("variants.iwopd", "sft", rl("--group-size 8")),
+    "rlsd": ("variants.rlsd", "sft", rl(*GRPO)),
+    **{name: (f"variants.{name}", "sft", rl(*GRPO, ALL_TOKENS)) for name in ("sdpg", "srpo", "sdpo")},
+    "rlsd 4+4": ("variants.rlsd", "sft", rl(*PORO)),
+    **{f"{name} 4+4": (f"variants.{name}", "sft", rl(*PORO, ALL_TOKENS)) for name in ("sdpg", "srpo", "sdpo")},
+    "sdpg 4+4, b 1": ("variants.sdpg", "sft", rl(*PORO, ALL_TOKENS, "--distil 1")),
 }
 
 CORE = ["sft", "sft_grpo", "sft_poro"]
 WITH_CPT = ["trimpi", "cpt_sft", "cpt_sft_grpo", "trimpi_paper", "cpt_response_sft", "cpt_response_sft_grpo"]
 REST = [*WITH_CPT, "sft_dapo", "sft_poro_dapo"]  # of the paper's rows, beside CORE
 HEAL = ["frozen sampler", "replay in RL", "frozen sampler, replay, long", "trimpi, replay, long"]
-EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in HEAL[2:]]
+NEW = list(RUNS)[list(RUNS).index("grpo with its kl") :]  # of the second plan
+EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in [*HEAL[2:], *NEW]]
+TEN = "pidistill hdpo filtered rlsd srpo lld capo".split() + ["rlsd 4+4", "sdpg 4+4, b 1", "negatives not pushed down"]
+WEAK = [*CORE, "frozen sampler", "replay in RL", "poro 0+8", "grpo with its kl", *TEN]
 LONGER = ["sft, as long as cpt and sft", "sft, as long, poro"]
 UNMASKED = ["cpt half masked, sft", "cpt unmasked, sft"]
 MAIN = ["in_context", *CORE, HEAL[2], "cpt_sft", "cpt_sft_grpo", "trimpi_paper"]  # of the table over depths
@@ -150,7 +190,7 @@ THIRD = " a third left out"
 WIDE = f"T3{THIRD}"
 LESS = "PolicyRollout less GRPO, same policy and seed"
 SEVERAL = ["T3 two at once", "T3 four at once", "T3 eight at once"]
-PLAN = [  # (world, rows, policies, seed), in this order
+PAPER_PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"T{n}{THIRD}", CORE, 5, 0) for n in (3, 4, 2, 6)],
     ("T4", CORE, 5, 0),
     (WIDE, REST, 5, 0),
@@ -176,6 +216,18 @@ PLAN = [  # (world, rows, policies, seed), in this order
     *[(f"M{n}{THIRD}", CORE, 5, 1) for n in (2, 4)],
     (f"M2{THIRD}", REST, 3, 0),
 ]
+FIELD_PLAN = [  # rows that both plans have are made once
+    (WIDE, [*CORE, *NEW], 2, 0),
+    *[(world, [*CORE, "pidistill", "filtered"], 2, 0) for world in READERS],
+    (WIDE, [*CORE, *NEW], 5, 0),
+    *[(world, WEAK, 5, 0) for world in READERS],
+    (f"T6{THIRD}", [*CORE, "trimpi", *TEN], 3, 0),
+    (WIDE, [*CORE, *NEW], 5, 1),
+    (f"T6{THIRD}", [*CORE, "trimpi", *TEN], 3, 1),
+    *[(world, WEAK, 5, 1) for world in READERS],
+    (WIDE, [*REST, *EXTRA, *HEAL], 5, 0),  # the older rows with the newer columns
+]
+PLANS = {"paper": PAPER_PLAN, "field": FIELD_PLAN}
 
 
 COLUMNS = {  # key of a row: its heading
@@ -185,11 +237,18 @@ COLUMNS = {  # key of a row: its heading
     "referral": "sections quoted rightly",
     "relative": "branching error",
     "with_policy": "with P",
+    "wrong_picture": "wrong picture",
+    "stored": "sections stored",
+    "stored_unseen": "of those never shown",
     "others": "other policies with P",
     "recited": "sections recited",
     "override": "new P, same name",
     "follows_old": "follows the old P",
+    "entropy": "entropy at the end",
+    "cpu_seconds": "CPU seconds",
+    "tflop": "TFLOP",
 }
+PLAIN = {"relative": 3, "entropy": 3, "cpu_seconds": 0, "tflop": 2}  # columns that are no shares: their decimals
 
 
 @contextlib.contextmanager
@@ -231,23 +290,36 @@ class Study:
             aside.rename(folder) if not folder.exists() else shutil.rmtree(aside)
         return folder
 
+    def flops(self, world, name, script, arguments):
+        """Floating-point operations of one step: mean of the first two, counted once for each world and row."""
+        kept = self.out / "flops" / f"{world} {name}.json".replace(" ", "_")
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            scratch = kept.with_suffix(f".{os.getpid()}")
+            with FlopCounterMode(display=False) as counter:
+                self.call(script, *arguments, "--out", scratch, "--steps", 2)
+            shutil.rmtree(scratch)
+            write_json(kept, counter.get_total_flops() / 2)
+        return json.loads(kept.read_text())
+
     def run(self, world, policy, seed, name):
         """Train one run, after the one it starts from, answer the test with and without the policy, note its row."""
-        flags = WORLDS[world]
+        flags, base = WORLDS[world], self.out / "readers" / str(READERS[world]) if world in READERS else self.model
         shape = flags[: 4 if "--variant" in flags else 2]
         short = ["--max-response", LONGEST[int(flags[1])]]
         folder = lambda *names: self.out.joinpath(*(name.replace(" ", "_") for name in names))
-        data = self.data(folder("data", world, str(policy)), *OWN, *flags, "--seed", policy)
+        drawn = WIDE if world in READERS else world
+        data = self.data(folder("data", drawn, str(policy)), *OWN, *flags, "--seed", policy)
         others = self.data(folder("data", f"others {' '.join(shape)}"), *shape, *OTHERS)
-        place, began, more = folder("runs", world, f"{policy}-{seed}"), time.time(), {}
+        place, began, more = folder("runs", world, f"{policy}-{seed}"), (time.time(), time.process_time()), {}
         if name in ("in_context", "no_policy"):
-            found = self.evaluate(self.model, data, place, name, short, name == "in_context")
-            trained = self.model
+            found = self.evaluate(base, data, place, name, short, name == "in_context")
+            trained = base
         else:
             script, before, flags = RUNS[name]
-            if before and (world, policy, seed, before) not in self.done:
+            if before and not (place / before.replace(" ", "_") / "model").exists():
                 self.run(world, policy, seed, before)
-                began = time.time()
+                began = time.time(), time.process_time()
             trained = place / name.replace(" ", "_")
             start = ["--init", place / before.replace(" ", "_")] if before else []
             flags = [others if flag == "OTHERS" else flag for flag in flags]
@@ -255,12 +327,21 @@ class Study:
             most = (
                 ["--max-response", 1000] if script == "train_cpt" else short
             )  # a response-form item names all sections
-            paths = ["--model", self.model, *start, "--data", data, "--out", trained, *replay]
-            self.call(script, *paths, *COMMON, *flags, *most, "--seed", seed)
-            metrics = lines_of(trained / "metrics.jsonl")
-            more = {f"curve_{key}": curve for key in ("accuracy", "accuracy_aware") if (curve := windows(metrics, key))}
-            found = self.evaluate(trained, data, place, name, short)
+            arguments = ["--model", base, *start, "--data", data, *replay, *COMMON, *flags, *most, "--seed", seed]
+            self.call(script, *arguments, "--out", trained)
+            metrics, trained_in = lines_of(trained / "metrics.jsonl"), time.process_time()
+            curves = ("accuracy", "accuracy_aware", "entropy")
+            more = {f"curve_{key}": curve for key in curves if (curve := windows(metrics, key))}
+            more |= {"entropy": more["curve_entropy"][-1]} if "curve_entropy" in more else {}
+            more["cpu_seconds"] = round(trained_in - began[1], 1)
+            more["tflop"] = len(metrics) * self.flops(world, name, script, arguments) / 1e12
+            found = self.evaluate(trained, data, place, name, [*short, "--contrast", 2])
+            more |= stored(found["sections"])
             more["with_policy"] = self.evaluate(trained, data, place, f"{name} with P", short, True)["accuracy"]
+        if name != "no_policy":  # a right answer with another picture did not come from the picture
+            wrong = [*short, "--split", wrong_pictures(data)]
+            aware = name == "in_context"
+            more["wrong_picture"] = self.evaluate(trained, data, place, f"{name} wrong", wrong, aware)["accuracy"]
         if world == WIDE and name != "no_policy":  # what else was learnt or lost
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
             more["recited"] = self.evaluate(trained, data, place, f"{name} recited", [*short, "--recite"])["accuracy"]
@@ -275,11 +356,15 @@ class Study:
             "policy": policy,
             "seed": seed,
             "name": name,
-            "seconds": round(time.time() - began, 1),
+            "seconds": round(time.time() - began[0], 1),
+            "cpu_seconds_all": round(time.process_time() - began[1], 1),  # with what is answered after training
             **{key: found.get(key) for key in ("accuracy", "n", "exact_chain", "referral", "relative")},
             **{side: (found.get(side) or {}).get("accuracy") for side in ("seen", "unseen")},
             **more,
+            "commit": provenance()["commit"],
         }
+        if self.key(row) in self.done:  # made again as another starts from it
+            return
         torn = self.rows.exists() and not self.rows.read_bytes().endswith(b"\n")  # a kill came while it was written
         with open(self.rows, "a") as file:
             file.write("\n" * torn + json.dumps(row) + "\n")
@@ -289,6 +374,50 @@ class Study:
         seen = ["--seen", data / "sft.jsonl"] if (data / "sft.jsonl").exists() else []
         paths = ["--model", model, "--data", data, "--out", place / "eval" / name.replace(" ", "_"), *seen]
         return self.call("evaluate", *paths, "--name", "row", *short, *(["--policy-in-context"] if aware else []))
+
+
+def stored(sections):
+    """What evaluate.py --contrast found: shares of sections in the weights, of all and of those not shown."""
+    share = lambda rows: float(np.mean([row["stored"] for row in rows])) if rows else None
+    kept = [[row[key] for key in ("section", "likelier", "margin", "shown", "accuracy")] for row in sections]
+    hidden = [row for row in sections if not row["shown"]]
+    return {"stored": share(sections), "stored_unseen": share(hidden), "sections": kept}
+
+
+def wrong_pictures(data):
+    """The test items of a data folder, each with a picture that calls for another answer: the file's name."""
+    path = data / "wrong.jsonl"
+    if not path.exists():
+        aside = path.with_name(f"wrong.{os.getpid()}")
+        write_jsonl(aside, swapped(lines_of(data / "test.jsonl")))
+        aside.rename(path)
+    return path.name
+
+
+def choose_readers(study, folder):
+    """Keep in <out>/readers the checkpoints <folder>/base-N whose accuracy with P is nearest to each of READERS.
+
+    Every checkpoint answers the same 96 queries of other policies, once; accuracies: <out>/readers/scores.jsonl.
+    """
+    kept = study.out / "readers"
+    if all((kept / str(share)).exists() for share in READERS.values()):
+        return
+    kept.mkdir(exist_ok=True)
+    shape, scores = WORLDS[WIDE][:2], kept / "scores.jsonl"
+    others = study.data(study.out / "data" / f"others_{'_'.join(shape)}", *shape, *OTHERS)
+    known = {row["base"]: row["accuracy"] for row in lines_of(scores)}
+    for path in sorted(Path(folder).glob("base-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        if path.name not in known:
+            row = study.evaluate(path, others, kept, path.name, ["--max-response", LONGEST[3]], True)
+            known[path.name] = row["accuracy"]
+            with open(scores, "a") as file:
+                file.write(json.dumps({"base": path.name, "accuracy": row["accuracy"]}) + "\n")
+    for share in READERS.values():
+        best = min(known, key=lambda name: abs(known[name] - share / 100), default=None)
+        if best is None or abs(known[best] - share / 100) > 0.1:
+            found = f"{known[best]:.2f} by {best}" if best else "none"
+            raise InputError(f"{folder}: found {found}, expected a base that answers {share} % with P, within 10")
+        shutil.copytree(Path(folder) / best, kept / str(share), dirs_exist_ok=True)
 
 
 def column(out, model, world, policy, seed, names, ends):
@@ -386,7 +515,7 @@ def tables(rows, made):
         )
     for world, found in worlds.items():
         shown = [key for key in COLUMNS if any(row[key] is not None for row in found)]
-        percent = lambda key, mean: f"{mean:.3f}" if key == "relative" else f"{100 * mean:.1f}"
+        percent = lambda key, mean: f"{mean:.{PLAIN[key]}f}" if key in PLAIN else f"{100 * mean:.1f}"
         value = lambda row, key: "–" if row[key] is None else percent(key, row[key])
         body = []
         for row in found:
@@ -402,6 +531,35 @@ def tables(rows, made):
         + f"\n\n{LOSS}",
         "worlds": "\n\n".join(parts),
     }
+
+
+def missing(work, done):
+    """[(world, policy, seed, name)] of the rows that a plan has and a study has not."""
+    wanted = []
+    for _, _, world, policy, seed, names, _ in work:
+        base = ["in_context", "no_policy"] if seed == 0 else []
+        wanted += [(world, policy, seed, name) for name in [*base, *names]]
+    return [key for key in dict.fromkeys(wanted) if key not in done]
+
+
+def report_missing(keys, rows):
+    """What is missing, by world, and hours of two processes with a core each: as the same row took, or one like it."""
+    took = {}
+    for row in rows:
+        for like in ((row["world"], row["name"]), row["world"], None):
+            took.setdefault(like, []).append(row.get("cpu_seconds_all", row["seconds"]))
+    likes = lambda world, name: next((like for like in ((world, name), world, None) if like in took), None)
+    seconds = lambda key: float(np.mean(took.get(likes(key[0], key[3]), [100.0])))
+    for world in dict.fromkeys(key[0] for key in keys):
+        mine = [key for key in keys if key[0] == world]
+        names = ", ".join(dict.fromkeys(key[3] for key in mine))
+        print(f"missing in {world}: {len(mine)} rows, {sum(map(seconds, mine)) / 7200:.1f} h: {names}")
+    print(f"missing: {len(keys)} rows, {sum(map(seconds, keys)) / 7200:.1f} hours of two processes")
+
+
+def merged(old, new):
+    """Rows of both, the new ones in place of old ones of the same key."""
+    return list({Study.key(row): row for row in [*old, *new]}.values())
 
 
 def write(rows, folder, made):
@@ -429,6 +587,9 @@ def main(argv=None):
     add("--seeds", type=int, default=3, help="training seeds per policy, at most (default 3)")
     add("--hours", type=float, default=6.0, help="after which no run is started any more (default 6)")
     add("--worlds", default="", metavar="NAMES", help=f"only these, by commas: {', '.join(WORLDS)}")
+    add("--plan", default="paper,field", metavar="NAMES", help=f"which plans, by commas, of {', '.join(PLANS)}")
+    add("--weak", metavar="DIR", help="folder of tiny.pretrain --keep-every, of which the weak readers are chosen")
+    add("--missing", action="store_true", help="train nothing; which rows are missing, and about how many hours")
     add("--fresh", action="store_true", help="delete what the working folder holds")
     add("--tables", action="store_true", help="train nothing; write tables and figures again from study.json")
     args = parser.parse_args(argv)
@@ -436,6 +597,9 @@ def main(argv=None):
         kept = json.loads(Path(args.results, "study.json").read_text())
         return write(kept["rows"], Path(args.results), {key: kept[key] for key in provenance()})
     wanted = [name.strip() for name in args.worlds.split(",")] if args.worlds else list(WORLDS)
+    plans = [name.strip() for name in args.plan.split(",")]
+    if set(plans) - set(PLANS):
+        raise InputError(f"--plan {args.plan!r} found, expected some of {', '.join(PLANS)}, by commas")
     if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or args.hours <= 0:
         raise InputError(
             f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, "
@@ -454,15 +618,29 @@ def main(argv=None):
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of each process: two share the cores
     work = [
         (out, Path(args.model).resolve(), world, policy, seed, names, ends)
-        for world, names, policies, seed in PLAN
+        for plan in plans
+        for world, names, policies, seed in PLANS[plan]
         if world in wanted and seed < args.seeds
         for policy in range(min(policies, args.policies))
     ]
+    study, results = Study(out, Path(args.model).resolve()), Path(args.results)
+    old = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": []}
+    old = [{"commit": old.get("commit"), **row} for row in old["rows"]]
+    tell = lambda: report_missing(missing(work, Study(out, study.model).done), merged(old, lines_of(study.rows)))
+    if args.missing:
+        return tell()
+    if args.weak:
+        choose_readers(study, args.weak)
+    unready = [world for world, share in READERS.items() if not (out / "readers" / str(share)).exists()]
     with processes.ended_together(), ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        for done in tqdm(pool.map(column, *zip(*work)), total=len(work), desc="study", unit="column", disable=None):
+        ready = [part for part in work if part[2] not in unready]
+        for done in tqdm(pool.map(column, *zip(*ready)), total=len(ready), desc="study", unit="column", disable=None):
             print(done, flush=True)
-            write(lines_of(out / "rows.jsonl"), Path(args.results), provenance())
-    print(Path(args.results) / "README.md")
+            write(merged(old, lines_of(study.rows)), results, provenance())
+    tell()
+    if set(unready) & {part[2] for part in work}:
+        print(f"{', '.join(unready)}: left out without --weak DIR; how to make one: python -m tiny.pretrain --help")
+    print(results / "README.md")
 
 
 if __name__ == "__main__":

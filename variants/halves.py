@@ -1,7 +1,8 @@
-"""What each part of PolicyRollout does: three ablations of its two halves.
+"""What each part of PolicyRollout does: four ablations of its two halves.
 
 --ablate statistics   mean and deviation of the standard and of the policy-aware half apart
 --ablate gradients    the policy-aware half counts in the statistics, but only the standard half has gradients
+--ablate negatives    wrong policy-aware responses count in the statistics, but are not pushed down
 --ablate ratio        policy-aware responses against their true sampler, -min(r, 5) A log pi with
                       r = pi(o|x) / pi_old(o|P,x), where PolicyRollout takes pi_old(o|x)
 
@@ -27,7 +28,9 @@ from train_rl import cispo
 class Config(train_rl.Config):
     """the variant"""
 
-    ablate: str = option("", "what is taken away", choices=("statistics", "gradients", "ratio"), required=True)
+    ablate: str = option(
+        "", "what is taken away", choices=("statistics", "gradients", "negatives", "ratio"), required=True
+    )
 
 
 class Learner(train_rl.Learner):
@@ -37,6 +40,8 @@ class Learner(train_rl.Learner):
             A = group_advantage(rewards.masked_fill(~kept, torch.nan), 2 * data.ids + data.aware, self.loss.advantage)
         if self.config.ablate == "gradients":
             kept = kept & ~data.aware
+        if self.config.ablate == "negatives":
+            kept = kept & ~(data.aware & (A < 0))
         return rewards, A, kept
 
     def objective(self, micro):

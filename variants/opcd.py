@@ -2,8 +2,8 @@
 
     A_t = log pi_start(o_t|P,x) - log pi(o_t|x),    loss -stopgrad(clip(r)) A_t log pi,    o ~ pi(.|x)
 
-or, with --top-tokens C, KL(pi || pi_start(.|P,x)) over the C likeliest tokens of pi. K = 0: everything is sampled
-without the policy. Source: on-policy distillation (arXiv 2306.13649) whose teacher is the model that sees the context.
+or, with --top-tokens C, KL(pi || pi_start(.|P,x)) over the C likeliest tokens of pi and the rest as one. K = 0: all is
+sampled without the policy. Source: on-policy distillation (arXiv 2306.13649) whose teacher is the model that sees P.
 
     python variants/opcd.py --model M --init runs/sft --data data/clevr --out runs/opcd --group-size 8
 """
@@ -54,7 +54,7 @@ class Learner(train_rl.Learner):
 
 
 def tokens_kl(h, W, h_teacher, W_teacher, count, temperature):
-    """KL(pi || teacher) at each position over the `count` likeliest tokens of pi, (L,).
+    """KL(pi || teacher) at each position, (L,), over the `count` likeliest tokens of pi and the rest as one token.
 
     h, h_teacher: hidden states (L,D); W, W_teacher: output weights (V,D).
     """
@@ -64,9 +64,11 @@ def tokens_kl(h, W, h_teacher, W_teacher, count, temperature):
     def log_probs(h, W):  # one token's log-probability gives the normaliser of all
         logits = torch.einsum("ld,lcd->lc", h, W[tokens]).float() / temperature
         likeliest, _ = linear_logprob(h, W, tokens[:, 0], temperature=temperature)
-        return logits - logits[:, :1] + likeliest[:, None]
+        logs = logits - logits[:, :1] + likeliest[:, None]
+        rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()  # without it this would be no KL, often < 0
+        return torch.cat([logs, rest], -1)
 
-    log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)
+    log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)  # (L,count+1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
