@@ -84,22 +84,22 @@ def check_length(item, what, ids, most, prompt=None):
 
 def likelihood(run, model, parts, weight=1.0):
     """Add the gradient of weight * L to the model's, L = -1/n sum_t log p(x_t | x_<t) over the n learned tokens of all
-    ranks' micro-batches -> (L, n, tokens read), each over all ranks. parts: [(Batch, 1.0, or 0.0 for a spare one)].
+    ranks' micro-batches -> (L, n, tokens read), each over all ranks. parts: [Batch].
     """
-    counts = [(here * len(batch.index), here * int(batch.attention_mask.sum())) for batch, here in parts]
+    counts = [(len(batch.index), int(batch.attention_mask.sum())) for batch in parts]
     learned, seen = run.sum([sum(count) for count in zip(*counts)] or [0, 0])
     loss = 0.0
-    for batch, here in parts:
+    for batch in parts:
         with run.autocast():
             logp, _ = token_logprobs(model, batch.to(run.device))  # (L,)
-        part = -here * logp.sum() / learned
+        part = -logp.sum() / max(learned, 1)
         (weight * part).backward()
         loss += part.detach()
     return run.sum(loss), int(learned), seen
 
 
 def reader(run, own, replay, pad_id):
-    """step -> [(Batch, weight)]: this rank's micro-batches of an update, of own items and of those to replay.
+    """step -> [Batch]: this rank's micro-batches of an update, of own items and of those to replay.
 
     own, replay: have len(), size(i) and encode(step, i) -> (prompt, target, learn) as collate takes them.
     """
@@ -110,7 +110,7 @@ def reader(run, own, replay, pad_id):
         return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
 
     rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).encode(step, i), run.workers)
-    return lambda step: [(collate(*zip(*part), pad_id=pad_id), w) for part, w in run.micro_batches(rows(step))]
+    return lambda step: [collate(*zip(*part), pad_id=pad_id) for part in run.micro_batches(rows(step))]
 
 
 class Replay:
@@ -120,12 +120,13 @@ class Replay:
         self.config, self.run, self.pad_id = config, run, processor.pad_id
         self.examples = Examples(config.replay, "sft.jsonl", processor, config, policy_in_prompt=True)
 
-    def __call__(self, model, step):
-        """Add the gradient of their loss to the model's."""
+    def __call__(self, model, step, part=0, parts=1):
+        """Add the gradient of their loss to the model's: of those of a step, update number `part` of `parts`."""
         config, run = self.config, self.run
-        chosen = batches(len(self.examples), replayed_items(config), config.seed + 1, step, run.rank, run.world)
+        chosen = batches(len(self.examples), replayed_items(config), config.seed + 1, step)[part::parts]
+        chosen = chosen[run.rank :: run.world]
         parts = run.micro_batches([self.examples.encode(step, i) for i in chosen])
-        likelihood(run, model, [(collate(*zip(*part), pad_id=self.pad_id), weight) for part, weight in parts])
+        likelihood(run, model, [collate(*zip(*part), pad_id=self.pad_id) for part in parts])
 
 
 # -- 4. train ----------------------------------------------------------------------------------------------------------

@@ -166,6 +166,12 @@ def _help(f):
     return text.replace("%", "%%")
 
 
+def refuse(bad, found, expected):
+    """Raise an InputError where `bad` holds: what was found, what was expected."""
+    if bad:
+        raise InputError(f"found {found}, expected {expected}")
+
+
 def _refuse(message):
     raise InputError(message)
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from helpers import tiny_checkpoint
@@ -16,6 +17,8 @@ from model import Processor, load_pretrained, save_pretrained
 from rollout import PolicyRollout, Responses
 from support.batching import collate, token_logprobs
 from support.config import parse
+
+REWARDS = Path(__file__).with_name("reward_functions.py")
 
 
 def rl_folder(folder):
@@ -42,7 +45,7 @@ def run(folder, name, data="data", model="model", method=train_rl, **flags):
         "micro_batch": 64,
         "max_response": 3,
         "lr": 1e-2,
-        "reward": "test_rl:vowels",
+        "reward": f"{REWARDS}:vowels",
         "beta": 0.0,
         "check": 0,
         "dynamic_tries": 0,
@@ -72,9 +75,9 @@ class Bench:
     def autocast(self):
         return nullcontext()
 
-    def micro_batches(self, rows, spare=()):
+    def micro_batches(self, rows):
         size = self.config.micro_batch
-        return [(rows[i : i + size], 1.0) for i in range(0, len(rows), size)]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def reduce_gradients(self, model):
         pass
@@ -131,7 +134,7 @@ def gradients(settings, drawn, method=train_rl, world=1, A=None, off_policy=Fals
             processor.pad_id,
         )
         if off_policy:
-            learner.logprobs = lambda data, which: data.logp_sampler
+            learner.logprobs = lambda data, which: (data.logp_sampler, None)
         learner(data, 0, 1)
 
     threads = [threading.Thread(target=work, args=(bench,)) for bench in benches[1:]]
@@ -186,4 +189,4 @@ def reader_folder(folder):
     return folder
 
 
-READ = dict(steps=15, group_size=4, max_response=4, lr=2e-3, reward="test_rl:exact")
+READ = dict(steps=15, group_size=4, max_response=4, lr=2e-3, reward=f"{REWARDS}:exact")

@@ -8,8 +8,6 @@ import os
 import socket
 from pathlib import Path
 
-from helpers import picture
-
 from data import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +22,8 @@ CONSTANT = {  # every test's runs are small and quiet
 
 def small_data(folder, items=12):
     """Two policies, one with a picture in it; items of every kind, on pictures of three sizes. Returns the folder."""
+    from helpers import picture  # here: a reward's process imports this file, and needs no torch
+
     folder = Path(folder)
     (folder / "images").mkdir(parents=True)
     for i, size in enumerate([(56, 56), (84, 56), (112, 112)] * -(-items // 3)):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rl_bench import READ, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
+from rl_bench import READ, REWARDS, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
 from small import write_lines
 
 import train_rl
@@ -23,43 +23,6 @@ from train_rl import LOSSES
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return rl_folder(tmp_path_factory.mktemp("rl"))
-
-
-# -- rewards that the tests name as test_rl:function -------------------------------------------------------------------
-
-
-def vowels(prompt, response, item):
-    return sum(response.count(v) for v in "aeiouAEIOU") / max(len(response), 1)
-
-
-def exact(prompt, response, item):
-    return float(response == item["answer"])
-
-
-calls = [0]
-
-
-def raises_sometimes(prompt, response, item):
-    calls[0] += 1
-    if calls[0] % 50 == 0:
-        raise ValueError("a bug in somebody's reward")
-    return vowels(prompt, response, item)
-
-
-def hangs_once(prompt, response, item):
-    calls[0] += 1
-    while calls[0] == 5:
-        try:
-            sum(range(1000))
-        except Exception:  # swallows everything, as some do
-            pass
-    return float("nan") if calls[0] == 9 else vowels(prompt, response, item)
-
-
-def mostly_raises(prompt, response, item):
-    calls[0] += 1
-    assert calls[0] < 20 or calls[0] % 5 < 2
-    return 1.0
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -191,11 +154,12 @@ def test_warns_where_the_policy_in_the_prompt_does_not_help(folder, capsys):
 
 
 def test_metrics_and_samples_tell_what_happened(folder):
-    rewards = {"reward": "test_rl:vowels=2,format=0.5", "overlong": 2}
+    rewards = {"reward": f"{REWARDS}:vowels=2,format=0.5", "overlong": 2}
     (row, *_) = run(folder, "told", steps=1, policy_rollouts=2, samples_every=1, **rewards)
     for name in (
-        "loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy kl "
-        "length length_max clipped_low clipped_high truncated rollout_train_difference failed"
+        "loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy "
+        "length length_max clipped_low clipped_high clipped_low_aware clipped_high_aware truncated "
+        "rollout_train_difference failed"
     ).split():
         assert isinstance(row[name], (int, float)), name
     speed = json.loads((folder / "told" / "metrics.jsonl").read_text().splitlines()[0])["speed"]
@@ -242,7 +206,7 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
         sampler = Sampler(settings, bench, None, rollout, [], [None], tries=9)
         sampler.draw = lambda number: judged(groups, drawn_batches[number])[rank::world]
         data, cursor = sampler(5)
-        assert cursor == 8 and not rollout.prefixes and (sampler.failed, sampler.judged) == (3, 48)
+        assert cursor == 8 and not rollout.prefixes and sampler.drawn["failed"] == 3 / 48
         learner = train_rl.Learner(settings, bench, None, None, None, [(None, None, 1.0)], None, 0)
         A = learner.credit(data, 0.0)[1]  # a rank may have no live group
         found[rank] = list(zip(data.places.tolist(), (group.item["id"] for group in data.groups))), len(A)
@@ -260,15 +224,15 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
 
 @pytest.mark.parametrize("reward", ["raises_sometimes", "hangs_once"])
 def test_a_bad_reward_costs_its_response_only(folder, reward):
-    calls[0] = 0
-    rows = run(folder, reward, steps=3, reward=f"test_rl:{reward}", reward_seconds=0.2)
+    rows = run(folder, reward, steps=3, reward=f"{REWARDS}:{reward}", reward_seconds=0.2)
     assert 0 < sum(row["failed"] for row in rows) < 0.1 and len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
 
 
 def test_rewards_that_mostly_fail_stop_the_run_with_a_checkpoint(folder):
-    calls[0] = 0
-    with pytest.raises(InputError, match=r"of 32 rewards raised, hung or were no number, expected at most"):
-        run(folder, "failing", steps=9, reward="test_rl:mostly_raises")
+    with pytest.raises(
+        InputError, match=r"of the rewards that failed \(\d+ x AssertionError in mostly_raises\), expected at most"
+    ):
+        run(folder, "failing", steps=9, reward=f"{REWARDS}:mostly_raises")
     assert list((folder / "failing" / "checkpoints").glob("step-*"))
 
 
