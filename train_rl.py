@@ -170,9 +170,8 @@ class Learner:
     @classmethod
     def check(cls, config):
         """Refuse options that cannot learn anything together; a variant adds its own."""
-        G, K, few = config.group_size, config.policy_rollouts, cls.smallest_group
-        least, most = config.min_response, config.max_response
-        refuse(G + K < few, f"{G} + {K} responses per query", f"a group of {few} at least")
+        G, K, least, most = config.group_size, config.policy_rollouts, config.min_response, config.max_response
+        refuse(G + K < cls.smallest_group, f"groups of {G} + {K} responses", f"{cls.smallest_group} at least")
         refuse(least >= most, f"--min-response {least}, --max-response {most}", "room for the token that ends it")
         refuse(config.frozen_sampler and not K, "--frozen-sampler", "--policy-rollouts above 0 for it to write")
 

@@ -18,17 +18,21 @@ def raises_sometimes(prompt, response, item):
     return vowels(prompt, response, item)
 
 
-def hangs_once(prompt, response, item):
-    calls[0] += 1
-    while calls[0] == 5:
+def hangs_at_times(prompt, response, item):
+    code = sum(map(ord, response))
+    while code % 29 == 5:
         try:
             sum(range(1000))
         except BaseException:  # swallows everything, as some do
             pass
-    return float("nan") if calls[0] == 9 else vowels(prompt, response, item)
+    return float("nan") if code % 29 == 6 else vowels(prompt, response, item)
 
 
 def mostly_raises(prompt, response, item):
     calls[0] += 1
     assert calls[0] < 20 or calls[0] % 5 < 2
     return 1.0
+
+
+def never(prompt, response, item):
+    return float("nan")

@@ -1,8 +1,12 @@
 """RL without a run: groups drawn from a tiny model, and the gradients of one step, on one rank or several threads."""
 
+import atexit
 import copy
 import dataclasses
+import functools
 import json
+import shutil
+import tempfile
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,6 +79,12 @@ class Bench:
     def autocast(self):
         return nullcontext()
 
+    def phase(self, name):
+        return nullcontext()
+
+    def gathered(self, model):
+        return nullcontext()
+
     def micro_batches(self, rows):
         size = self.config.micro_batch
         return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -134,7 +144,8 @@ def gradients(settings, drawn, method=train_rl, world=1, A=None, off_policy=Fals
             processor.pad_id,
         )
         if off_policy:
-            learner.logprobs = lambda data, which: (data.logp_sampler, None)
+            read = learner.logprobs
+            learner.logprobs = lambda data, which: (data.logp_sampler, read(data, which)[1])
         learner(data, 0, 1)
 
     threads = [threading.Thread(target=work, args=(bench,)) for bench in benches[1:]]
@@ -161,6 +172,21 @@ def reader_folder(folder):
 
     Four of sixteen letters: GRPO would have to guess one in 65,536.
     """
+    shutil.copytree(trained_reader(), folder / "model")
+    (folder / "data").mkdir()
+    policy = {"name": "P", "root": "", "nodes": [], "leaves": [], "text": "R K T B", "images": []}
+    (folder / "data" / "policies.json").write_text(json.dumps([policy]))
+    items = [{"id": f"i{i}", "policy": "P", "images": [], "question": "go", "answer": "RKTB"} for i in range(4)]
+    for name in ("rl", "test"):
+        write_lines(folder / "data" / f"{name}.jsonl", items)
+    return folder
+
+
+@functools.cache
+def trained_reader():
+    """The folder of that model, trained once per process."""
+    folder = Path(tempfile.mkdtemp(prefix="reader-"))
+    atexit.register(shutil.rmtree, folder)
     letters = "BCDFGHJKLMNPQRST"
     tiny_checkpoint(folder / "start", width=64, layers=2, vision_width=16, vision_depth=2, scale=0.05)
     torch.manual_seed(0)
@@ -180,13 +206,7 @@ def reader_folder(folder):
         optimizer.step()
         optimizer.zero_grad()
     save_pretrained(model, folder / "model")
-    (folder / "data").mkdir()
-    policy = {"name": "P", "root": "", "nodes": [], "leaves": [], "text": "R K T B", "images": []}
-    (folder / "data" / "policies.json").write_text(json.dumps([policy]))
-    items = [{"id": f"i{i}", "policy": "P", "images": [], "question": "go", "answer": "RKTB"} for i in range(4)]
-    for name in ("rl", "test"):
-        write_lines(folder / "data" / f"{name}.jsonl", items)
-    return folder
+    return folder / "model"
 
 
 READ = dict(steps=15, group_size=4, max_response=4, lr=2e-3, reward=f"{REWARDS}:exact")

@@ -206,7 +206,18 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
         sampler = Sampler(settings, bench, None, rollout, [], [None], tries=9)
         sampler.draw = lambda number: judged(groups, drawn_batches[number])[rank::world]
         data, cursor = sampler(5)
-        assert cursor == 8 and not rollout.prefixes and sampler.drawn["failed"] == 3 / 48
+        assert (
+            cursor == 8
+            and not rollout.prefixes
+            and sampler.drawn
+            == {
+                "failed": 3 / 48,  # and NaN is no wrong answer
+                "drawn_accuracy": 12 / 24,
+                "drawn_accuracy_aware": 12 / 21,
+                "drawn_dead_groups": 6 / 12,
+                "draws": 3,
+            }
+        )
         learner = train_rl.Learner(settings, bench, None, None, None, [(None, None, 1.0)], None, 0)
         A = learner.credit(data, 0.0)[1]  # a rank may have no live group
         found[rank] = list(zip(data.places.tolist(), (group.item["id"] for group in data.groups))), len(A)
@@ -222,10 +233,10 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
     assert all(n == 4 * len(row) for row, n in found.values()) and (world < 4 or not found[3][0])
 
 
-@pytest.mark.parametrize("reward", ["raises_sometimes", "hangs_once"])
+@pytest.mark.parametrize("reward", ["raises_sometimes", "hangs_at_times"])
 def test_a_bad_reward_costs_its_response_only(folder, reward):
     rows = run(folder, reward, steps=3, reward=f"{REWARDS}:{reward}", reward_seconds=0.2)
-    assert 0 < sum(row["failed"] for row in rows) < 0.1 and len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+    assert 0 < sum(row["failed"] for row in rows) < 0.3 and len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
 
 
 def test_rewards_that_mostly_fail_stop_the_run_with_a_checkpoint(folder):
@@ -265,7 +276,7 @@ def test_k_zero_is_plain_grpo_bit_for_bit(folder, drawn):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ({"group_size": 1, "policy_rollouts": 0}, "group of 2"),
+        ({"group_size": 1, "policy_rollouts": 0}, "groups of 1 . 0 responses, expected 2"),
         ({"policy_rollouts": -1}, "at least 0"),
         ({"reward": "nowhere:f"}, "No module"),
         ({"reward": "wrong"}, "no attribute"),
