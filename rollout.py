@@ -29,7 +29,6 @@ class Sampling:
     """sampling"""
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    min_response: int = option(0, "tokens before a response may end", least=0)
     budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
 
 

@@ -170,9 +170,8 @@ class Learner:
     @classmethod
     def check(cls, config):
         """Refuse options that cannot learn anything together; a variant adds its own."""
-        G, K, least, most = config.group_size, config.policy_rollouts, config.min_response, config.max_response
+        G, K = config.group_size, config.policy_rollouts
         refuse(G + K < cls.smallest_group, f"groups of {G} + {K} responses", f"{cls.smallest_group} at least")
-        refuse(least >= most, f"--min-response {least}, --max-response {most}", "room for the token that ends it")
         refuse(config.frozen_sampler and not K, "--frozen-sampler", "--policy-rollouts above 0 for it to write")
 
     def __init__(self, config, run, model, start, optimizer, rewards, replay, pad_id):
@@ -277,7 +276,7 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         beta = loss.beta if config.beta is None else config.beta
         start, frozen = run.frozen_models(model, beta or Learner.needs_start, config.frozen_sampler)
         kinds = dict(sampler=frozen, keep_policy_prompts=Learner.needs_policy_prompts, options=config)
-        limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response, min_tokens=config.min_response)
+        limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response)
         drawn = dict(temperature=config.temperature, budget=config.budget)
         G, K = config.group_size, config.policy_rollouts
         rollout = PolicyRollout(processor, policies, G, K, **kinds, **limits, **drawn)

@@ -15,8 +15,8 @@ metrics.jsonl holds one row per step: means over all ranks and updates; what was
     length, length_max, truncated   of responses in tokens; share that --max-response cut
     failed                          share of rewards that raised, hung or were no number
     rollout_train_difference        |log pi of the trainer - of the sampler|, tokens of standard responses. Only the
-                                    sampler bans vision tokens (and --min-response early stops): the probability of
-                                    these is in it, none to speak of in a trained model, .02 in a random one
+                                    sampler bans vision tokens: their probability is in it, none to speak of in a
+                                    trained model, .02 in a random one
     speed                           seconds, tokens a second by phase, memory: what differs from run to run
 
 validation.jsonl has accuracies, samples.jsonl whole groups. Axes: model.py.

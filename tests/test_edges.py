@@ -171,7 +171,6 @@ def test_micro_batches_without_rows_add_nothing(folder, drawn, monkeypatch, meth
 
 REFUSED = [
     (train_rl, dict(group_size=1, policy_rollouts=0), "found groups of 1 . 0 responses, expected 2 at least"),
-    (train_rl, dict(min_response=6, max_response=6), "found --min-response 6, --max-response 6, expected room"),
     (train_rl, dict(frozen_sampler="base", policy_rollouts=0), "expected --policy-rollouts above 0"),
     (train_rl, dict(temperature=1e-300), "--temperature: found 1e-300, expected a finite number at least 0.01"),
     (train_rl, dict(reward="accuracy=nan"), "weight nan"),
@@ -277,7 +276,7 @@ def test_the_log_of_dynamic_sampling_tells_of_all_that_was_drawn(reader):
     flags = {**READ, "steps": 2, "group_size": 0, "policy_rollouts": 4, "temperature": 1.5}
     rows = run(reader, "drawn", algorithm="dapo", **flags, dynamic_tries=20, mini_batch=2)
     for row in rows:
-        assert row["dead_groups"] == 0 < row["drawn_dead_groups"] < 1 and row["draws"] > 2
+        assert row["dead_groups"] == 0 <= row["drawn_dead_groups"] < 1 and row["draws"] >= 2
         assert 0 < row["drawn_accuracy_aware"] < 1 and "drawn_accuracy" not in row
 
 
