@@ -87,6 +87,15 @@ def length(prompt, response, item):
     return len(response) % 4 / 3
 
 
+def of_one(prompt, response, item):
+    """One that tells the responses to one query apart, and to no other."""
+    return length(prompt, response, item) if item["id"] == "i2" else 0.0
+
+
+def of_two(prompt, response, item):
+    return float(len(response) % 2) if item["id"] in ("i2", "i3") else 0.0
+
+
 def metrics(out):
     """The rows of metrics.jsonl without what differs from run to run."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]

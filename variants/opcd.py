@@ -2,9 +2,8 @@
 
     A_t = log pi_start(o_t|P,x) - log pi(o_t|x),    loss -stopgrad(clip(r)) A_t log pi,    o ~ pi(.|x)
 
-or, with --top-tokens C, KL(pi || pi_start(.|P,x)) over the C likeliest tokens of pi, all others counted as one more, so
-that it lies between 0 and the KL over the whole vocabulary. K = 0: everything is sampled without the policy. Source:
-on-policy distillation (arXiv 2306.13649) whose teacher is the model that sees the context.
+or, with --top-tokens C, KL(pi || pi_start(.|P,x)) over the C likeliest tokens of pi and all others as one more. K = 0:
+everything is sampled without the policy. Source: arXiv 2306.13649, with a teacher that sees the context.
 
     python variants/opcd.py --model M --init runs/sft --data data/clevr --out runs/opcd --group-size 8
 """
