@@ -118,11 +118,7 @@ def theirs(name, logp, logp_old, reference, entropy, A, mask, options, **more):
         inputs = {"prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask[rows].long()}
         inputs |= {"completion_mask": mask[rows], "advantages": A[rows], "old_per_token_logps": logp_old[rows]}
         inputs |= {"ref_per_token_logps": reference[rows], "num_items_in_batch": mask.sum()}
-        part = (
-            grpo_trainer.GRPOTrainer._compute_loss.__wrapped__(trainer, None, inputs)
-            if hasattr(grpo_trainer.GRPOTrainer._compute_loss, "__wrapped__")
-            else grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
-        )
+        part = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
         part.backward()
         total += part.detach()
     return total, logp.grad, trainer._metrics["train"]
@@ -136,7 +132,8 @@ def close(a, b):
 @pytest.mark.parametrize("name", METHODS)
 def test_value_and_gradient_are_trls(name, setting):
     """To 1e-10 in float64; where they differ, it is for the reason that the file names."""
-    options = SETTINGS[setting]
+    odd = {"cispo": "clip_low", "dual": "clip_high"}  # theirs has no lower clip, nor is delta below 1 + high
+    options = {option: x for option, x in SETTINGS[setting].items() if option != odd.get(name)}
     for seed in range(3):
         inputs = case(seed, **options)
         loss, grad, told = ours(name, *inputs, options)

@@ -33,6 +33,8 @@ class Learner(train_rl.Learner):
         super().check(config)
         plain = [name for name, loss in LOSSES.items() if loss.function is clipped]
         refuse(config.algorithm not in plain, f"--algorithm {config.algorithm}", f"one of {', '.join(plain)}")
+        high = LOSSES[config.algorithm].clip[1] if config.clip_high is None else config.clip_high
+        refuse(config.most <= 1 + high, f"--most {config.most}", f"more than the clip, {1 + high}")
 
     def objective(self, micro):
         return super().objective(micro).minimum(self.config.most * micro.A.abs())  # A > 0 has negative losses only
