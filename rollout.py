@@ -1,7 +1,7 @@
 """From a query to the tensors of a step: groups of responses, sampled with the policy in the prompt and without.
 
     1. PolicyRollout   o_1 .. o_G ~ pi(. | x),  o_G+1 .. o_G+K ~ pi(. | P, x):  one group
-    2. Judge           each reward function on each response
+    2. judge           each reward function on each response
     3. Sampler         queries -> groups -> rewards; with dynamic sampling until enough groups can teach something
     4. Responses       what came of it on this rank as tensors, and their log-probabilities given x alone
 
@@ -18,7 +18,19 @@ from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
 from support.batching import batches, lay_out, learned_hidden, rng
+from support.config import option
 from support.engine import common_length, sample
+from support.judging import MAX_FAILED, complaint
+from support.metrics import Means, is_right
+
+
+@dataclass
+class Sampling:
+    """sampling"""
+
+    temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
+    budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
+
 
 # -- 1. PolicyRollout --------------------------------------------------------------------------------------------------
 
@@ -137,51 +149,57 @@ def judge(groups, rewards, processor, seconds):
     prompts = [processor.decode(group.prompt.input_ids.tolist()) for group in groups for _ in group.responses]
     texts = [processor.decode(response.tokens) for group in groups for response in group.responses]
     items = [group.item for group in groups for _ in group.responses]
-    found = torch.tensor(score(rewards, prompts, texts, items, seconds), dtype=torch.float64)
+    found = torch.tensor(score(rewards, prompts, texts, items, seconds), dtype=torch.float64)  # (B,F)
     parts = found.split([len(group.responses) for group in groups]) if groups else []
     return [replace(group, rewards=part) for group, part in zip(groups, parts)]
 
 
 def right_and_wrong(group):
-    """Does the first reward, accuracy, tell the responses apart? The total would let well-formed wrong groups pass."""
-    return bool(group.rewards[:, 0].nan_to_num().unique().numel() > 1)
+    """Does the first reward, accuracy, tell the responses apart? The total would let well-formed wrong groups pass.
+
+    A response with a reward that failed is not learned from, and so tells nothing.
+    """
+    judged = ~group.rewards.isnan().any(1)  # (G+K,)
+    return group.rewards[judged, 0].unique().numel() > 1
 
 
 # -- 3. sampler --------------------------------------------------------------------------------------------------------
 
 
 class Sampler:
-    """Sample and judge: PolicyRollout on the next batch of queries; with dynamic sampling, on the next few.
+    """Sample and judge: PolicyRollout on the next queries; with dynamic sampling, until enough groups teach something.
 
-    rewards: [(name, function, weight)]; tries: batches drawn at most by dynamic sampling, 0 without it.
+    rewards: [(name, function, weight)]; tries: draws at most of dynamic sampling, 0 without it.
     """
 
     def __init__(self, config, run, model, rollout, items, rewards, tries):
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.tries = items, rewards, tries
+        self.size = min(config.mini_batch or config.batch_size, config.batch_size) if tries else config.batch_size
 
     def draw(self, number):
-        """This rank's queries of batch `number`, sampled and judged -> [Group]."""
+        """This rank's queries of draw `number`, sampled and judged -> [Group]."""
         config, run, rollout = self.config, self.run, self.rollout
-        mine = batches(len(self.items), config.batch_size, config.seed, number, run.rank, run.world)
-        seeds = [rng(config.seed, number, i).integers(2**62, size=rollout.G + rollout.K).tolist() for i in mine]
+        mine = batches(len(self.items), self.size, config.seed, number, run.rank, run.world, whole=True)
+        places = range(run.rank, self.size, run.world)  # in the draw: a query that comes twice has other responses
+        seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
         with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
             groups = rollout(self.model, [self.items[i] for i in mine], seeds)
         with run.phase("judge"):
             return judge(groups, self.rewards, rollout.processor, config.reward_seconds)
 
     def __call__(self, cursor):
-        """A step's groups, from batch number `cursor` on -> (Responses | None where they do not suffice, next cursor).
+        """A step's groups, from draw number `cursor` on -> (Responses | None where they do not suffice, next cursor).
 
         Dynamic sampling (tries > 0) keeps groups with both right and wrong responses, and draws on until --batch-size
         of them are found. The ranks tell each other which queries have one, a sum of zeros and ones, and so number them
-        alike: the first --batch-size are the step, on any number of ranks. `failed` and `judged` count rewards.
+        alike: the first --batch-size are the step, on any number of ranks. `drawn` tells of all that was drawn.
         """
         size, run, mine = self.config.batch_size, self.run, slice(self.run.rank, None, self.run.world)
-        groups, places, found, failed, judged = [], [], 0, 0, 0
+        groups, places, found, means = [], [], 0, Means("failed drawn_accuracy drawn_accuracy_aware drawn_dead_groups")
         for number in range(cursor, cursor + max(self.tries, 1)):
             drawn = self.draw(number)
-            live = torch.zeros(size)  # (queries of the batch,)
+            live = torch.zeros(self.size)  # (queries of the draw,)
             live[mine] = torch.tensor([float(not self.tries or right_and_wrong(group)) for group in drawn])
             live = torch.tensor(run.sum(live.tolist()))  # now of all ranks
             place = (found + live.cumsum(0) - live).long()  # (queries,) where in the step each live one stands
@@ -189,12 +207,17 @@ class Sampler:
                 if good and at < size:
                     groups.append(group)
                     places.append(at)
-            failed += sum(int(group.rewards.isnan().sum()) for group in drawn)
-            judged += sum(group.rewards.numel() for group in drawn)
+            for group in drawn:
+                right, aware = is_right(group.rewards), torch.tensor(group.aware)
+                means.add("failed", group.rewards.isnan())
+                means.add("drawn_accuracy", right, ~aware)
+                means.add("drawn_accuracy_aware", right, aware)
+                means.add("drawn_dead_groups", torch.tensor(not right_and_wrong(group)))
             found += int(live.sum())
             if found >= size:
                 break
-        self.failed, self.judged = run.sum([failed, judged])
+        told = means.over(run)
+        self.drawn = {**told, "draws": number + 1 - cursor} if self.tries else {"failed": told["failed"]}
         if not self.rollout.sampler:
             self.rollout.prefixes.clear()  # the weights are about to move
         full = found >= size
@@ -202,16 +225,17 @@ class Sampler:
 
     @property
     def too_many_failed(self):
-        """Did more of the last step's rewards fail than --max-failed allows?"""
-        return self.failed > self.config.max_failed * self.judged
+        """Did more of the last step's rewards fail than MAX_FAILED allows?"""
+        return self.drawn["failed"] > MAX_FAILED
 
     def complaint(self):
         """Why the run cannot go on from the last step's groups."""
         if self.too_many_failed:
-            found = f"{self.failed:.0f} of {self.judged:.0f} rewards raised, hung or were no number"
-            return f"{found}, expected at most --max-failed {self.config.max_failed}"
+            found = f"found a share of {self.drawn['failed']:.3g} of the rewards that failed ({complaint()})"
+            return f"{found}, expected at most a share of {MAX_FAILED}"
         found = f"no {self.config.batch_size} groups with right and wrong responses"
-        return f"{found} in {self.tries} batches (--dynamic-tries)"
+        dead = f"a share of {self.drawn['drawn_dead_groups']:.3g} was all right or all wrong"
+        return f"{found} in {self.tries} draws of {self.size} queries (--dynamic-tries): {dead}"
 
 
 # -- 4. responses ------------------------------------------------------------------------------------------------------
@@ -253,7 +277,10 @@ class Responses:
 
 @dataclass
 class MicroBatch:
-    """b responses and what an objective may use of them; logp_old is that of now where there is one update only."""
+    """b responses and what an objective may use of them; logp_old is that of now where there is one update only.
+
+    b may be 0: under FSDP a rank with fewer micro-batches than another reads along.
+    """
 
     data: Responses
     rows: list  # which responses of the step

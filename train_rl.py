@@ -17,19 +17,18 @@ Three log-probabilities of a response, everywhere: `logp` of the model now, `log
 updates, both given x alone, and `logp_sampler` of whoever sampled it, given what it saw.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-import model as qwen
 from data import InputError, command, judge
 from data.dataset import load_items, load_policies
-from data.rewards import load
 from kernels.advantage import group_advantage
-from rollout import PolicyRollout, Sampler
-from support.config import CommonConfig, Judge, option, parse, redefault
+from rollout import PolicyRollout, Sampler, Sampling
+from support.batching import whole_batches
+from support.config import VALIDATION_ITEMS, CommonConfig, Judge, option, parse, redefault, refuse
+from support.judging import Judging, complaint, load_rewards
 from support.metrics import Reporter, Reporting, Tally
 from train_sft import Replay
 from training import Run
@@ -38,27 +37,40 @@ from training import Run
 # logp, logp_old: see above; A: advantage (b,1) or (b,R); mask: 1 where a response has a token; clip: (low, high)
 
 
-def clipped(logp, logp_old, A, mask, clip):
-    """-min(r A, clip(r, 1 - low, 1 + high) A): GRPO, Dr.GRPO, DAPO and BNPO, which differ in what they divide by."""
-    ratio = (logp - logp_old).exp()
+def token_ratio(logp, logp_old, mask=None):
+    """r of each token, (b,R), from log r within +-20: e^89 would be infinite, and 0 times infinity a NaN gradient."""
+    return (logp - logp_old).clamp(-20, 20).exp()
+
+
+def sequence_ratio(logp, logp_old, mask):
+    """GSPO's one ratio per sequence, (b,1): exp of the mean log-ratio."""
+    return token_ratio(((logp - logp_old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1), 0)
+
+
+def surrogate(ratio, A, clip):
+    """-min(r A, clip(r, 1 - low, 1 + high) A)."""
     return -torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
 
 
+def clipped(logp, logp_old, A, mask, clip):
+    """The surrogate of each token: GRPO, Dr.GRPO, DAPO and BNPO, which differ in what they divide by."""
+    return surrogate(token_ratio(logp, logp_old), A, clip)
+
+
 def gspo(logp, logp_old, A, mask, clip):
-    """The same with one ratio per sequence, exp of the mean log-ratio."""
-    log_ratio = ((logp - logp_old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (b,1)
-    return clipped(log_ratio, torch.zeros_like(log_ratio), A, mask, clip).expand_as(logp)
+    """The surrogate of each sequence."""
+    return surrogate(sequence_ratio(logp, logp_old, mask), A, clip).expand_as(logp)
 
 
 def sapo(logp, logp_old, A, mask, clip):
     """-A sigmoid(tau (r - 1)) 4 / tau: a soft gate in place of the clip, tau 1.0 for A > 0, else 1.05."""
     tau = torch.where(A > 0, 1.0, 1.05)
-    return -A * torch.sigmoid(tau * ((logp - logp_old).exp() - 1)) * 4 / tau
+    return -A * torch.sigmoid(tau * (token_ratio(logp, logp_old) - 1)) * 4 / tau
 
 
 def cispo(logp, logp_old, A, mask, clip):
     """-stopgrad(clip(r)) A logp: the ratio is only a weight, so that every token keeps its gradient."""
-    return -(logp - logp_old).exp().clamp(1 - clip[0], 1 + clip[1]).detach() * A * logp
+    return -token_ratio(logp, logp_old).clamp(1 - clip[0], 1 + clip[1]).detach() * A * logp
 
 
 class Loss(NamedTuple):
@@ -66,6 +78,7 @@ class Loss(NamedTuple):
     over: str = "sequences"  # mean over sequences (of token means) | tokens of the step | tokens of the update | length
     advantage: str = "grpo"  # grpo | dr_grpo: divided by the group's deviation, or not
     clip: tuple = (0.2, 0.2)
+    ratio: callable = token_ratio  # what the clip bounds, for the log; None: nothing is clipped
     beta: float = 0.0  # of the KL to the start model
     tries: int = 0  # dynamic sampling: batches drawn at most; 0: off
     without_advantage: bool = False  # has a response whose advantage is 0 a gradient of its own? (with beta it has one)
@@ -76,15 +89,19 @@ LOSSES = {
     "dr_grpo": Loss(clipped, "length", "dr_grpo"),
     "dapo": Loss(clipped, "tokens of the step", clip=(0.2, 0.28), tries=20),
     "bnpo": Loss(clipped, "tokens of the update"),
-    "gspo": Loss(gspo, clip=(3e-4, 4e-4)),
-    "sapo": Loss(sapo),
+    "gspo": Loss(gspo, clip=(3e-4, 4e-4), ratio=sequence_ratio),
+    "sapo": Loss(sapo, ratio=None),
     "cispo": Loss(cispo, "tokens of the step", clip=(1.0, 4.0)),
 }
 
 
-def k3(log_ratio):
-    """exp(d) - d - 1 of d = log pi_ref - log pi: an estimate of KL(pi || pi_ref) that is never negative."""
-    return log_ratio.exp() - log_ratio - 1
+def k3(d):
+    """exp(d) - d - 1 of d = log pi_ref - log pi, at most 10 as in verl: an estimate of KL(pi || pi_ref), at least 0.
+
+    On responses drawn from pi(. | P, x) it estimates no KL, though it still keeps pi near pi_ref where they lead.
+    """
+    d = d.clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(max=10)
 
 
 def token_weights(over, mask, counts, length):
@@ -118,29 +135,10 @@ class Method:
     clip_high: float | None = option(None, "the ratio is clipped above 1 + this; none: the algorithm's own", least=0)
     beta: float | None = option(None, "weight of the KL to the start model; none: the algorithm's own", least=0)
     inner_epochs: int = option(1, "passes over each step's responses", least=1)
-    mini_batch: int = option(0, "queries per update, over all ranks; 0: all of the step", least=0)
-    dynamic_tries: int | None = option(None, "dynamic sampling: batches drawn at most; none: the algorithm's own")
-
-
-@dataclass
-class Sampling:
-    """sampling"""
-
-    temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    min_response: int = option(0, "tokens before a response may end", least=0)
-    budget: int = option(
-        0, "tokens of prompts and responses that sampling holds at a time; 0: what memory allows", least=0
+    mini_batch: int = option(
+        128, "queries per update, over all ranks, and per draw of dynamic sampling; 0: all of the step", least=0
     )
-
-
-@dataclass
-class Judging:
-    """judging"""
-
-    reward: str = option("accuracy=0.9,format=0.1", "names of data.rewards or module:function, with weights")
-    reward_seconds: float = option(5.0, "seconds after which a reward function is given up", above=0)
-    max_failed: float = option(0.5, "share of rewards that may raise, hang or be NaN", least=0, most=1)
-    overlong: int = option(0, "tokens before --max-response over which the reward falls by 1; 0: none", least=0)
+    dynamic_tries: int | None = option(None, "dynamic sampling: draws at most; none: the algorithm's own", least=0)
 
 
 @dataclass
@@ -169,6 +167,13 @@ class Learner:
     needs_policy_prompts = False  # does it read (P, x), even without K?
     smallest_group = 2  # responses per query
 
+    @classmethod
+    def check(cls, config):
+        """Refuse options that cannot learn anything together; a variant adds its own."""
+        G, K = config.group_size, config.policy_rollouts
+        refuse(G + K < cls.smallest_group, f"groups of {G} + {K} responses", f"{cls.smallest_group} at least")
+        refuse(config.frozen_sampler and not K, "--frozen-sampler", "--policy-rollouts above 0 for it to write")
+
     def __init__(self, config, run, model, start, optimizer, rewards, replay, pad_id):
         self.config, self.run, self.model, self.start, self.optimizer = config, run, model, start, optimizer
         self.rewards, self.replay, self.pad_id = rewards, replay, pad_id
@@ -191,22 +196,27 @@ class Learner:
         """The loss of each token, (b,R), of a MicroBatch, without the KL to the start model."""
         return self.loss.function(micro.logp, micro.logp_old, micro.A, micro.mask, self.clip)
 
+    def ratio(self, micro):
+        """What the clip bounds, (b,R), for the log alone: NaN where nothing is clipped."""
+        nothing = torch.full_like(micro.mask, torch.nan)
+        ratio = self.loss.ratio
+        return nothing if ratio is None else ratio(micro.logp, micro.logp_old, micro.mask).expand_as(nothing)
+
     def __call__(self, data, step, steps):
-        """Learn from a step's Responses that have been given credit -> (mean gradient norm, Tally of this rank)."""
-        config, run = self.config, self.run
+        """Learn from a step's Responses that have been given credit -> Tally of this rank."""
+        config, run, tally = self.config, self.run, Tally()
         whole = run.sum(int(data.lengths[data.kept].sum()))
         updates = -(-config.batch_size // (config.mini_batch or config.batch_size))
         if config.inner_epochs * updates > 1:
-            data.logp_old = self.logprobs(data, self.live(data))
-        tally, norms = Tally(), []
+            data.logp_old, _ = self.logprobs(data, self.live(data))
         for number in [*range(updates)] * config.inner_epochs:
             chosen = data.kept & (data.places[data.ids] % updates == number)  # (B,)
             self.add_gradients(data, chosen, whole / updates, tally)
             if self.replay:
-                self.replay(self.model, step)
+                self.replay(self.model, step, number, updates)
             run.reduce_gradients(self.model)
-            norms.append(run.update(self.model, self.optimizer, step, steps))
-        return sum(norms) / len(norms), tally
+            tally.updated(run.update(self.model, self.optimizer, step, steps), run.world)
+        return tally
 
     def live(self, data):
         """Which responses have a gradient at all, bool (B,)."""
@@ -218,8 +228,7 @@ class Learner:
         sequences, tokens = self.run.sum([int(chosen.sum()), int(data.lengths[chosen].sum())])
         counts = {"sequences": sequences, "tokens of the step": step_tokens, "tokens of the update": tokens}
         weights = token_weights(self.loss.over, data.mask, counts, self.config.max_response)  # (B,R)
-        rows = (chosen & self.live(data)).nonzero()[:, 0].tolist()
-        for rows, here in self.run.micro_batches(rows, spare=[0] if len(data.list) else []):
+        for rows in self.run.micro_batches((chosen & self.live(data)).nonzero()[:, 0].tolist()):
             micro = data.take(rows)
             with self.run.autocast():
                 micro.logp, micro.entropy, micro.hidden = micro.read(self.model, self.config.temperature, self.pad_id)
@@ -229,9 +238,9 @@ class Learner:
             if self.beta:
                 micro.kl = k3(self.start_logprobs(micro)[0] - micro.logp)
                 loss = loss + self.beta * micro.kl
-            loss = (here * weights[rows] * loss).sum()
+            loss = (weights[rows] * loss).sum()
             loss.backward()
-            tally.add(loss, micro, here, self.clip)
+            tally.learned(loss, micro, self.ratio(micro), self.clip)
 
     def start_logprobs(self, micro, with_policy=False):
         """The start model's log-probabilities (b,R) given x or (P, x), hidden states (L,D), output weights (V,D)."""
@@ -241,36 +250,24 @@ class Learner:
 
     @torch.no_grad()
     def logprobs(self, data, which):
-        """log pi (B,R) of the responses marked in `which` (B,), as the model is now."""
-        logp = torch.zeros_like(data.mask)
-        for rows, _ in self.run.micro_batches(which.nonzero()[:, 0].tolist(), spare=[0] if len(data.list) else []):
+        """log pi (B,R) of the responses marked in `which` (B,), as the model is now, and entropies (B,R)."""
+        logp, entropy = torch.zeros_like(data.mask), torch.zeros_like(data.mask)
+        for rows in self.run.micro_batches(which.nonzero()[:, 0].tolist()):
             with self.run.autocast():
-                logp[rows] = data.take(rows).read(self.model, self.config.temperature, self.pad_id)[0]
-        return logp
+                read = data.take(rows).read(self.model, self.config.temperature, self.pad_id)
+            logp[rows], entropy[rows], _ = read
+        return logp, entropy
 
 
 # -- 4. train ----------------------------------------------------------------------------------------------------------
 
 
-def frozen_models(config, run, model, needs_start):
-    """-> (context with the start model, as reference or teacher; who samples the other half, None: the model itself).
-
-    Where only LoRA is trained, on a base of its own, the start model is the model with its adapter switched off.
-    """
-    samples = config.frozen_sampler == "start"
-    own = samples or needs_start and (config.full or run.adapter)
-    start = run.load("start")[0] if own else None
-    sampler = start if samples else run.load("base")[0] if config.frozen_sampler else None
-    return lambda: nullcontext(start) if start else qwen.adapter_off(model), sampler
-
-
 def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
-    if config.group_size + config.policy_rollouts < Learner.smallest_group:
-        found = f"{config.group_size} + {config.policy_rollouts} responses per query"
-        raise InputError(f"found {found}, expected a group of {Learner.smallest_group} at least")
+    Learner.check(config)
     with Run(config, stage="rl") as run:
         policies = load_policies(config.data, config.media)
-        loss, rewards = Learner.losses[config.algorithm], load(config.reward, judge.of(config, policies))
+        loss = Learner.losses[config.algorithm]
+        rewards = load_rewards(config.reward, config.reward_seconds, judge.of(config, policies))
         model, processor = run.load()
         sections = {name: [node["id"] for node in policy["nodes"]] for name, policy in policies.items()}  # for PA3
         items = load_items(config.data, config.split, policies, config.media)
@@ -278,9 +275,9 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         held_out = load_items(config.data, config.validation, policies, config.media) if config.validate_every else []
 
         beta = loss.beta if config.beta is None else config.beta
-        start, frozen = frozen_models(config, run, model, beta or Learner.needs_start)
+        start, frozen = run.frozen_models(model, beta or Learner.needs_start, config.frozen_sampler)
         kinds = dict(sampler=frozen, keep_policy_prompts=Learner.needs_policy_prompts, options=config)
-        limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response, min_tokens=config.min_response)
+        limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response)
         drawn = dict(temperature=config.temperature, budget=config.budget)
         G, K = config.group_size, config.policy_rollouts
         rollout = PolicyRollout(processor, policies, G, K, **kinds, **limits, **drawn)
@@ -289,9 +286,9 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         learner = Learner(config, run, model, start, run.optimizer(model), rewards, replay, processor.pad_id)
         tries = loss.tries if config.dynamic_tries is None else config.dynamic_tries
         sampler = Sampler(config, run, model, rollout, items, rewards, tries)
-        report = Reporter(config, run, model, rollout, held_out[: config.validate_items], rewards)
+        report = Reporter(config, run, model, rollout, held_out[:VALIDATION_ITEMS], rewards)
 
-        steps = run.total_steps(len(items), config.batch_size)
+        steps = run.total_steps(whole_batches(len(items), config.batch_size))
         for step in run.steps(model, learner.optimizer, steps):
             if step == 0:
                 report.does_the_policy_help(items)
@@ -306,10 +303,12 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
 
             rewards_total, data.A, data.kept = learner.credit(data, step / steps)  # (B,) each
             with run.phase("learn"):
-                grad_norm, tally = learner(data, step, steps)
-            report(step, data, rewards_total, tally, grad_norm, sampler.failed / sampler.judged)
+                tally = learner(data, step, steps)
+            report(step, data, rewards_total, tally, sampler.drawn)
             run.extra = {"cursor": cursor}
             run.checkpoint(step + 1, model, learner.optimizer, run.extra)
+        if failures := complaint():
+            report.say(f"rl: rewards that failed: {failures}")
         run.finish(model)
 
 

@@ -18,7 +18,7 @@ import torch
 from data import InputError, command
 from data.dataset import load_items, load_policies, messages, target
 from support.batching import Ahead, batches, collate, mixture, replayed_items, share, token_logprobs
-from support.config import CommonConfig, option, parse, redefault
+from support.config import VALIDATION_ITEMS, CommonConfig, option, parse, redefault
 from support.metrics import tracker
 from training import Run
 
@@ -94,22 +94,22 @@ def check_length(item, what, ids, most, prompt=None):
 
 def likelihood(run, model, parts, weight=1.0):
     """Add the gradient of weight * L to the model's, L = -1/n sum_t log p(x_t | x_<t) over the n learned tokens of all
-    ranks' micro-batches -> (L, n, tokens read), each over all ranks. parts: [(Batch, 1.0, or 0.0 for a spare one)].
+    ranks' micro-batches -> (L, n, tokens read), each over all ranks. parts: [Batch].
     """
-    counts = [(here * len(batch.index), here * int(batch.attention_mask.sum())) for batch, here in parts]
+    counts = [(len(batch.index), int(batch.attention_mask.sum())) for batch in parts]
     learned, seen = run.sum([sum(count) for count in zip(*counts)] or [0, 0])
     loss = 0.0
-    for batch, here in parts:
+    for batch in parts:
         with run.autocast():
             logp, _ = token_logprobs(model, batch.to(run.device))  # (L,)
-        part = -here * logp.sum() / learned
+        part = -logp.sum() / max(learned, 1)
         (weight * part).backward()
         loss += part.detach()
     return run.sum(loss), int(learned), seen
 
 
 def reader(run, own, replay, pad_id):
-    """step -> [(Batch, weight)]: this rank's micro-batches of an update, of own items and of those to replay.
+    """step -> [Batch]: this rank's micro-batches of an update, of own items and of those to replay.
 
     own, replay: have len(), size(i) and encode(step, i) -> (prompt, target, learn) as collate takes them.
     """
@@ -120,12 +120,9 @@ def reader(run, own, replay, pad_id):
         return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
 
     rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).encode(step, i), run.workers)
-
-    def micro_batches(step):
-        parts = run.micro_batches(run.together(lambda: rows(step)))
-        return [(collate(*zip(*part), pad_id=pad_id), weight) for part, weight in parts]
-
-    return micro_batches
+    return lambda step: [
+        collate(*zip(*part), pad_id=pad_id) for part in run.micro_batches(run.together(lambda: rows(step)))
+    ]
 
 
 class Replay:
@@ -136,23 +133,24 @@ class Replay:
         self.examples = Examples(config.replay, "sft.jsonl", processor, config, policy_in_prompt=True)
         run.examine(processor, *self.examples.source(), what="the items to replay")
 
-    def __call__(self, model, step):
-        """Add the gradient of their loss to the model's."""
+    def __call__(self, model, step, part=0, parts=1):
+        """Add the gradient of their loss to the model's: of those of a step, update number `part` of `parts`."""
         config, run = self.config, self.run
-        chosen = batches(len(self.examples), replayed_items(config), config.seed + 1, step, run.rank, run.world)
+        chosen = batches(len(self.examples), replayed_items(config), config.seed + 1, step)[part::parts]
+        chosen = chosen[run.rank :: run.world]
         parts = run.micro_batches([self.examples.encode(step, i) for i in chosen])
-        likelihood(run, model, [(collate(*zip(*part), pad_id=self.pad_id), weight) for part, weight in parts])
+        likelihood(run, model, [collate(*zip(*part), pad_id=self.pad_id) for part in parts])
 
 
 @torch.no_grad()
 def held_out_loss(run, model, items, pad_id):
-    """L of items that are not learned, over all ranks. items: see `reader`; the first --validate-items of them."""
-    mine = range(run.rank, min(len(items), run.config.validate_items), run.world)
+    """L of items that are not learned, over all ranks. items: see `reader`; the first VALIDATION_ITEMS of them."""
+    mine = range(run.rank, min(len(items), VALIDATION_ITEMS), run.world)
     total, learned = torch.zeros((), dtype=torch.float64), 0
-    for part, here in run.micro_batches([items.encode(0, i) for i in mine], spare=[items.encode(0, 0)]):
+    for part in run.micro_batches([items.encode(0, i) for i in mine]):
         with run.autocast():
             logp, _ = token_logprobs(model, collate(*zip(*part), pad_id=pad_id).to(run.device))  # (L,)
-        total, learned = total - here * logp.double().sum().cpu(), learned + here * len(logp)
+        total, learned = total - logp.double().sum().cpu(), learned + len(logp)
     total, learned = run.sum([float(total), learned])
     return total / learned
 

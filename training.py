@@ -68,6 +68,20 @@ def round_matrices(model, dtype):
         layer.to(dtype)
 
 
+@contextlib.contextmanager
+def put_back(model, weights):
+    """The model with these values of its trainable weights, {name: tensor}."""
+    parameters = trainable(model)
+    now = {name: p.data for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            p.data = weights[name]
+        yield model
+    finally:
+        for name, p in parameters.items():
+            p.data = now[name]
+
+
 def compile_blocks(model, backend="inductor"):
     """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
 
@@ -88,12 +102,12 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
     "keep",
     "micro_batch",
     "fsdp",
-    "timeout",
     "device",
     "gradient_checkpointing",
     "compile",
 }
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)  # end a run after its step, saved
+PATIENCE = 30  # minutes that a rank waits for the others before it gives up
 MAX_SKIPPED = 0.1  # share of updates (of ten at least) that NaN or infinity may cost before the run stops
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
@@ -138,7 +152,7 @@ class Run:
         if (self.world > 1 or self.fsdp) and not dist.is_initialized():  # one group for all the runs of a process
             alone = {} if self.world > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=self.config.timeout), **alone)
+            dist.init_process_group(backend, timeout=timedelta(minutes=PATIENCE), **alone)
             atexit.register(dist.destroy_process_group)
         self._open_streams = contextlib.ExitStack()
         self._open_streams.enter_context(lasting_output())
@@ -317,29 +331,28 @@ class Run:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x.tolist()
 
-    def micro_batches(self, rows, spare=()):
-        """Split a rank's rows into [(at most --micro-batch rows, weight 1.0)].
+    def micro_batches(self, rows):
+        """Split a rank's rows into parts of at most --micro-batch rows.
 
-        Under FSDP each forward pass is a collective: a rank with fewer parts adds its first row, or `spare`, with
-        weight 0.0, or the others would wait for it for ever.
+        Under FSDP each forward pass is a collective: a rank with fewer parts than another adds empty ones, for which it
+        reads a token of padding (`collate`), or the others would wait for it for ever.
         """
         size = self.config.micro_batch
-        parts = [(rows[i : i + size], 1.0) for i in range(0, len(rows), size)]
-        if self.fsdp and (missing := int(self.max(len(parts))) - len(parts)):
-            spare = rows[:1] or list(spare)
-            if not spare:
-                raise InputError(f"rank {self.rank}: found no item, expected at least as many items as ranks")
-            parts += [(spare, 0.0)] * missing
-        return parts
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        missing = int(self.max(len(parts))) - len(parts) if self.fsdp else 0
+        return parts + [rows[:0]] * missing
 
     def reduce_gradients(self, model):
-        """Sum the gradients over the ranks, in one flat buffer; FSDP has already done it during the backward pass."""
-        if self.world == 1 or self.fsdp:
-            return
+        """Sum the gradients over the ranks, in one flat buffer; FSDP has already done it during the backward pass.
+
+        A weight that nothing has reached has a gradient of 0, on one rank as on several: AdamW then treats it alike.
+        """
         parameters = list(trainable(model).values())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if self.world == 1 or self.fsdp:
+            return
         flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
         for p, summed in zip(parameters, flat.split([p.numel() for p in parameters])):
@@ -385,6 +398,20 @@ class Run:
         processor = qwen.Processor.from_pretrained(self.base, config.min_pixels, config.max_pixels)
         return model.train(not frozen), processor
 
+    def frozen_models(self, model, needs_start, sampler=""):
+        """-> (context with the start model: pi_ref or teacher; who samples the policy-aware half, None: the model).
+
+        needs_start: is it read at all? sampler: "start", "base" (--model without --init) or "". Where only LoRA is
+        trained, the start model is the model with its adapter as it is now.
+        """
+        full = self.config.full
+        start = self.load("start")[0] if sampler == "start" or needs_start and full else None
+        other = start if sampler == "start" else self.load("base")[0] if sampler else None
+        if full:
+            return lambda: contextlib.nullcontext(start), other
+        adapter = {name: p.detach().clone() for name, p in trainable(model).items()}
+        return lambda: put_back(model, adapter), other
+
     def autocast(self):
         """Matrix products in the compute dtype over float32 weights (FSDP casts by itself)."""
         on = self.dtype != torch.float32 and not self.fsdp
@@ -428,20 +455,21 @@ class Run:
     def update(self, model, optimizer, step, steps):
         """Clip, step, clear the gradients -> their norm before clipping.
 
-        A norm that is not finite skips the update and is counted; past MAX_SKIPPED of the updates the run ends.
+        A norm of 0 leaves the weights as they are: neither momentum nor decay moves them where there is nothing to
+        learn. One that is not finite skips the update and is counted; past MAX_SKIPPED of the updates the run ends.
         """
         gradients = [p.grad for p in trainable(model).values() if p.grad is not None]
         local = [g.to_local() for g in gradients] if self.fsdp else gradients
         norm = torch.stack(torch._foreach_norm(local)).norm() if local else torch.zeros((), device=self.device)
         norm = math.sqrt(self.sum(norm.double() ** 2)) if self.fsdp else norm.item()
-        if math.isfinite(norm):
+        if norm > 0 and math.isfinite(norm):
             if norm > self.config.max_grad_norm:
                 torch._foreach_mul_(local, self.config.max_grad_norm / norm)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(step, steps)
             self._between = False
             optimizer.step()
-        else:
+        elif norm != 0:
             self.skipped += 1
             if self.skipped > MAX_SKIPPED * max(step + 1, 10):
                 found = f"a gradient norm of {norm}, {self.skipped} of {step + 1} updates were skipped for such ones"
@@ -504,7 +532,8 @@ class Run:
                 work = 6 if self.config.full else 4  # frozen weights need no gradient: a third of the work less
                 speed["mfu"] = round(work * self.parameters * tokens / seconds / peak / self.world, 4)
         self._new = False
-        metrics = {"step": step, **metrics, "skipped": self.skipped}
+        measured = {name: x for name, x in metrics.items() if math.isfinite(x)}  # JSON knows no NaN
+        metrics = {"step": step, **measured, "skipped": self.skipped}
         self.append("metrics", {**metrics, "speed": speed})
         line = "  ".join(f"{name} {x:.4g}" for name, x in list(metrics.items())[1:-1] if isinstance(x, (int, float)))
         if self.is_main and not self._bar.disable:

@@ -212,12 +212,14 @@ class Failures:
         self.counts = Counter()
 
     def note(self, function, error, item):
-        kind = (getattr(function, "__name__", "reward"), type(error).__name__)
+        kind = (getattr(function, "__name__", "reward"), getattr(error, "kind", type(error).__name__))
         self.counts[kind] += 1
         if self.counts[kind] == 1:
-            trace = traceback.format_exception(type(error), error, error.__traceback__)[-12:]
+            trace = getattr(error, "trace", None) or traceback.format_exception(error)
             print(
-                f"reward {kind[0]}: {kind[1]} on item {item.get('id')}\n{''.join(trace)}", file=sys.stderr, flush=True
+                f"reward {kind[0]}: {kind[1]} on item {item.get('id')}\n{''.join(trace[-12:])}",
+                file=sys.stderr,
+                flush=True,
             )
 
 
@@ -239,7 +241,7 @@ def guarded(function, prompt, response, item, seconds):
     if getattr(function, "batch", False):
         return score([("", function, 1.0)], [prompt], [response], [item], seconds)[0][0]
     try:
-        with time_limit(seconds):
+        with time_limit(None if getattr(function, "own_limit", False) else seconds):
             return number(_call(function, prompt, response, copy.deepcopy(item)))
     except (Exception, SystemExit, Timeout) as error:
         failures.note(function, error, item)

@@ -24,18 +24,25 @@ def rng(*key):
     return np.random.default_rng(key)
 
 
-def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None):
+def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None, whole=False):
     """Item indices of this rank's share of the global batch number `step`.
 
     The stream is one shuffled epoch after another, so no item is dropped at an epoch's end; `limit` (items) ends it,
-    and its last batch may be short. Ranks take every world-th index: together they hold each of the batch exactly once.
+    and its last batch may be short. whole: an epoch is as many whole batches as it has, so that none holds an item
+    twice. Ranks take every world-th index: together they hold each of the batch exactly once.
     """
     start, stop = step * batch_size, min((step + 1) * batch_size, limit or math.inf)
+    epoch_size = whole_batches(n_items, batch_size) if whole else n_items
     chosen = []
-    for epoch in range(start // n_items, -(-stop // n_items)):
-        order = rng(seed, epoch).permutation(n_items)
-        chosen += order[max(start - epoch * n_items, 0) : stop - epoch * n_items].tolist()
+    for epoch in range(start // epoch_size, -(-stop // epoch_size)):
+        order = rng(seed, epoch).permutation(n_items)[:epoch_size]
+        chosen += order[max(start - epoch * epoch_size, 0) : stop - epoch * epoch_size].tolist()
     return chosen[rank::world]
+
+
+def whole_batches(n_items, batch_size):
+    """How many items the whole batches of an epoch hold; all of them where there are too few for one."""
+    return n_items - n_items % batch_size if n_items >= batch_size else n_items
 
 
 def replayed_items(config):
@@ -104,11 +111,11 @@ class Batch:
         return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in moved.items()})
 
 
-def collate(prompts, targets, learn=None, *, pad_id):
+def collate(prompts=(), targets=(), learn=None, *, pad_id):
     """Rows `prompt + target` as one Batch.
 
     prompts: model.Encoded each; targets: token ids each (list or tensor); learn: bool (T,) each over the whole row, the
-    tokens whose prediction counts (None: those of the target).
+    tokens whose prediction counts (None: those of the target). Of no rows: a token of padding, nothing learned.
     """
     targets = [torch.as_tensor(target, dtype=torch.long) for target in targets]
     rows = [torch.cat([prompt.input_ids, target]) for prompt, target in zip(prompts, targets, strict=True)]
@@ -116,8 +123,8 @@ def collate(prompts, targets, learn=None, *, pad_id):
         torch.arange(len(row)) >= len(prompt.input_ids) if given is None else given
         for row, prompt, given in zip(rows, prompts, learn or [None] * len(rows))
     ]
-    length = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
+    length = max([1, *map(len, rows)])
+    input_ids = torch.full((max(len(rows), 1), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
     for b, (row, counts) in enumerate(zip(rows, learn)):
@@ -183,7 +190,7 @@ def packing_pays(model, prompts, responses, most=1 << 14):
 
 def lay_out(model, prompts, responses, pad_id):
     """All responses as one Batch: packed after their prompts where that pays, else one per row."""
-    if packing_pays(model, prompts, responses):
+    if prompts and packing_pays(model, prompts, responses):
         return pack(model, prompts, responses, pad_id)
     rows = [(prompt, tokens) for prompt, group in zip(prompts, responses) for tokens in group]
     return collate(*zip(*rows), pad_id=pad_id)

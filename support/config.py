@@ -98,7 +98,6 @@ class Machine:
         "shard weights, gradients and AdamW over the ranks (full only); auto: on several GPUs",
         choices=("auto", "on", "off"),
     )
-    timeout: float = option(30.0, "minutes that a rank waits for the others before it gives up", above=0)
     save_every: str = option(
         "15m",
         "steps (100) or minutes (15m) between checkpoints, which is what a machine that dies costs; 0: none",
@@ -109,13 +108,17 @@ class Machine:
     overwrite: bool = option(False, "delete the run that --out holds")
 
 
+VALIDATION_ITEMS = 128
+
+
 @dataclass
 class Watching:
     """what is watched"""
 
     validation: str = option("test.jsonl", "file of the validation items, inside --data")
-    validate_every: int = option(0, "steps between validations, each with a checkpoint (RL: none); 0: none", least=0)
-    validate_items: int = option(128, "items per validation", least=1)
+    validate_every: int = option(
+        0, "steps between validations on its first 128 items, each with a checkpoint (RL: none); 0: none", least=0
+    )
     tracker: str = option("", "also log to", choices=("", "tensorboard", "wandb"))
 
 
@@ -189,6 +192,12 @@ def _help(f):
     if not f.metadata.get("required"):
         text += f" (default: {'none' if f.default is None else f.default if f.default != '' else 'empty'})"
     return text.replace("%", "%%")
+
+
+def refuse(bad, found, expected):
+    """Raise an InputError where `bad` holds: what was found, what was expected."""
+    if bad:
+        raise InputError(f"found {found}, expected {expected}")
 
 
 def _refuse(message):

@@ -1,18 +1,22 @@
 """What a run of train_rl.py tells about itself. No part of the method.
 
-metrics.jsonl holds one row per step; means over all ranks:
+metrics.jsonl holds one row per step: means over all ranks and updates; what was not measured is not there.
 
     reward, reward/NAME             of all responses; each function of --reward without its weight
     reward_standard, accuracy       of the G sampled without the policy
     reward_aware, accuracy_aware    of the K sampled with it
     dead_groups                     share of groups whose responses all have the same reward: nothing to learn from
+    draws, drawn_...                draws of the step, and accuracy and dead groups of all that was drawn: with dynamic
+                                    sampling everything else is of the groups that were kept
     loss, grad_norm                 an on-policy loss near 0 is normal: all ratios are 1, a group's advantages sum to 0
-    entropy, kl, clipped_low, clipped_high      of the learned tokens; the last two: the share that the clip leaves out
+    entropy, kl                     of the learned tokens
+    clipped_low, clipped_high       share of the learned standard tokens whose ratio, as the loss takes it, is clipped;
+    clipped_..._aware               of the policy-aware ones
     length, length_max, truncated   of responses in tokens; share that --max-response cut
     failed                          share of rewards that raised, hung or were no number
     rollout_train_difference        |log pi of the trainer - of the sampler|, tokens of standard responses. Only the
-                                    sampler bans vision tokens (and --min-response early stops): the probability of
-                                    these is in it, none to speak of in a trained model, .02 in a random one
+                                    sampler bans vision tokens: their probability is in it, none to speak of in a
+                                    trained model, .02 in a random one
     speed                           seconds, tokens a second by phase, memory: what differs from run to run
 
 validation.jsonl has accuracies, samples.jsonl whole groups; python -m data.inspect shows all three. Axes: model.py.
@@ -28,42 +32,70 @@ from data.rewards import score
 from support.batching import batches
 from support.config import option
 
+SAMPLES_EVERY = 10  # steps between whole groups in samples.jsonl
+
 
 @dataclass
 class Reporting:
     """reporting"""
 
     check: int = option(64, "queries on which the policy in the prompt is tried before training; 0: none", least=0)
-    samples_every: int = option(10, "steps between whole groups in samples.jsonl; 0: none", least=0)
 
 
-class Tally(dict):
-    """Sums over the learned tokens of this rank."""
+class Means(dict):
+    """{name: (sum, weight)} of this rank. All ranks name the same: names is one string with spaces between them."""
+
+    def __init__(self, names):
+        super().__init__({name: (0.0, 0.0) for name in names.split()})
+
+    def add(self, name, values, where=True):
+        """Count values, a tensor: those that are finite, each as often as `where` says (a mask, or weights)."""
+        where = values.isfinite() * where
+        self.count(name, (values.nan_to_num(0.0, 0.0, 0.0) * where).sum(), where.sum())
+
+    def count(self, name, total, weight):
+        self[name] = self[name][0] + total, self[name][1] + weight
+
+    def over(self, run):
+        """{name: mean over all ranks, None where nothing was counted}, and {name: weight} as `weights`."""
+        told = run.sum([float(x) for pair in self.values() for x in pair])
+        self.weights = dict(zip(self, told[1::2]))
+        return {name: x / n if n else None for name, x, n in zip(self, told[::2], told[1::2])}
+
+
+class Tally(Means):
+    """What one step's updates tell."""
 
     def __init__(self):
-        names = "loss tokens entropy kl clipped_low clipped_high standard_tokens difference".split()
-        super().__init__(dict.fromkeys(names, 0.0))
+        clips = "clipped_low clipped_high clipped_low_aware clipped_high_aware"
+        super().__init__(f"loss grad_norm entropy kl {clips} rollout_train_difference")
         self.first = {}  # {response of the first group: its logp (R,) before the first update that it is in}
 
     @torch.no_grad()
-    def add(self, loss, micro, here, clip):
-        """Count a rollout.MicroBatch: loss (), the weight `here` of its responses, clip (low, high)."""
-        mask, ratio = here * micro.mask, (micro.logp - micro.logp_old).exp()  # (b,R)
-        sums = {
-            "loss": loss,
-            "tokens": mask.sum(),
-            "entropy": (micro.entropy * mask).sum(),
-            "clipped_low": ((ratio < 1 - clip[0]) & (micro.A < 0)).mul(mask).sum(),
-            "clipped_high": ((ratio > 1 + clip[1]) & (micro.A > 0)).mul(mask).sum(),
-            "standard_tokens": (mask * ~micro.aware).sum(),
-            "difference": ((micro.logp_old - micro.logp_sampler).abs() * mask * ~micro.aware).sum(),
-            "kl": 0.0 if micro.kl is None else (micro.kl * mask).sum(),
-        }
-        for name, value in sums.items():
-            self[name] += value
+    def learned(self, loss, micro, ratio, clip):
+        """Count a rollout.MicroBatch: loss (), what clip = (low, high) bounds (b,R), NaN where nothing is clipped."""
+        self.count("loss", loss, 0)
+        self.add("entropy", micro.entropy, micro.mask)
+        self.add("rollout_train_difference", (micro.logp_old - micro.logp_sampler).abs(), micro.mask * ~micro.aware)
+        if micro.kl is not None:
+            self.add("kl", micro.kl, micro.mask)
+        beyond = {"low": (ratio < 1 - clip[0]) & (micro.A < 0), "high": (ratio > 1 + clip[1]) & (micro.A > 0)}
+        for half, rows in {"": ~micro.aware, "_aware": micro.aware}.items():
+            for side, cut in beyond.items():
+                self.add(f"clipped_{side}{half}", cut.float(), micro.mask * rows * ~ratio.isnan())
         for row, logp in zip(micro.rows, micro.logp.detach()):
             if micro.data.rows[row][0] == 0:
                 self.first.setdefault(row, logp)
+
+    def updated(self, grad_norm, world):
+        """Count an update, which every rank of `world` counts."""
+        self.count("loss", 0.0, 1 / world)
+        self.add("grad_norm", torch.tensor(grad_norm))
+
+
+def is_right(rewards):
+    """1.0 where the first reward, accuracy, is 1, else 0.0; NaN where it failed. rewards (B,F) -> (B,)."""
+    return (rewards[:, 0] >= 1).double().masked_fill(rewards[:, 0].isnan(), torch.nan)
 
 
 class Reporter:
@@ -73,46 +105,36 @@ class Reporter:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.track = items, rewards, tracker(config, run)
 
-    def __call__(self, step, data, rewards, tally, grad_norm, failed):
-        """The row of a step, and what is due after it. rewards (B,): totals; failed: a share."""
-        run, right, lengths = self.run, (data.rewards[:, 0] >= 1).double(), data.lengths
+    def __call__(self, step, data, rewards, tally, drawn):
+        """The row of a step, and what is due after it. rewards (B,): totals; drawn: what the Sampler tells."""
+        run, config, lengths = self.run, self.config, data.lengths.double()
+        named = " ".join(f"reward/{name}" for name, *_ in self.rewards)
+        means = Means(
+            f"reward {named} accuracy accuracy_aware reward_standard reward_aware dead_groups length truncated"
+        )
+        judged = ~data.rewards.isnan().any(1)  # (B,)
+        means.add("reward", rewards, judged)
+        for name, part in zip(named.split(), data.rewards.T):
+            means.add(name, part)
+        for half, short, rows in (("_standard", "", ~data.aware), ("_aware", "_aware", data.aware)):
+            means.add(f"accuracy{short}", is_right(data.rewards), rows)
+            means.add(f"reward{half}", rewards, rows & judged)
         dead = [bool((data.A[data.ids == g] == 0).all()) for g in range(len(data.groups))]
-        cut = sum(not response.finished for response in data.list)
-        sums = {**tally, "responses": len(lengths), "length": lengths.sum(), "cut": cut}
-        sums |= {"groups": len(dead), "dead": sum(dead)}
-        for half, rows in {"standard": ~data.aware, "aware": data.aware}.items():
-            sums |= {f"n_{half}": rows.sum(), f"right_{half}": right[rows].sum(), f"reward_{half}": rewards[rows].sum()}
-        named = [f"reward/{name}" for name, *_ in self.rewards]
-        sums |= {name: part.nan_to_num().sum() for name, part in zip(named, data.rewards.T)}
-        total = dict(zip(sums, run.sum([float(x) for x in sums.values()])))
-        mean = lambda name, over: total[name] / max(total[over], 1)
-        metrics = {
-            "loss": total["loss"],
-            "grad_norm": grad_norm,
-            "reward": (total["reward_standard"] + total["reward_aware"]) / total["responses"],
-            **{name: mean(name, "responses") for name in named},
-            "accuracy": mean("right_standard", "n_standard"),
-            "accuracy_aware": mean("right_aware", "n_aware"),
-            "reward_standard": mean("reward_standard", "n_standard"),
-            "reward_aware": mean("reward_aware", "n_aware"),
-            "dead_groups": mean("dead", "groups"),
-            "entropy": mean("entropy", "tokens"),
-            "kl": mean("kl", "tokens"),
-            "clipped_low": mean("clipped_low", "tokens"),
-            "clipped_high": mean("clipped_high", "tokens"),
-            "rollout_train_difference": mean("difference", "standard_tokens"),
-            "length": mean("length", "responses"),
-            "length_max": run.max(max([0, *lengths.tolist()])),
-            "truncated": mean("cut", "responses"),
-            "failed": failed,
-        }
-        run.report(step, metrics, total["length"], phase_tokens={"sample": total["length"], "learn": total["tokens"]})
+        means.add("dead_groups", torch.tensor(dead, dtype=torch.double))
+        means.add("length", lengths)
+        means.add("truncated", torch.tensor([float(not response.finished) for response in data.list]))
+        told, learned = means.over(run), tally.over(run)
+        several = {"length_max": run.max(max([0, *data.lengths.tolist()])), **drawn}
+        metrics = {"loss": learned.pop("loss"), "grad_norm": learned.pop("grad_norm"), **told, **learned, **several}
+        metrics = {name: x for name, x in metrics.items() if x is not None}
+        tokens = metrics["length"] * means.weights["length"]
+        run.report(step, metrics, tokens, phase_tokens={"sample": tokens, "learn": tally.weights["entropy"]})
         self.track(step, metrics)
-        every, validate = self.config.samples_every, self.config.validate_every
-        if every and step % every == 0 and data.groups and run.is_main:
+        if step % SAMPLES_EVERY == 0 and data.groups and run.is_main:
             run.append("samples", self.sample(step, data, rewards, tally))
-        if validate and (step + 1) % validate == 0:
-            run.append("validation", {"step": step, "accuracy": self.accuracy(self.items), "n": len(self.items)})
+        if config.validate_every and (step + 1) % config.validate_every == 0:
+            found = self.accuracy(self.items, self.model)
+            run.append("validation", {"step": step, "accuracy": found, "n": len(self.items)})
 
     def sample(self, step, data, rewards, tally):
         """The first group, whole, for reading; "moved": how far each token's logp given x has grown in this step."""
@@ -143,22 +165,26 @@ class Reporter:
                 logp += micro.read(self.model, self.config.temperature, self.rollout.processor.pad_id)[0]
         return logp
 
-    def accuracy(self, items, policy_in_prompt=False):
+    def accuracy(self, items, model, policy_in_prompt=False):
         """Share of right greedy responses, over all ranks; each item's policy stands in its prompt, or not."""
         mine = items[self.run.rank :: self.run.world]
-        with self.run.phase("validate"), self.run.gathered(self.model):
-            answers = self.rollout.greedy(self.model, mine, policy_in_prompt)
+        with self.run.phase("validate"), self.run.gathered(model):
+            answers = self.rollout.greedy(model, mine, policy_in_prompt)
         texts = [self.rollout.processor.decode(response.tokens) for _, response in answers]
-        found = score(self.rewards[:1], [""] * len(mine), texts, mine, 60.0)
-        return self.run.sum(sum(first == 1 for (first,) in found)) / len(items)
+        found = score(self.rewards[:1], [""] * len(mine), texts, mine, self.config.reward_seconds)
+        return self.run.sum(float(sum(row[0] == 1 for row in found))) / len(items)
 
     def does_the_policy_help(self, items):
-        """Before training: warn where the policy in the prompt does not raise accuracy, as PolicyRollout then harms."""
+        """Before training: warn where the policy in the prompt does not raise accuracy, as PolicyRollout then harms.
+
+        Who will write the policy-aware responses is asked with the policy, the model that learns without.
+        """
         config, rollout = self.config, self.rollout
         if not config.check or not (rollout.K or rollout.keep_policy_prompts):
             return
         items = [items[i] for i in batches(len(items), min(config.check, len(items)), config.seed, 0)]
-        without, given = self.accuracy(items), self.accuracy(items, policy_in_prompt=True)
+        without = self.accuracy(items, self.model)
+        given = self.accuracy(items, rollout.sampler or self.model, policy_in_prompt=True)
         self.run.append("validation", {"step": 0, "without_policy": without, "with_policy": given, "n": len(items)})
         if given <= without:
             self.say(

@@ -65,6 +65,15 @@ def unsharded(model):
             unit.reshard()
 
 
+def gathered(weight):
+    """A weight that FSDP has split, whole in every rank, its gradient summed over them; a plain one as it is."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+
+
 def whole(model, dtype, is_main):
     """The model with all its weights in `dtype` on rank 0's CPU (elsewhere on meta), gathered a tensor at a time."""
     with torch.device("meta"):

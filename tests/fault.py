@@ -45,7 +45,6 @@ PORO = {
     "check": 0,
     "max_response": 6,
     "micro_batch": 16,
-    "samples_every": 2,
     "reward": "small:length",
 }
 RUNS = {  # name: (stage, ranks, flags)

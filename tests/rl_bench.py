@@ -1,10 +1,15 @@
 """RL without a run: groups drawn from a tiny model, and the gradients of one step, on one rank or several threads."""
 
+import atexit
 import copy
 import dataclasses
+import functools
 import json
+import shutil
+import tempfile
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from helpers import tiny_checkpoint
@@ -16,6 +21,8 @@ from model import Processor, load_pretrained, save_pretrained
 from rollout import PolicyRollout, Responses
 from support.batching import collate, token_logprobs
 from support.config import parse
+
+REWARDS = Path(__file__).with_name("reward_functions.py")
 
 
 def rl_folder(folder):
@@ -42,11 +49,10 @@ def run(folder, name, data="data", model="model", method=train_rl, **flags):
         "micro_batch": 64,
         "max_response": 3,
         "lr": 1e-2,
-        "reward": "test_rl:vowels",
+        "reward": f"{REWARDS}:vowels",
         "beta": 0.0,
         "check": 0,
         "dynamic_tries": 0,
-        "samples_every": 0,
         **flags,
     }
     method.main(arguments(folder / model, folder / data, folder / name, **flags))
@@ -72,9 +78,15 @@ class Bench:
     def autocast(self):
         return nullcontext()
 
-    def micro_batches(self, rows, spare=()):
+    def phase(self, name):
+        return nullcontext()
+
+    def gathered(self, model):
+        return nullcontext()
+
+    def micro_batches(self, rows):
         size = self.config.micro_batch
-        return [(rows[i : i + size], 1.0) for i in range(0, len(rows), size)]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def reduce_gradients(self, model):
         pass
@@ -131,7 +143,8 @@ def gradients(settings, drawn, method=train_rl, world=1, A=None, off_policy=Fals
             processor.pad_id,
         )
         if off_policy:
-            learner.logprobs = lambda data, which: data.logp_sampler
+            read = learner.logprobs
+            learner.logprobs = lambda data, which: (data.logp_sampler, read(data, which)[1])
         learner(data, 0, 1)
 
     threads = [threading.Thread(target=work, args=(bench,)) for bench in benches[1:]]
@@ -158,6 +171,21 @@ def reader_folder(folder):
 
     Four of sixteen letters: GRPO would have to guess one in 65,536.
     """
+    shutil.copytree(trained_reader(), folder / "model")
+    (folder / "data").mkdir()
+    policy = {"name": "P", "root": "", "nodes": [], "leaves": [], "text": "R K T B", "images": []}
+    (folder / "data" / "policies.json").write_text(json.dumps([policy]))
+    items = [{"id": f"i{i}", "policy": "P", "images": [], "question": "go", "answer": "RKTB"} for i in range(4)]
+    for name in ("rl", "test"):
+        write_lines(folder / "data" / f"{name}.jsonl", items)
+    return folder
+
+
+@functools.cache
+def trained_reader():
+    """The folder of that model, trained once per process."""
+    folder = Path(tempfile.mkdtemp(prefix="reader-"))
+    atexit.register(shutil.rmtree, folder)
     letters = "BCDFGHJKLMNPQRST"
     tiny_checkpoint(folder / "start", width=64, layers=2, vision_width=16, vision_depth=2, scale=0.05)
     torch.manual_seed(0)
@@ -177,13 +205,7 @@ def reader_folder(folder):
         optimizer.step()
         optimizer.zero_grad()
     save_pretrained(model, folder / "model")
-    (folder / "data").mkdir()
-    policy = {"name": "P", "root": "", "nodes": [], "leaves": [], "text": "R K T B", "images": []}
-    (folder / "data" / "policies.json").write_text(json.dumps([policy]))
-    items = [{"id": f"i{i}", "policy": "P", "images": [], "question": "go", "answer": "RKTB"} for i in range(4)]
-    for name in ("rl", "test"):
-        write_lines(folder / "data" / f"{name}.jsonl", items)
-    return folder
+    return folder / "model"
 
 
-READ = dict(steps=15, group_size=4, max_response=4, lr=2e-3, reward="test_rl:exact")
+READ = dict(steps=15, group_size=4, max_response=4, lr=2e-3, reward=f"{REWARDS}:exact")

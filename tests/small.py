@@ -9,8 +9,6 @@ import socket
 import sys
 from pathlib import Path
 
-from helpers import picture
-
 from data import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +23,8 @@ CONSTANT = {  # every test's runs are small and quiet
 
 def small_data(folder, items=12):
     """Two policies, one with a picture in it; items of every kind, on pictures of three sizes. Returns the folder."""
+    from helpers import picture  # here: a reward's process imports this file, and needs no torch
+
     folder = Path(folder)
     (folder / "images").mkdir(parents=True)
     for i, size in enumerate([(56, 56), (84, 56), (112, 112)] * -(-items // 3)):
@@ -86,6 +86,15 @@ def arguments(model, data, out, **flags):
 def length(prompt, response, item):
     """A reward that a random model gets in every amount."""
     return len(response) % 4 / 3
+
+
+def of_one(prompt, response, item):
+    """One that tells the responses to one query apart, and to no other."""
+    return length(prompt, response, item) if item["id"] == "i2" else 0.0
+
+
+def of_two(prompt, response, item):
+    return float(len(response) % 2) if item["id"] in ("i2", "i3") else 0.0
 
 
 def metrics(out):

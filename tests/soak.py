@@ -70,7 +70,7 @@ def main():
         small_data(folder / "data")
         watch(seen, folder / "out", began)
         every = max(args.steps // 20, 1)  # the two checkpoints that are kept are there before the second tenth
-        flags = {**FLAGS, "steps": args.steps, "save_every": every, "samples_every": every}
+        flags = {**FLAGS, "steps": args.steps, "save_every": every}
         words = arguments(folder / "model", folder / "data", folder / "out", **flags)
         code, errors = quiet(train_rl.main, words)
         lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()

@@ -14,6 +14,7 @@ import torch
 
 import train_rl
 from data.referral import invented, recall
+from support.metrics import Tally
 from train_rl import LOSSES, k3, overlong_penalty, token_weights
 
 # Two responses, of three tokens and of two; ratios on both sides of every clip, with both signs of the advantage; the
@@ -102,6 +103,38 @@ def test_kl_estimator():
     assert torch.allclose((p * k3(q.log() - p.log())).sum(), (p * (p / q).log()).sum())
 
 
+def test_nothing_overflows():
+    """Whatever two log-probabilities are, loss and gradient are finite: e^89 is infinite in fp32, 0 x inf is NaN."""
+    for name, loss in LOSSES.items():
+        for gap in (-1000.0, -89.0, 89.0, 1000.0):
+            for sign in (-1.0, 1.0):
+                logp = torch.full((1, 2), gap, requires_grad=True)
+                mask = torch.ones(1, 2)
+                value = loss.function(logp, torch.zeros(1, 2), torch.tensor([[sign]]), mask, loss.clip).sum()
+                value.backward()
+                assert value.isfinite() and logp.grad.isfinite().all(), (name, gap, sign)
+    for gap in (-1000.0, -100.0, 100.0, 1000.0):
+        d = torch.tensor([gap], requires_grad=True)
+        k3(d).sum().backward()
+        assert k3(d).item() == 10 and d.grad.isfinite().all()
+
+
+def test_what_is_clipped_is_told_by_the_ratio_of_the_loss():
+    """GSPO clips sequences: both of this one lie beyond, though only some of their tokens do; SAPO clips nothing."""
+    logp, old, a, mask = tensors()
+    told = {}
+    for name in ("grpo", "gspo", "sapo", "cispo"):
+        one, tally = learner(algorithm=name), Tally()
+        micro = SimpleNamespace(logp=logp, logp_old=old, logp_sampler=old, A=a, mask=mask, entropy=mask, kl=None)
+        micro.aware = torch.tensor([[False], [True]])
+        tally.learned(torch.tensor(0.0), micro, one.ratio(micro), one.clip)
+        means = tally.over(SimpleNamespace(sum=lambda x: x))
+        told[name] = [means[f"clipped_{k}"] for k in ("low", "high", "low_aware", "high_aware")]
+    # by hand: A > 0 with ratios 6, .75 and 1.1 (the third within), A < 0 with 1.6 and .7; means 1.70 and 1.06
+    assert told["grpo"] == pytest.approx([0, 1 / 3, 1 / 2, 0]) and told["sapo"] == [None] * 4
+    assert told["gspo"] == [0, 1, 0, 0] and told["cispo"] == pytest.approx([0, 1 / 3, 0, 0])
+
+
 def test_denominators():
     """sequences: mean of token means; length: a constant; tokens of step and update differ with mini-batches."""
     mask = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]])
@@ -181,19 +214,25 @@ def test_pa3_rewards_recall_and_penalise():
 
 MUTATIONS = {  # what is wrong: (what stands in train_rl.py, what stands there instead)
     "clipped: sign": ("return -torch.minimum(ratio * A", "return torch.minimum(ratio * A"),
+    "ratio: no bound": (".clamp(-20, 20).exp()", ".exp()"),
     "clipped: no clip": ("ratio.clamp(1 - clip[0], 1 + clip[1]) * A)", "ratio * A)"),
     "clipped: no lower clip": ("ratio.clamp(1 - clip[0], 1 + clip[1]) * A)", "ratio.clamp(max=1 + clip[1]) * A)"),
     "clipped: no upper clip": ("ratio.clamp(1 - clip[0], 1 + clip[1]) * A)", "ratio.clamp(min=1 - clip[0]) * A)"),
     "clipped: clips swapped": ("ratio.clamp(1 - clip[0], 1 + clip[1])", "ratio.clamp(1 - clip[1], 1 + clip[0])"),
     "clipped: the better of the two": ("-torch.minimum(ratio", "-torch.maximum(ratio"),
-    "gspo: sign": ("return clipped(log_ratio", "return -clipped(log_ratio"),
-    "gspo: no clip": ("clipped(log_ratio, torch.zeros_like(log_ratio), A, mask, clip)", "(-log_ratio.exp() * A)"),
-    "gspo: mean over padding": ("mask.sum(1, keepdim=True).clamp(min=1)  # (b,1)", "mask.shape[1]"),
+    "gspo: sign": ("return surrogate(sequence_ratio", "return -surrogate(sequence_ratio"),
+    "gspo: ratio of tokens": (
+        "surrogate(sequence_ratio(logp, logp_old, mask)",
+        "surrogate(token_ratio(logp, logp_old)",
+    ),
+    "gspo: mean over padding": ("/ mask.sum(1, keepdim=True).clamp(min=1), 0)", "/ mask.shape[1], 0)"),
+    "gspo: logs the ratio of tokens": (", ratio=sequence_ratio)", ")"),
+    "sapo: logs a clip": (", ratio=None)", ")"),
     "gspo: padding summed": ("((logp - logp_old) * mask).sum", "(logp - logp_old).sum"),
     "sapo: sign": ("return -A * torch.sigmoid", "return A * torch.sigmoid"),
     "sapo: one tau": ("torch.where(A > 0, 1.0, 1.05)", "torch.ones_like(A)"),
     "sapo: no 4 / tau": ("- 1)) * 4 / tau", "- 1))"),
-    "cispo: sign": ("return -(logp - logp_old).exp().clamp", "return (logp - logp_old).exp().clamp"),
+    "cispo: sign": ("return -token_ratio(logp, logp_old).clamp", "return token_ratio(logp, logp_old).clamp"),
     "cispo: no clip": (".clamp(1 - clip[0], 1 + clip[1]).detach()", ".detach()"),
     "cispo: gradient through the ratio": ("1 + clip[1]).detach()", "1 + clip[1])"),
     "grpo: clip": ("clip=(0.2, 0.3)", "clip=(0.2, 0.2)"),
@@ -212,8 +251,10 @@ MUTATIONS = {  # what is wrong: (what stands in train_rl.py, what stands there i
     "sequences: sum, not mean": (".clamp(min=1) / max(counts[over], 1)", ".clamp(min=1)"),
     "length: tokens instead": ('counts["sequences"] * length if', 'counts["sequences"] if'),
     "one count of tokens": ('"length" else counts[over], 1)', '"length" else counts["tokens of the update"], 1)'),
-    "k3: sign of d": ("return log_ratio.exp() - log_ratio - 1", "return (-log_ratio).exp() + log_ratio - 1"),
-    "k3: sign": ("return log_ratio.exp() - log_ratio - 1", "return 1 + log_ratio - log_ratio.exp()"),
+    "k3: sign of d": ("return (d.exp() - d - 1)", "return ((-d).exp() + d - 1)"),
+    "k3: sign": ("return (d.exp() - d - 1)", "return (1 + d - d.exp())"),
+    "k3: no bound of d": ("d = d.clamp(-20, 20)", "d = d + 0"),
+    "k3: no bound": (".clamp(max=10)", ""),
     "advantage: dr_grpo divides": ("data.ids, self.loss.advantage)", 'data.ids, "grpo")'),
     "credit: failed ones are kept": ("~rewards.isnan()", "rewards.isnan() | True"),
     "clip: 0 is the algorithm's own": ("default if option is None else option", "option or default"),
@@ -232,6 +273,8 @@ def check_everything():
     test_an_option_left_out_is_the_algorithms_own()
     test_denominators()
     test_kl_estimator()
+    test_nothing_overflows()
+    test_what_is_clipped_is_told_by_the_ratio_of_the_loss()
     test_overlong_penalty()
 
 

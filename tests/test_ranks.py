@@ -1,6 +1,7 @@
 """One global batch gives the same losses and weights on any number of ranks: replicated, sharded (FSDP2), with LoRA."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from helpers import tiny_checkpoint
 from safetensors.torch import load_file
-from small import ROOT, arguments, free_port, metrics, quiet, small_data, start_ranks
+from small import ROOT, arguments, free_port, metrics, quiet, small_data, start_ranks, write_lines
 
 import train_cpt
 import train_rl
@@ -31,6 +32,10 @@ PORO = {
     "beta": 0.01,
 }
 SHARDED = {"steps": 3, "kinds": "applied,document,section", "fsdp": "on", "save_every": 1}
+SHARDING = {"": {"fsdp": "off"}, "-sharded": {"fsdp": "on"}}
+ODD = {**PORO, "steps": 0, "epochs": 3, "split": "odd.jsonl", "reward": "small:of_one", "beta": 0, "lr": "1e-5"}
+REPLAY = {"replay": "DATA/two", "mini_batch": 2, "max_response": 32, "epochs": 2}
+DRAWS = {"algorithm": "dapo", "dynamic_tries": 20, "mini_batch": 2, "reward": "small:of_two", "epochs": 1}
 RUNS = {  # name: (stage, flags); one rank does all of it in this process
     "cpt-replicated": ("cpt", {"steps": 3, "kinds": "applied,document,section"}),
     "cpt-sharded": ("cpt", SHARDED),
@@ -40,12 +45,17 @@ RUNS = {  # name: (stage, flags); one rank does all of it in this process
     "rl": ("rl", {**PORO, "full": False, "lr": "1e-4"}),
     "rl-sharded": ("rl", {**PORO, "fsdp": "on", "lr": "1e-5"}),
     "sft-sharded": ("sft", {"steps": 3, "full": True, "fsdp": "on", "gradient_checkpointing": True}),
+    # steps of RL that are odd: no live group on a rank, or anywhere; no picture in a step; epochs of one whole batch;
+    # fewer items to replay than ranks; more draws than one, of fewer queries than ranks
+    **{f"rl-dead{name}": ("rl", {**ODD, **fsdp}) for name, fsdp in SHARDING.items()},
+    **{f"rl-replay{name}": ("rl", {**ODD, **REPLAY, **fsdp}) for name, fsdp in SHARDING.items()},
+    **{f"rl-draws{name}": ("rl", {**ODD, **DRAWS, **fsdp}) for name, fsdp in SHARDING.items()},
 }
 
 
 def run_all(folder, world):
     for name, (stage, flags) in RUNS.items():
-        flags = {key: f"{folder}/data" if value == "DATA" else value for key, value in flags.items()}
+        flags = {k: v.replace("DATA", f"{folder}/data") if k == "replay" else v for k, v in flags.items()}
         words = arguments(f"{folder}/model", f"{folder}/data", f"{folder}/{name}-{world}", **flags)
         code, errors = quiet(SCRIPTS[stage], words)
         if code:
@@ -93,6 +103,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     tiny_checkpoint(folder / "model")
     small_data(folder / "data", items=8)
+    rows = [json.loads(line) for line in (folder / "data" / "rl.jsonl").read_text().splitlines()]
+    text = [{**row, "images": []} for row in rows]
+    write_lines(folder / "data" / "odd.jsonl", [*text[:2], rows[2], *text[3:6]])
+    shutil.copytree(folder / "data", folder / "data" / "two")
+    write_lines(folder / "data" / "two" / "sft.jsonl", rows[:2])
     return folder
 
 
@@ -123,6 +138,14 @@ def test_any_number_of_ranks_learns_what_one_learns(ranks, name, world):
         assert b == pytest.approx(a, rel=1e-6, abs=1e-6)
     a, b = weights(ranks / f"{name}-1"), weights(ranks / f"{name}-{world}")
     assert (a - b).norm() / a.norm() < 1e-6
+
+
+def test_the_odd_steps_are_odd(ranks):
+    """A live group, with a picture; none, and no picture; a live one again: else the test above would test nothing."""
+    rows = metrics(ranks / "rl-dead-1")
+    assert [row["dead_groups"] == 1 for row in rows] == [False, True, False]
+    assert [row["grad_norm"] == 0 for row in rows] == [False, True, False]
+    assert metrics(ranks / "rl-draws-1")[0]["draws"] > 2
 
 
 @pytest.mark.parametrize("to", [1, *WORLDS])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rl_bench import READ, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
+from rl_bench import READ, REWARDS, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
 from small import write_lines
 
 import train_rl
@@ -24,43 +24,6 @@ from train_rl import LOSSES
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return rl_folder(tmp_path_factory.mktemp("rl"))
-
-
-# -- rewards that the tests name as test_rl:function -------------------------------------------------------------------
-
-
-def vowels(prompt, response, item):
-    return sum(response.count(v) for v in "aeiouAEIOU") / max(len(response), 1)
-
-
-def exact(prompt, response, item):
-    return float(response == item["answer"])
-
-
-calls = [0]
-
-
-def raises_sometimes(prompt, response, item):
-    calls[0] += 1
-    if calls[0] % 50 == 0:
-        raise ValueError("a bug in somebody's reward")
-    return vowels(prompt, response, item)
-
-
-def hangs_once(prompt, response, item):
-    calls[0] += 1
-    while calls[0] == 5:
-        try:
-            sum(range(1000))
-        except Exception:  # swallows everything, as some do
-            pass
-    return float("nan") if calls[0] == 9 else vowels(prompt, response, item)
-
-
-def mostly_raises(prompt, response, item):
-    calls[0] += 1
-    assert calls[0] < 20 or calls[0] % 5 < 2
-    return 1.0
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -137,7 +100,7 @@ def reader(tmp_path_factory):
 
 def test_policy_rollout_learns_what_stands_only_in_the_policy(reader):
     """The policy-aware half finds the answer and the group's mean carries it over; the metrics show both halves."""
-    rows = run(reader, "poro", policy_rollouts=4, validate_every=15, validate_items=4, **READ)
+    rows = run(reader, "poro", policy_rollouts=4, validate_every=15, **READ)
     assert rows[0]["accuracy"] == 0 and rows[0]["accuracy_aware"] > 0.5 and rows[0]["dead_groups"] < 1
     assert rows[-1]["accuracy"] > 0.6
     assert json.loads((reader / "poro" / "validation.jsonl").read_text().splitlines()[-1])["accuracy"] == 1
@@ -192,11 +155,12 @@ def test_warns_where_the_policy_in_the_prompt_does_not_help(folder, capsys):
 
 
 def test_metrics_and_samples_tell_what_happened(folder):
-    rewards = {"reward": "test_rl:vowels=2,format=0.5", "overlong": 2}
-    (row, *_) = run(folder, "told", steps=1, policy_rollouts=2, samples_every=1, **rewards)
+    rewards = {"reward": f"{REWARDS}:vowels=2,format=0.5", "overlong": 2}
+    (row, *_) = run(folder, "told", steps=1, policy_rollouts=2, **rewards)
     for name in (
-        "loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy kl "
-        "length length_max clipped_low clipped_high truncated rollout_train_difference failed"
+        "loss grad_norm reward reward/vowels reward/format accuracy accuracy_aware dead_groups entropy "
+        "length length_max clipped_low clipped_high clipped_low_aware clipped_high_aware truncated "
+        "rollout_train_difference failed"
     ).split():
         assert isinstance(row[name], (int, float)), name
     speed = json.loads((folder / "told" / "metrics.jsonl").read_text().splitlines()[0])["speed"]
@@ -243,7 +207,18 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
         sampler = Sampler(settings, bench, None, rollout, [], [None], tries=9)
         sampler.draw = lambda number: judged(groups, drawn_batches[number])[rank::world]
         data, cursor = sampler(5)
-        assert cursor == 8 and not rollout.prefixes and (sampler.failed, sampler.judged) == (3, 48)
+        assert (
+            cursor == 8
+            and not rollout.prefixes
+            and sampler.drawn
+            == {
+                "failed": 3 / 48,  # and NaN is no wrong answer
+                "drawn_accuracy": 12 / 24,
+                "drawn_accuracy_aware": 12 / 21,
+                "drawn_dead_groups": 6 / 12,
+                "draws": 3,
+            }
+        )
         learner = train_rl.Learner(settings, bench, None, None, None, [(None, None, 1.0)], None, 0)
         A = learner.credit(data, 0.0)[1]  # a rank may have no live group
         found[rank] = list(zip(data.places.tolist(), (group.item["id"] for group in data.groups))), len(A)
@@ -259,17 +234,17 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
     assert all(n == 4 * len(row) for row, n in found.values()) and (world < 4 or not found[3][0])
 
 
-@pytest.mark.parametrize("reward", ["raises_sometimes", "hangs_once"])
+@pytest.mark.parametrize("reward", ["raises_sometimes", "hangs_at_times"])
 def test_a_bad_reward_costs_its_response_only(folder, reward):
-    calls[0] = 0
-    rows = run(folder, reward, steps=3, reward=f"test_rl:{reward}", reward_seconds=0.2)
-    assert 0 < sum(row["failed"] for row in rows) < 0.1 and len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+    rows = run(folder, reward, steps=3, reward=f"{REWARDS}:{reward}", reward_seconds=0.2)
+    assert 0 < sum(row["failed"] for row in rows) < 0.3 and len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
 
 
 def test_rewards_that_mostly_fail_stop_the_run_with_a_checkpoint(folder):
-    calls[0] = 0
-    with pytest.raises(InputError, match=r"of 32 rewards raised, hung or were no number, expected at most"):
-        run(folder, "failing", steps=9, reward="test_rl:mostly_raises")
+    with pytest.raises(
+        InputError, match=r"of the rewards that failed \(\d+ x AssertionError in mostly_raises\), expected at most"
+    ):
+        run(folder, "failing", steps=9, reward=f"{REWARDS}:mostly_raises")
     assert list((folder / "failing" / "checkpoints").glob("step-*"))
 
 
@@ -303,7 +278,7 @@ def test_k_zero_is_plain_grpo_bit_for_bit(folder, drawn):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ({"group_size": 1, "policy_rollouts": 0}, "group of 2"),
+        ({"group_size": 1, "policy_rollouts": 0}, "groups of 1 . 0 responses, expected 2"),
         ({"policy_rollouts": -1}, "at least 0"),
         ({"reward": "nowhere:f"}, "No module"),
         ({"reward": "wrong"}, "no attribute"),

@@ -80,7 +80,7 @@ def test_conversations_and_items_without_a_policy_go_through_every_stage(model, 
     train_cpt.main(arguments(model, folder, out / "cpt", steps=1))
     train_sft.main(arguments(model, folder, out / "sft", init=out / "cpt", steps=1, policy_in_prompt=True))
     sizes = {"group_size": 2, "policy_rollouts": 2, "max_response": 8, "check": 4}
-    train_rl.main(arguments(model, folder, out / "rl", steps=1, samples_every=1, **sizes))
+    train_rl.main(arguments(model, folder, out / "rl", steps=1, **sizes))
     row = evaluate.main(
         f"--model {out}/rl --data {folder} --out {out}/eval --policy-in-context --device cpu --max-response 8".split()
     )
@@ -92,7 +92,7 @@ def test_samples_say_how_far_each_token_moved(model, folder):
     out = folder.parent / "rl"
     sizes = {"group_size": 4, "policy_rollouts": 2, "max_response": 6, "check": 0, "batch_size": 1}
     reward = "small:length"  # a random model gets it in every amount
-    train_rl.main(arguments(model, folder, out, steps=1, samples_every=1, lr="1e-5", beta=0, reward=reward, **sizes))
+    train_rl.main(arguments(model, folder, out, steps=1, lr="1e-5", beta=0, reward=reward, **sizes))
     (sample,) = rows(out / "samples.jsonl")
     assert sample["question"].startswith("apply P") and len(sample["responses"]) == 6
     learned = [r for r in sample["responses"] if r["advantage"]]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import math
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from test_rl import logprobs
 
 import train_rl
 from data import InputError
-from variants import bapo, gdpo, halves, icpo, noisy, opcd, tis
+from variants import bapo, dual, entropy, gdpo, halves, icpo, noisy, opcd, tis, which
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / "variants").glob("*.py") if path.stem != "__init__")
@@ -181,13 +182,95 @@ def test_bapo_widens_the_clip_until_positives_weigh_enough():
     assert bapo.balanced_clip(one, logp, old, -a.abs(), mask, 0.45) == pytest.approx((0.2, 1.0))  # no positives: widest
 
 
-def test_tokens_kl_over_the_whole_vocabulary_is_the_kl():
+def test_dual_bounds_what_a_bad_token_can_cost():
+    """A = -0.5 at a ratio of 1.6: c = 1.5 cuts 0.8 to 0.75, with no gradient; a ratio within and A > 0 stay."""
+    values, grads, clipped, plain = of_each(dual, most=1.5)
+    assert torch.equal(values[0], clipped[0]) and torch.equal(grads[0], plain[0])
+    assert clipped[1, 0] == pytest.approx(0.8) and values[1, 0] == pytest.approx(0.75) and values[1, 1] == clipped[1, 1]
+    assert grads[1, 0] == 0 < plain[1, 0]
+    plain = dict(group_size=2, policy_rollouts=0, frozen_sampler="", clip_high=None)
+    for flags, line in (
+        ({"algorithm": "sapo", "most": 3}, "sapo, expected one of grpo, dr_grpo, dapo, bnpo"),
+        ({"algorithm": "grpo", "most": 1.3}, "--most 1.3, expected more than the clip, 1.3"),
+    ):
+        with pytest.raises(InputError, match=line):
+            dual.Learner.check(SimpleNamespace(**plain, **flags))
+
+
+def test_which_drops_what_was_cut():
+    """It counts in the group's statistics, and is not learned from."""
+    data = judged([0.0, 1.0, 0.0, 1.0], [False] * 4)
+    data.list = [SimpleNamespace(finished=finished) for finished in (True, True, False, True)]
+    _, A, kept = learner(which, drop_truncated=True, uncertain=1.0).credit(data, 0.0)
+    assert kept.tolist() == [True, True, False, True] and torch.equal(A, learner(train_rl).credit(data, 0.0)[1])
+    assert learner(which, drop_truncated=False, uncertain=1.0).credit(data, 0.0)[2].all()
+
+
+def test_which_learns_from_the_share_of_tokens_that_is_least_certain():
+    """The quantile of all ranks' tokens, found from counts alone."""
+    values, bench = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 3, Bench(None)
+    for share in (0.01, 0.2, 0.5, 1.0):
+        assert (values >= which.threshold(bench, values, share)).sum() == pytest.approx(1000 * share, abs=1)
+    ours = micro(data=SimpleNamespace(uncertain=torch.tensor([[True, False, True], [False, True, True]])), rows=[0, 1])
+    one, plain = learner(which, drop_truncated=False, uncertain=0.5), learner(train_rl).objective(micro())
+    assert torch.equal(one.objective(ours), plain * ours.data.uncertain)
+
+
+def test_entropy_is_that_of_the_softmax_with_its_gradient():
+    """In bf16 autocast, too, it is made in fp32."""
     torch.manual_seed(0)
-    h, g, W = torch.randn(4, 6), torch.randn(4, 6), torch.randn(9, 6)
+    h, W = torch.randn(5, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    logp = (h.double() @ W.double().T / 0.7).log_softmax(-1)
+    expected = -(logp.exp() * logp).sum(-1)
+    own = torch.autograd.grad(expected.sum(), (h, W))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = entropy.entropy(h, W, 0.7, rows=2)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(found.sum(), (h, W), allow_unused=True), own):
+        assert ours is not None and torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_entropy_pulls_at_dead_groups_as_well(folder, drawn):
+    """The bonus over the mean of tokens of each response, on top of nothing; it raises the entropy."""
+    model, start, groups, processor = drawn
+    (found,) = gradients(config(folder, entropy, bonus=0.5, beta=0.0), drawn, entropy, A=torch.zeros(16))
+    ours = copy.deepcopy(model)
+    for group in groups:
+        for response in group.responses:
+            prompt, first = group.prompt, len(group.prompt.input_ids) - 1
+            ids = torch.cat([prompt.input_ids, torch.tensor(response.tokens)])[None]
+            hidden = ours(ids, None, prompt.pixel_values, prompt.grid_thw)[0, first:-1]
+            logp = ours.logits(hidden).log_softmax(-1)
+            (0.5 / 16 * (logp.exp() * logp).sum(-1).mean()).backward()
+    expected = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    assert distance([found], [expected]) < 1e-4
+
+
+def test_tokens_kl_is_a_kl_that_grows_to_the_whole_one():
+    """The likeliest tokens and all others as one: never below 0, never above the KL over the vocabulary, and equal to
+    it once that is all. Logits near 30 keep their digits under autocast.
+    """
+    torch.manual_seed(0)
+    h, g, W = 3 * torch.randn(50, 6), 3 * torch.randn(50, 6), torch.randn(50, 6)
     p, q = ((x.double() @ W.T.double() / 0.7).log_softmax(-1) for x in (h, g))
-    expected = (p.exp() * (p - q)).sum(-1)
-    assert torch.allclose(opcd.tokens_kl(h, W, g, W, 1000, 0.7).double(), expected, atol=1e-5)
-    assert torch.allclose(opcd.tokens_kl(h, W, h, W, 3, 0.7), torch.zeros(4))
+    expected, before = (p.exp() * (p - q)).sum(-1), torch.zeros(50).double()
+    assert p.min() < -30
+    for count in (1, 5, 20, 50, 1000):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = opcd.tokens_kl(h, W, g, W, count, 0.7).double()
+        assert (found > before - 1e-5).all() and (found < expected + 1e-4).all(), count
+        before = found
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.allclose(opcd.tokens_kl(h, W, h, W, 3, 0.7), torch.zeros(50), atol=1e-6)
+
+
+def test_what_a_variant_does_not_clip_is_not_told_as_clipped():
+    """Policy-aware responses of ICPO and of the ratio ablation have losses of their own; OPCD has no clip to tell."""
+    for method, flags in ((icpo, {"ratio": "shaped", "bonus": 0.0}), (halves, {"ablate": "ratio"})):
+        assert learner(method, **flags).ratio(micro()).isnan().tolist() == [[False] * 3, [True] * 3]
+    for method, flags in ((icpo, {"ratio": "plain", "bonus": 0.0}), (halves, {"ablate": "gradients"})):
+        assert not learner(method, **flags).ratio(micro()).isnan().any()
+    assert opcd.Learner.losses["opcd"].ratio is None
 
 
 # -- gradients of the whole --------------------------------------------------------------------------------------------
@@ -227,7 +310,20 @@ def test_opcd_is_the_difference_of_two_forward_passes(folder, drawn, top_tokens)
     assert max(g.abs().max() for g in nothing.values()) < 1e-3 * max(g.abs().max() for g in found.values())
 
 
-@pytest.mark.parametrize("method,flags", [(opcd, {}), (bapo, {}), (icpo, {}), (tis, {}), (halves, {"ablate": "ratio"})])
+@pytest.mark.parametrize(
+    "method,flags",
+    [
+        (opcd, {}),
+        (opcd, {"top_tokens": 9}),
+        (bapo, {}),
+        (icpo, {}),
+        (tis, {}),
+        (halves, {"ablate": "ratio"}),
+        (dual, {"most": 1.4}),
+        (which, {"uncertain": 0.3}),
+        (entropy, {}),
+    ],
+)
 def test_gradient_does_not_depend_on_how_the_work_is_split(folder, drawn, method, flags):
     if method is opcd:  # a sharper teacher: what is left between nearly equal log-probabilities would be rounding
         model, start, groups, processor = drawn
@@ -258,6 +354,9 @@ def test_opcd_learns_from_the_policy_without_a_reward(reader):
         (tis, {"cap": 2.0, "inner_epochs": 2}),
         (gdpo, {}),
         (bapo, {"inner_epochs": 2}),
+        (dual, {"inner_epochs": 2}),
+        (which, {"drop_truncated": True, "uncertain": 0.3}),
+        (entropy, {}),
     ],
 )
 def test_variants_run_on_a_model_that_reads_policies(reader, method, flags):
@@ -287,11 +386,29 @@ MUTATIONS = {  # (file, what stands there, what stands there instead)
     "halves: standard half instead": ("halves", "torch.where(micro.aware, other", "torch.where(~micro.aware, other"),
     "halves: common statistics": ("halves", "2 * data.ids + data.aware", "2 * data.ids"),
     "halves: the other half learns": ("halves", "kept & ~data.aware", "kept & data.aware"),
-    "tis: no cap": ("tis", ".exp().clamp(max=self.config.cap)", ".exp()"),
-    "tis: upside down": ("tis", "(micro.logp_old - micro.logp_sampler)", "(micro.logp_sampler - micro.logp_old)"),
+    "tis: no cap": ("tis", ".clamp(max=self.config.cap)", ""),
+    "tis: upside down": (
+        "tis",
+        "token_ratio(micro.logp_old, micro.logp_sampler)",
+        "token_ratio(micro.logp_sampler, micro.logp_old)",
+    ),
     "gdpo: no deviation of the batch": ("gdpo", "(deviation + 1e-4)", "1.0"),
     "gdpo: variance by n": ("gdpo", "/ max(n - 1, 1))", "/ max(n, 1))"),
     "gdpo: scaled penalty": ("gdpo", 'group_advantage(penalty, ids, "dr_grpo")', "group_advantage(penalty, ids)"),
+    "dual: on everything": ("dual", ".minimum(self.config.most * micro.A.abs())", ".clamp(max=self.config.most)"),
+    "which: cut ones kept": ("which", "kept & finished if", "kept if"),
+    "which: statistics, too": (
+        "which",
+        "return rewards, A, kept & finished",
+        "return rewards, A * finished, kept & finished",
+    ),
+    "which: the certain ones": ("which", "int((values >= middle).sum())", "int((values <= middle).sum())"),
+    "entropy: no gradient": ("entropy", "logp = (h.float()", "logp = (h.detach().float()"),
+    "entropy: sign": ("entropy", "return -(logp.exp() * logp)", "return (logp.exp() * logp)"),
+    "entropy: no temperature": ("entropy", " / temperature).log_softmax", ").log_softmax"),
+    "opcd: no tail": ("opcd", "torch.cat([logp, rest], 1).log_softmax(-1)", "logp"),
+    "opcd: half precision": ("opcd", "torch.autocast(h.device.type, enabled=False)", "torch.autocast(h.device.type)"),
+    "opcd: no normaliser": ("opcd", "+ likeliest[:, None]", ""),
     "bapo: negatives counted": ("bapo", "(t * (A > 0)).sum()", "(t * (A < 0)).sum()"),
 }
 
@@ -308,7 +425,12 @@ def test_a_wrong_variant_is_noticed(wrong, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     monkeypatch.setitem(globals(), name, module)
+    # those without fixtures: by hand, or of one function
+    tests = [f for key, f in sorted(globals().items()) if key.startswith((f"test_{name}_", f"test_{STEMS.get(name)}_"))]
     with pytest.raises(AssertionError):
-        for function in [f for key, f in sorted(globals().items()) if key.startswith(f"test_{name}_")]:
-            if name != "opcd":
+        for function in tests:
+            if not inspect.signature(function).parameters:
                 function()
+
+
+STEMS = {"opcd": "tokens_kl"}

@@ -42,7 +42,7 @@ class Learner(train_rl.Learner):
     def add_gradients(self, data, chosen, step_tokens, tally):
         if data.logp_old is not None:
             mine = chosen & self.live(data)  # (B,)
-            logp, mask = self.logprobs(data, mine), data.mask * mine[:, None].to(data.mask)  # (B,R)
+            (logp, _), mask = self.logprobs(data, mine), data.mask * mine[:, None].to(data.mask)  # (B,R)
             A = data.A[:, None].to(logp)
             self.clip = balanced_clip(self.run, logp, data.logp_old, A, mask, self.config.target)
         super().add_gradients(data, chosen, step_tokens, tally)

@@ -20,7 +20,7 @@ import torch
 import train_rl
 from data import command
 from kernels.advantage import group_advantage
-from support.config import option
+from support.config import option, refuse
 from train_rl import cispo
 
 
@@ -34,6 +34,12 @@ class Config(train_rl.Config):
 
 
 class Learner(train_rl.Learner):
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        G, K, least = config.group_size, config.policy_rollouts, 2 if config.ablate == "statistics" else 1
+        refuse(min(G, K) < least, f"halves of {G} and {K}", f"{least} responses in each at least")
+
     def credit(self, data, progress):
         rewards, A, kept = super().credit(data, progress)
         if self.config.ablate == "statistics":
@@ -50,6 +56,10 @@ class Learner(train_rl.Learner):
             return loss
         other = cispo(micro.logp, micro.logp_sampler, micro.A, micro.mask, clip=(1.0, 4.0))  # r is capped at 5
         return torch.where(micro.aware, other, loss)
+
+    def ratio(self, micro):
+        ratio = super().ratio(micro)
+        return ratio.masked_fill(micro.aware, torch.nan) if self.config.ablate == "ratio" else ratio
 
 
 def main(argv=None):

@@ -19,7 +19,8 @@ import torch
 import train_rl
 from data import command
 from kernels.advantage import group_advantage
-from support.config import option
+from support.config import option, refuse
+from train_rl import token_ratio
 
 
 @dataclass
@@ -32,11 +33,16 @@ class Config(train_rl.Config):
 
 def shaped(logp, logp_sampler, A):
     """-r / (r + 0.01) A, (b,R): its derivative is largest where r is small."""
-    ratio = (logp - logp_sampler).exp()
+    ratio = token_ratio(logp, logp_sampler)
     return -ratio / (ratio + 0.01) * A
 
 
 class Learner(train_rl.Learner):
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        refuse(not config.policy_rollouts, "--policy-rollouts 0", "policy-aware responses")
+
     def credit(self, data, progress):
         rewards, _, kept = super().credit(data, progress)
         right = data.rewards[:, 0] >= 1
@@ -51,6 +57,10 @@ class Learner(train_rl.Learner):
             return loss
         other = shaped(micro.logp, micro.logp_sampler, micro.A)
         return torch.where(micro.aware, other, loss)
+
+    def ratio(self, micro):
+        ratio = super().ratio(micro)
+        return ratio.masked_fill(micro.aware, torch.nan) if self.config.ratio == "shaped" else ratio
 
 
 def main(argv=None):

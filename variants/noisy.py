@@ -18,7 +18,7 @@ import model as qwen
 import rollout
 import train_rl
 from data import InputError, command
-from support.config import option, redefault
+from support.config import option, redefault, refuse
 
 
 @dataclass
@@ -27,6 +27,13 @@ class Config(train_rl.Config):
 
     noise: float = option(0.5, "sigma, deviation of the noise in normalised pixels", above=0)
     check: int = redefault(train_rl.Config, "check", 0)  # no policy is read
+
+
+class Learner(train_rl.Learner):
+    @classmethod
+    def check(cls, config):
+        super().check(config)
+        refuse(not config.policy_rollouts, "--policy-rollouts 0", "responses to noised pictures")
 
 
 class NoisyRollout(rollout.PolicyRollout):
@@ -39,7 +46,7 @@ class NoisyRollout(rollout.PolicyRollout):
 
 
 def main(argv=None):
-    train_rl.main(argv, __doc__, Config, PolicyRollout=NoisyRollout)
+    train_rl.main(argv, __doc__, Config, Learner=Learner, PolicyRollout=NoisyRollout)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     A_t = log pi_start(o_t|P,x) - log pi(o_t|x),    loss -stopgrad(clip(r)) A_t log pi,    o ~ pi(.|x)
 
-or, with --top-tokens C, KL(pi || pi_start(.|P,x)) over the C likeliest tokens of pi and the rest as one. K = 0: all is
-sampled without the policy. Source: on-policy distillation (arXiv 2306.13649) whose teacher is the model that sees P.
+or, with --top-tokens C, KL(pi || pi_start(.|P,x)) over the C likeliest tokens of pi and all others as one more. K = 0:
+everything is sampled without the policy. Source: arXiv 2306.13649, with a teacher that sees the context.
 
     python variants/opcd.py --model M --init runs/sft --data data/clevr --out runs/opcd --group-size 8
 """
@@ -20,6 +20,7 @@ import train_rl
 from data import command
 from kernels.logprob import linear_logprob
 from support.config import option, redefault
+from support.sharding import gathered
 from train_rl import Loss, cispo
 
 
@@ -33,7 +34,7 @@ class Config(train_rl.Config):
 
 
 class Learner(train_rl.Learner):
-    losses = {"opcd": Loss(cispo, clip=(1.0, 4.0), without_advantage=True)}
+    losses = {"opcd": Loss(cispo, clip=(1.0, 4.0), ratio=None, without_advantage=True)}
     needs_start = needs_policy_prompts = True
     smallest_group = 1
 
@@ -44,31 +45,30 @@ class Learner(train_rl.Learner):
     def objective(self, micro):
         logp_teacher, hidden, W = self.start_logprobs(micro, with_policy=True)  # (b,R), (L,D), (V,D)
         if self.config.top_tokens:
-            with self.run.autocast():
-                kl = tokens_kl(
-                    micro.hidden, self.model.head_weight, hidden, W, self.config.top_tokens, self.config.temperature
-                )
-            return micro.spread(kl)
+            own = micro.hidden, self.model.head_weight
+            return micro.spread(tokens_kl(*own, hidden, W, self.config.top_tokens, self.config.temperature))
         A = (logp_teacher - micro.logp.detach()) * micro.mask  # (b,R)
         return self.loss.function(micro.logp, micro.logp_old, A, micro.mask, self.clip)
 
 
 def tokens_kl(h, W, h_teacher, W_teacher, count, temperature):
-    """KL(pi || teacher) at each position, (L,), over the `count` likeliest tokens of pi and the rest as one token.
+    """KL(pi || teacher) at each position over the `count` likeliest tokens of pi and the rest as one, (L,), in fp32.
 
     h, h_teacher: hidden states (L,D); W, W_teacher: output weights (V,D).
     """
+    h, W, h_teacher, W_teacher = (gathered(x).float() for x in (h, W, h_teacher, W_teacher))
     with torch.no_grad():
         tokens = torch.cat([(rows @ W.T).topk(min(count, len(W))).indices for rows in h.split(256)])  # (L,count)
 
     def log_probs(h, W):  # one token's log-probability gives the normaliser of all
-        logits = torch.einsum("ld,lcd->lc", h, W[tokens]).float() / temperature
+        logits = torch.einsum("ld,lcd->lc", h, W[tokens]) / temperature
         likeliest, _ = linear_logprob(h, W, tokens[:, 0], temperature=temperature)
-        logs = logits - logits[:, :1] + likeliest[:, None]
-        rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()  # without it this would be no KL, often < 0
-        return torch.cat([logs, rest], -1)
+        logp = logits - logits[:, :1] + likeliest[:, None]
+        rest = (1 - logp.exp().sum(1, keepdim=True)).clamp(min=1e-7).log()  # (L,1)
+        return torch.cat([logp, rest], 1).log_softmax(-1)  # rounding aside it is one already
 
-    log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)  # (L,count+1)
+    with torch.autocast(h.device.type, enabled=False):
+        log_p, log_q = log_probs(h, W), log_probs(h_teacher, W_teacher)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 

@@ -19,6 +19,7 @@ import torch
 import train_rl
 from data import command
 from support.config import option
+from train_rl import token_ratio
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Config(train_rl.Config):
 
 class Learner(train_rl.Learner):
     def objective(self, micro):
-        weight = (micro.logp_old - micro.logp_sampler).exp().clamp(max=self.config.cap)  # (b,R)
+        weight = token_ratio(micro.logp_old, micro.logp_sampler).clamp(max=self.config.cap)  # (b,R)
         return super().objective(micro) * torch.where(micro.aware, 1, weight)
 
 
