@@ -55,7 +55,7 @@ from support.files import (
     write_tensors,
 )
 from support.layouts import check_limits, config_to_save, read_adapter, read_config, read_pictures, read_tokenizer
-from support.pictures import open_image, to_rgb
+from support.pictures import open_image, smart_resize, to_rgb
 from support.template import ControlTokens, read_template
 
 # -- 1. config --------------------------------------------------------------------------------------------------------
@@ -753,21 +753,12 @@ def save_adapter(model, folder):
 
 
 def stored_adapter(folder):
-    """An adapter in PEFT's format -> (its file, {our name of a tensor: its name there}, rank, alpha, dropout, rslora)."""
+    """An adapter in PEFT's format -> (its file, {our name of a tensor: its own}, rank, alpha, dropout, rslora)."""
     folder = find_folder(folder, hub="")
     settings = read_adapter(folder / "adapter_config.json")
     file = TensorFile(folder / "adapter_model.safetensors")
     short = lambda name: hub_name(re.sub(r"^base_model\.model\.|(\.default)?\.weight$", "", name))
     return file, {name: key for name, (_, key) in stored_once([file], short).items()}, *settings
-
-
-def adapter_products(folder):
-    """{name of a linear layer: (scale, A, B)} of an adapter, on the CPU in fp32: its weight becomes W + scale B A."""
-    file, stored, rank, alpha, _, rslora = stored_adapter(folder)
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
-    tensors = {name: file.read(there, "cpu", torch.float32) for name, there in stored.items()}
-    layers = {name.rpartition(".")[0] for name in tensors}
-    return {name: (scale, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in sorted(layers)}
 
 
 def load_adapter(model, folder):
@@ -798,20 +789,6 @@ def load_adapter(model, folder):
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
-
-
-def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """Sides in multiples of `factor`, with an area within the limits, close to the old aspect ratio. All in pixels."""
-    if not 0 < max(height, width) <= 200 * min(height, width):
-        raise InputError(f"found a picture of {width}x{height} pixels, expected an aspect ratio of 200 at most")
-    h, w = round(height / factor) * factor, round(width / factor) * factor  # banker's rounding: 70 -> 56
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
 
 
 def parts(message):

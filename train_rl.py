@@ -270,17 +270,16 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         rewards = load_rewards(config.reward, config.reward_seconds, judge.of(config, policies))
         model, processor = run.load()
         sections = {name: [node["id"] for node in policy["nodes"]] for name, policy in policies.items()}  # for PA3
-        items = load_items(config.data, config.split, policies, config.media)
-        items = [{**item, "sections": sections.get(item["policy"], [])} for item in items]
+        loaded = load_items(config.data, config.split, policies, config.media)
+        items = [{**item, "sections": sections.get(item["policy"], [])} for item in loaded]
         held_out = load_items(config.data, config.validation, policies, config.media) if config.validate_every else []
 
         beta = loss.beta if config.beta is None else config.beta
         start, frozen = run.frozen_models(model, beta or Learner.needs_start, config.frozen_sampler)
         kinds = dict(sampler=frozen, keep_policy_prompts=Learner.needs_policy_prompts, options=config)
-        limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response)
-        drawn = dict(temperature=config.temperature, budget=config.budget)
+        limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response, budget=config.budget)
         G, K = config.group_size, config.policy_rollouts
-        rollout = PolicyRollout(processor, policies, G, K, **kinds, **limits, **drawn)
+        rollout = PolicyRollout(processor, policies, G, K, temperature=config.temperature, **kinds, **limits)
         replay = Replay(config, run, processor) if config.replay else None
         run.examine(processor, config.data, {config.split: items, config.validation: held_out}, policies, K and "both")
         learner = Learner(config, run, model, start, run.optimizer(model), rewards, replay, processor.pad_id)

@@ -289,7 +289,8 @@ def main():
             f"Forward + backward, fp32, {facts['threads']} threads, best of {args.repeats}; ratios to eager in "
             f"the same run. At the start {load:.1f} other tasks wanted the cores; CPU time hardly changes by that. "
             "With a trainable head W's own gradient, V x D x 4 bytes, is in every peak, and ours makes the "
-            "logits twice, as a token's gradient from above is not known in the forward pass. GPU rows: benchmarks/gpu.py."
+            "logits twice, as a token's gradient from above is not known in the forward pass. "
+            "GPU rows: benchmarks/gpu.py."
         )
         write("logprob_cpu", result, cpu_table(rows), notes)
 

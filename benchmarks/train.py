@@ -4,13 +4,13 @@
 
 Random weights, fp32, on a CPU; one process per measurement, so that peak memory is its own.
 
-    sft   LoRA rank 8 on all projections of the text model, 8 rows of a picture, 300 tokens of prompt and 96 of response.
+    sft   LoRA rank 8 on all projections of the text model, 8 rows of a picture, 300 tokens of prompt, 96 of response.
           Theirs: PEFT around transformers' model, its own loss from `labels`.
-    rl    all parameters, 2 queries of 500 tokens with a picture, 8 responses of 96 tokens each: GRPO's loss and gradient.
+    rl    all parameters, 2 queries of 500 tokens with a picture, 8 responses of 96 tokens each: GRPO's gradient.
           Theirs: one row per response, logits of the response positions only, log_softmax and gather, as TRL does.
     ranks tokens per second of two processes of one thread each over those of one: the sft step and its all-reduce.
 
-The losses of both sides are compared before the clock starts. `cpu_seconds` is what the process spent on all its threads:
+Both sides' losses are compared before the clock starts. `cpu_seconds` is what the process spent on all its threads:
 on a machine with other work, its ratios are the ones to trust.
 """
 
@@ -182,7 +182,7 @@ def main():
         parameters = write_checkpoint(folder, {**base, **CASES["sft"]})
         versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "transformers", "peft"))
         lines = [
-            f"{parameters / 1e6:.0f} M parameters, fp32, {result['machine']}, load {result['load']:.1f} before it began; "
+            f"{parameters / 1e6:.0f} M parameters, fp32, {result['machine']}, load {result['load']:.1f} before; "
             f"{versions}; "
             f"commit {result['commit'][:7]}. What the steps are: benchmarks/train.py.\n",
             "| step | | tokens/s | cpu s a step | peak GB |",

@@ -322,7 +322,7 @@ def _rays_at(objects, radius, centre, camera, size):
 
 
 def _hit(direction, owner, objects, radius, centre, place):
-    """The rays that hit the object they are meant for (indices into R), their depth, and the outward normal (3, hits)."""
+    """The rays that hit the object they are meant for (indices into R), their depth, and outward normal (3, hits)."""
     angle = np.array([o.get("rotation", 0.0) for o in objects])  # Blender takes these numbers for radians
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     start = (place - centre).T / radius  # (3, N): in its own frame every object has radius 1
@@ -514,7 +514,7 @@ class SceneTable:
         return part
 
     def answers(self, program):
-        """Answer a program, as words, for every scene: (S,) strings, INVALID where a `unique` does not find one object."""
+        """Answer a program for every scene: (S,) strings, INVALID where a `unique` does not find one object."""
         found, valid = self.evaluate(program)
         name = list(steps(program))[-1][0]
         if name.startswith("query_"):

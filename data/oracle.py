@@ -3,7 +3,7 @@
     python -m data.oracle DIR ...                 check data folders: the agent's answers against the items'
     python -m data.oracle --table benchmarks/results/policies.md
 
-The agent parses the sentences of the text and looks at a scene graph, objects and their places; it knows neither the tree
+The agent parses the sentences of the text and looks at a scene graph, objects and places; it knows neither the tree
 nor the functional programs. With the right scene it must be right always, with a wrong one it falls to chance.
 """
 
@@ -244,7 +244,8 @@ def main(argv=None):
             items = load_items(folder, split, policies)
             right, mistaken = check(policies, items, scenes, np.random.default_rng(0))
             print(
-                f"{folder}/{split}: {len(items)} items, agent {100 * right:.1f} %, on wrong scenes {100 * mistaken:.1f} %"
+                f"{folder}/{split}: {len(items)} items, agent {100 * right:.1f} %, "
+                f"on wrong scenes {100 * mistaken:.1f} %"
             )
     if args.table:
         drawn = (

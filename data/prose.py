@@ -5,7 +5,7 @@ A style is any object with the methods of `Prose`; the tiny base brings a terse 
     name(rng, depth, taken)            the policy's name
     label(policy, rng)                 ids of the nodes, ids and words of the responses
     ask(node, rng)                     node["question"] as the policy asks it, node["quote"] as a chain quotes it
-    text(policy, rng)                  policy["text"], with one <image> for each node whose `crop` is set, in their order;
+    text(policy, rng)                  policy["text"], with one <image> for each node whose `crop` is set, in order;
                                        sets node["section"], the section in words
     query(policy, rng)                 the question of one item
     crop(image)                        an example picture, cut out, as the policy shows it
@@ -142,7 +142,7 @@ class Prose:
                 return name
 
     def label(self, policy, rng):
-        """Sections are numbered along the tree, 1, 1.1, 1.2, ...; the cases are numbered in an order drawn at random."""
+        """Sections are numbered along the tree, 1, 1.1, 1.2, ...; cases are numbered in an order drawn at random."""
         nodes, children = policy["nodes"], {}
         children[policy["root"]] = "1"
         for node in nodes:  # parents stand before their children

@@ -1,7 +1,7 @@
 """What a chain of thought says about its policy: sections quoted rightly, sections that do not exist, detours.
 
-The paper asks an LLM judge how well the reasoning refers to the policy; for a tree it can be read off exactly. A file for
-such a judge is written as well.
+The paper asks an LLM judge how well the reasoning refers to the policy; for a tree it can be read off exactly. A file
+for such a judge is written as well.
 """
 
 import json
@@ -21,8 +21,8 @@ def mentions(text, policy):
 
 
 def visits(text, policy):
-    """The sections that a text works through, in order, each once: a sentence, or what follows a decision, begins with its
-    name. In free wording, where no sentence does, every section named counts.
+    """The sections that a text works through, in order, each once: a sentence, or what follows a decision, begins with
+    its name. In free wording, where no sentence does, every section named counts.
     """
     found = []
     for part in re.split(r"[.:;]\s|\n|(?<=\byes)\s|(?<=\bno)\s", text):
@@ -111,17 +111,17 @@ def judge_line(response, item, policy):
     )
 
 
-# -- PA3's rewards (arXiv 2603.14602): --reward accuracy=0.9,format=0.1,data.referral:recall=0.5,data.referral:invented=0.5 -
+# -- PA3's rewards (arXiv 2603.14602): --reward accuracy=0.9,data.referral:recall=0.5,data.referral:invented=0.5 -----
 
 
 def _recalled(response, item):
-    """(sections that the thoughts work through, all that they name, the policy's); train_rl.py adds the latter to each item."""
+    """(sections that the thoughts work through, all that they name, the policy's); train_rl.py adds the last."""
     text, policy = thoughts(response), {"nodes": [{"id": section} for section in item["sections"]]}
     return set(visits(text, policy)), set(mentions(text, policy)), set(item["sections"])
 
 
 def recall(prompt, response, item):
-    """Jaccard index of the sections that the thoughts work through and those on the item's path: 1.0 where they are the same."""
+    """Jaccard index of the sections that the thoughts work through and those on the item's path: 1.0 if equal."""
     (visited, _, real), due = _recalled(response, item), {step["node"] for step in item["path"]}
     return len(visited & real & due) / max(1, len((visited & real) | due))
 

@@ -1,5 +1,6 @@
-"""Pictures as files: which are opened, how large they may be, and any of them as upright RGB."""
+"""Pictures as files: which are opened, how large they may be, any of them as upright RGB, and its size when scaled."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,17 @@ def open_image(path):
     except Exception as error:  # Pillow's readers raise anything on damaged files
         found = f"{type(error).__name__} ({shown(str(error))})"
         raise InputError(f"{path}: found {found}, expected a readable picture") from None
+
+
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """Sides in multiples of `factor`, with an area within the limits, close to the old aspect ratio. All in pixels."""
+    if not 0 < max(height, width) <= 200 * min(height, width):
+        raise InputError(f"found a picture of {width}x{height} pixels, expected an aspect ratio of 200 at most")
+    h, w = round(height / factor) * factor, round(width / factor) * factor  # banker's rounding: 70 -> 56
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w

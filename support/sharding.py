@@ -6,6 +6,7 @@ denominator already.
 """
 
 import contextlib
+import math
 
 import torch
 
@@ -34,7 +35,7 @@ def shard(model, device, dtype, rank, world, adapter=None):
 
 def _read_rows(model, rank, world, adapter):
     """Fill a rank's rows from the checkpoint, W + scale B A where an adapter says so: no rank ever holds all of it."""
-    updates = qwen.adapter_products(adapter) if adapter else {}
+    updates = adapter_products(adapter) if adapter else {}
     stored = qwen.stored_tensors(model)
     for name, p in model.named_parameters():
         file, key = stored[name]
@@ -85,3 +86,12 @@ def whole(model, dtype, is_main):
             owner, _, leaf = name.rpartition(".")
             setattr(copy.get_submodule(owner), leaf, torch.nn.Parameter(p.detach().to("cpu", dtype)))
     return copy
+
+
+def adapter_products(folder):
+    """{name of a linear layer: (scale, A, B)} of an adapter, on the CPU in fp32: its weight becomes W + scale B A."""
+    file, stored, rank, alpha, _, rslora = qwen.stored_adapter(folder)
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    tensors = {name: file.read(there, "cpu", torch.float32) for name, there in stored.items()}
+    layers = {name.rpartition(".")[0] for name in tensors}
+    return {name: (scale, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in sorted(layers)}

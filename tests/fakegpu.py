@@ -1,13 +1,13 @@
 """A pretended GPU: numbers on the CPU, CUDA's rules about devices, and a count of what a GPU would be asked for.
 
-A FakeGPU tensor says that it lies on the device "fakegpu" and holds an ordinary tensor. Every aten call passes `dispatch`,
+A FakeGPU tensor says that it lies on the device "fakegpu" and holds a real tensor. Every aten call passes `dispatch`,
 which raises where CUDA would (tensors of two devices), computes on the CPU, and counts
 
     launches    calls that start a kernel: no views, no allocations
-    waits       calls for which the host waits: results fetched, pageable memory copied, lists and CPU tensors as indices
+    waits       calls for which the host waits: results fetched, pageable memory copied, lists or CPU tensors as index
 
 with the line of the project that asked for each. A Triton kernel is one launch: `launched` runs it interpreted on the
-held tensors, or does nothing where only the host's time counts. Not pretended: streams, memory, speed, cuBLAS's rounding.
+held tensors, or does nothing where only the host's time counts. Not pretended: streams, memory, speed, rounding.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ SLOW = (
     "not compile and not describe and not streams and not peak and not hub_id and not command"  # processes, compilers
 )
 
-# Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what stands there instead)}.
+# Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what takes its place)}.
 SOURCES = {
     name: (ROOT / f"{name.replace('.', '/')}.py").read_text()
     for name in ("support.files", "support.pictures", "support.template", "support.layouts", "model")
@@ -28,40 +28,72 @@ SOURCES = {
 MUTATIONS = {}
 MUTATIONS["model"] = {
     # config
-    "tied heads read at the top level only": ("default=False) for section in (raw, nested)]", "default=False) for section in (raw,)]"),
-    "rope_theta is not read from rope_parameters": ('for name in ("mrope_section", "rope_theta") if rope', 'for name in ("mrope_section",) if rope'),
+    "tied heads read at the top level only": (
+        "default=False) for section in (raw, nested)]",
+        "default=False) for section in (raw,)]",
+    ),
+    "rope_theta is not read from rope_parameters": (
+        'for name in ("mrope_section", "rope_theta") if rope',
+        'for name in ("mrope_section",) if rope',
+    ),
     # vision tower
     "tanh GELU in the merger": ("nn.GELU()", 'nn.GELU(approximate="tanh")'),
-    "vision eps 1e-5": ("self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)", "self.norm1 = RMSNorm(config.hidden_size, eps=1e-5)"),
-    "merger eps 1e-5": ("self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)", "self.ln_q = RMSNorm(config.hidden_size, eps=1e-5)"),
+    "vision eps 1e-5": (
+        "self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)",
+        "self.norm1 = RMSNorm(config.hidden_size, eps=1e-5)",
+    ),
+    "merger eps 1e-5": (
+        "self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)",
+        "self.ln_q = RMSNorm(config.hidden_size, eps=1e-5)",
+    ),
     "windows of 8 merged tokens": ("config.patch_size // merge  #", "config.patch_size  #"),
     "windows cut where rows are short": ("x : x + side].ravel()", "x : x + side - 1].ravel()"),
     "full-attention blocks use windows": ("if i in self.config.fullatt_block_indexes:", "if False:"),
     "every block has full attention": ("if i in self.config.fullatt_block_indexes:", "if True:"),
     "full attention across pictures": ("frames.append(frame.ravel())", "frames = [np.arange(start)]"),
-    "full attention across frames": ("for frame in tokens:\n            frames.append(frame.ravel())",
-                                     "frames.append(tokens.ravel())\n        for frame in tokens:"),
-    "merged tokens left in window order": ("return self.merger(x).index_select(0, to_pictures)", "return self.merger(x)"),
+    "full attention across frames": (
+        "for frame in tokens:\n            frames.append(frame.ravel())",
+        "frames.append(tokens.ravel())\n        for frame in tokens:",
+    ),
+    "merged tokens left in window order": (
+        "return self.merger(x).index_select(0, to_pictures)",
+        "return self.merger(x)",
+    ),
     "window order instead of its inverse": ("back[:: merge**2] // merge**2", "windows.order[:: merge**2] // merge**2"),
     "rows and columns swapped in vision rope": ("np.indices((h, w))", "np.indices((h, w))[::-1].copy()"),
     "vision rope theta 1e6": ("1.0 / 10000.0 **", "1.0 / 1e6 **"),
-    "vision rope in bf16": ("rotate(qkv[:, :2].float(), cos[:, None, None]", "rotate(qkv[:, :2].bfloat16(), cos[:, None, None]"),
+    "vision rope in bf16": (
+        "rotate(qkv[:, :2].float(), cos[:, None, None]",
+        "rotate(qkv[:, :2].bfloat16(), cos[:, None, None]",
+    ),
     "vision rope positions in picture order": ("angles[order].cos()", "angles.cos()"),
     "heads before q, k, v": ("u (three h c) -> u three h c", "u (h three c) -> u three h c"),
     "layout kept from inference mode": ("with torch.inference_mode(False):", "if True:"),
     # text model
     "rope turns backwards": ("a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin"),
-    "gate and up swapped": ("F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
-    "text eps 1e-5": ("self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)",
-                      "self.input_layernorm = RMSNorm(config.hidden_size, 1e-5)"),
+    "gate and up swapped": (
+        "F.silu(self.gate_proj(x)) * self.up_proj(x)",
+        "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+    ),
+    "text eps 1e-5": (
+        "self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)",
+        "self.input_layernorm = RMSNorm(config.hidden_size, 1e-5)",
+    ),
     "M-RoPE axes in another order": ("axis = [i % 3 for", "axis = [(i + 1) % 3 for"),
-    "M-RoPE sections interleaved": ("for i, width in enumerate(self.config.mrope_section) for _ in range(width)]",
-                                    "for i in range(half)]"),
+    "M-RoPE sections interleaved": (
+        "for i, width in enumerate(self.config.mrope_section) for _ in range(width)]",
+        "for i in range(half)]",
+    ),
     "M-RoPE sections of one size": ("for _ in range(width)]", "for _ in range(half)][::3]"),
     "text rope theta fixed": ("self.config.rope_theta**exponent", "1e6**exponent"),
-    "text rope in the activation type": ("rearrange(position_ids[axis].float(), \"f b t -> b 1 t f\") * frequency",
-                                         "(rearrange(position_ids[axis], \"f b t -> b 1 t f\").to(dtype) * frequency.to(dtype))"),
-    "kv heads interleaved in decoding": ("q = rearrange(q, \"b (j r) 1 c -> b j r c\", j=J)", "q = rearrange(q, \"b (r j) 1 c -> b j r c\", j=J)"),
+    "text rope in the activation type": (
+        'rearrange(position_ids[axis].float(), "f b t -> b 1 t f") * frequency',
+        '(rearrange(position_ids[axis], "f b t -> b 1 t f").to(dtype) * frequency.to(dtype))',
+    ),
+    "kv heads interleaved in decoding": (
+        'q = rearrange(q, "b (j r) 1 c -> b j r c", j=J)',
+        'q = rearrange(q, "b (r j) 1 c -> b j r c", j=J)',
+    ),
     "new tokens see from the start": (".tril(S - T)", ".tril()"),
     "untied head ignored": ("if self.config.tie_word_embeddings else self.lm_head.weight", "if True else None"),
     # positions and masks
@@ -71,11 +103,14 @@ MUTATIONS["model"] = {
     "positions count patches, not merged tokens": ("grids = [(t, h // merge, w // merge)", "grids = [(t, h, w)"),
     "delta counts padding": ("advance.sum(1) - read.sum(1)", "advance.sum(1) - input_ids.shape[1]"),
     "positions start again after the cache": ("position_ids = position_ids + cache.position", "pass"),
-    "left padding is seen": ("return causal & read[:, None, None] | itself", "return (causal | itself).expand(len(read), 1, -1, -1)"),
+    "left padding is seen": (
+        "return causal & read[:, None, None] | itself",
+        "return (causal | itself).expand(len(read), 1, -1, -1)",
+    ),
     "left padding taken for right": ("read[:, 1:] <= read[:, :-1]", "read[:, 1:] >= read[:, :-1]"),
     "right padding always masked": ("if bool(read.all()) or held == 0 and", "if False and"),
     "padding sees nothing": ("read[:, None, None] | itself", "read[:, None, None]"),
-}  # fmt: skip
+}
 MUTATIONS["processor"] = {
     "banker's rounding gone": ("round(height / factor) * factor", "math.floor(height / factor + 0.5) * factor"),
     "shrunk sides rounded up": ("math.floor(side / shrink / factor)", "math.ceil(side / shrink / factor)"),
@@ -228,7 +263,8 @@ def main():
         )
         if not args.only:  # after every line: the whole takes long
             caught = sum(test is not None for _, test in rows)
-            head = f"# Mutations of model.py and the files that it reads with\n\n{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
+            head = "# Mutations of model.py and the files that it reads with\n\n"
+            head += f"{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
             head += "| what is wrong | first test that fails |\n|---|---|\n"
             table.write_text(
                 head + "".join(f"| {name} | {f'`{test}`' if test else '**none**'} |\n" for name, test in rows)

@@ -1,6 +1,6 @@
-"""The project on a pretended GPU (tests/fakegpu.py): the right device everywhere, the CPU's numbers, few waits and launches.
+"""The project on a pretended GPU (tests/fakegpu.py): the right device, the CPU's numbers, few waits and launches.
 
-The file runs in a process of its own (its last test): torch is told of a device, and the Triton kernels are interpreted.
+It runs in a process of its own (its last test): torch is told of a device, and the Triton kernels are interpreted.
 """
 
 import os
@@ -199,7 +199,7 @@ def test_evaluation_and_chat_answer_what_the_cpu_answers(tmp_path, monkeypatch, 
 
 @pretend
 def test_a_step_of_decoding_launches_little_and_waits_once(tmp_path, monkeypatch):
-    """The GPU is kept busy by a host that asks for few things; counted as the difference of models of 3 and 2 layers."""
+    """The GPU is kept busy by a host that asks for few things; counted as the difference of 3 layers and 2."""
     from support import engine
 
     def counts(layers):

@@ -126,6 +126,7 @@ def test_what_is_clipped_is_told_by_the_ratio_of_the_loss():
     for name in ("grpo", "gspo", "sapo", "cispo"):
         one, tally = learner(algorithm=name), Tally()
         micro = SimpleNamespace(logp=logp, logp_old=old, logp_sampler=old, A=a, mask=mask, entropy=mask, kl=None)
+        micro.rows, micro.data = [0, 1], SimpleNamespace(rows=[(0, 0), (0, 1)])
         micro.aware = torch.tensor([[False], [True]])
         tally.learned(torch.tensor(0.0), micro, one.ratio(micro), one.clip)
         means = tally.over(SimpleNamespace(sum=lambda x: x))

@@ -178,7 +178,7 @@ def test_a_gradient_that_is_no_number_costs_its_step_and_too_many_the_run(run, v
 
 @pytest.mark.parametrize("full", [True, False])
 def test_sampling_in_bfloat16_leaves_the_weights_as_they_were(run, full):
-    """Full: float32 weights are cast for the phase; LoRA: the frozen ones are bfloat16 anyway, the adapter is not cast."""
+    """Full: float32 weights are cast for the phase; LoRA: the frozen ones are bfloat16, the adapter is not cast."""
     run.dtype, run.config.full = torch.bfloat16, full
     model, _ = run.load()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -240,7 +240,8 @@ def test_logs_are_cut_where_a_run_goes_on_and_what_is_no_row_is_dropped(tmp_path
 
 def test_a_second_interrupt_ends_the_process_at_once(folder, tmp_path):
     """The first one waits for the end of the step; a user who sends another does not want to wait."""
-    code = "import sys, time, train_sft, training\ntraining.Run.report = lambda *a, **k: (print('step', flush=True), time.sleep(60))\n"
+    code = "import sys, time, train_sft, training\n"
+    code += "training.Run.report = lambda *a, **k: (print('step', flush=True), time.sleep(60))\n"
     words = arguments(folder / "model", folder / "data", tmp_path / "run", steps=3)
     child = subprocess.Popen(
         [sys.executable, "-c", f"{code}train_sft.main(sys.argv[1:])", *words],

@@ -22,50 +22,156 @@ import pytest  # noqa: E402 (the interpreter is chosen when Triton is imported)
 
 # name: (module, what stands there, what stands there instead, tests that are tried first)
 WRONG = {
-    "the maximum starts at 0": ("logprob_triton", "m = tl.full((BLOCK,), -1.0e30,", "m = tl.full((BLOCK,), 0.0,", "maximum"),
-    "the maximum starts at -inf": ("logprob_triton", "m = tl.full((BLOCK,), -1.0e30,", "m = tl.full((BLOCK,), float('-inf'),", "minus_inf"),
+    "the maximum starts at 0": (
+        "logprob_triton",
+        "m = tl.full((BLOCK,), -1.0e30,",
+        "m = tl.full((BLOCK,), 0.0,",
+        "maximum",
+    ),
+    "the maximum starts at -inf": (
+        "logprob_triton",
+        "m = tl.full((BLOCK,), -1.0e30,",
+        "m = tl.full((BLOCK,), float('-inf'),",
+        "minus_inf",
+    ),
     "p in bf16 before the subtraction": (
-        "logprob_triton", "d = tl.where(v == y, 1.0, -tl.exp2((l - top) * bits) * per_rest)",
+        "logprob_triton",
+        "d = tl.where(v == y, 1.0, -tl.exp2((l - top) * bits) * per_rest)",
         "total = rest / tl.load(scale + row) * inverse_temperature if LOSS else rest\n"
         "            p = (tl.exp2((l - top) * bits) / total).to(tl.bfloat16).to(tl.float32)\n"
-        "            d = (tl.where(v == y, 1.0, 0.0) - p) * total * per_rest", "interpreter or two"),
+        "            d = (tl.where(v == y, 1.0, 0.0) - p) * total * per_rest",
+        "interpreter or two",
+    ),
     "1 - p_y as a difference": ("logprob_triton", "rest / total * inverse", "(1 - e_y / total) * inverse", "sure"),
     "no column mask: the rest of the block counts as 0": (
-        "logprob_triton", 'l = tl.load(logits + v, mask=v < V, other=float("-inf"))\n            above',
-        "l = tl.load(logits + v, mask=v < V, other=0.0)\n            above", "phantom"),
+        "logprob_triton",
+        'l = tl.load(logits + v, mask=v < V, other=float("-inf"))\n            above',
+        "l = tl.load(logits + v, mask=v < V, other=0.0)\n            above",
+        "phantom",
+    ),
     "the last, partial block is left out": (
-        "logprob_triton", 'for start in range(0, V, BLOCK):\n            v = start + lanes\n            l = tl.load(logits + v, mask=v < V, other=float("-inf"))\n            above',
-        'for start in range(0, V // BLOCK * BLOCK, BLOCK):\n            v = start + lanes\n            l = tl.load(logits + v, mask=v < V, other=float("-inf"))\n            above', "phantom"),
-    "sums are not rescaled when the maximum rises": ("logprob_triton", "s = shrink * s + e", "s = s + e", "maximum or errors"),
+        "logprob_triton",
+        "for start in range(0, V, BLOCK):\n            v = start + lanes\n"
+        '            l = tl.load(logits + v, mask=v < V, other=float("-inf"))\n            above',
+        "for start in range(0, V // BLOCK * BLOCK, BLOCK):\n            v = start + lanes\n"
+        '            l = tl.load(logits + v, mask=v < V, other=float("-inf"))\n            above',
+        "phantom",
+    ),
+    "sums are not rescaled when the maximum rises": (
+        "logprob_triton",
+        "s = shrink * s + e",
+        "s = s + e",
+        "maximum or errors",
+    ),
     "the lanes' sums meet as they are": ("logprob_triton", "s = tl.exp2(gap) * s", "s = s", "maximum or errors"),
-    "the entropy's sum misses the shift": ("logprob_triton", "t = shrink * (t + gap * s)", "t = shrink * t", "minus_inf or errors"),
+    "the entropy's sum misses the shift": (
+        "logprob_triton",
+        "t = shrink * (t + gap * s)",
+        "t = shrink * t",
+        "minus_inf or errors",
+    ),
     "0 * -inf in the entropy": ("logprob_triton", "e * tl.where(e > 0, x, 0.0)  # 0", "e * x  # 0", "minus_inf"),
-    "the target counts twice": ("logprob_triton", "e = tl.where(v == y, 0.0, tl.exp2(x))\n            gap", "e = tl.exp2(x)\n            gap", "phantom"),
-    "the temperature is missing from the gradient": ("logprob_triton", "rest / total * inverse_temperature", "rest / total", "errors"),
-    "the temperature is missing from the second sweep": ("logprob_triton", "-tl.exp2((l - top) * bits)", "-tl.exp2((l - top) * BITS)", "two"),
+    "the target counts twice": (
+        "logprob_triton",
+        "e = tl.where(v == y, 0.0, tl.exp2(x))\n            gap",
+        "e = tl.exp2(x)\n            gap",
+        "phantom",
+    ),
+    "the temperature is missing from the gradient": (
+        "logprob_triton",
+        "rest / total * inverse_temperature",
+        "rest / total",
+        "errors",
+    ),
+    "the temperature is missing from the second sweep": (
+        "logprob_triton",
+        "-tl.exp2((l - top) * bits)",
+        "-tl.exp2((l - top) * BITS)",
+        "two",
+    ),
     "targets beyond the vocabulary are read": ("logprob_triton", "(y >= 0) & (y < V)", "(y >= 0)", "out_of_bounds"),
     "negative targets are read": ("logprob_triton", "(y >= 0) & (y < V)", "(y < V)", "out_of_bounds"),
-    "rows lie V apart in the direction": ("logprob_triton", "direction += row * stride", "direction += row * V", "interpreter"),
-    "the kept sum counts the target": ("logprob_triton", "tl.store(others + row, rest)", "tl.store(others + row, total)", "errors"),
-    "a single sweep that misses is believed": ("logprob_triton", "return s < 2.0**REACH", "return s < float('inf')", "made_again"),
-    "a single sweep ignores the target's height": ("logprob_triton", "tl.where(y >= 0, l_y, first)), -1.0e30)", "first), -1.0e30)", "two"),
-    "a single sweep counts the target twice": ("logprob_triton", "e = tl.where(v == y, 0.0, tl.exp2(x))\n        s += e", "e = tl.exp2(x)\n        s += e", "two"),
+    "rows lie V apart in the direction": (
+        "logprob_triton",
+        "direction += row * stride",
+        "direction += row * V",
+        "interpreter",
+    ),
+    "the kept sum counts the target": (
+        "logprob_triton",
+        "tl.store(others + row, rest)",
+        "tl.store(others + row, total)",
+        "errors",
+    ),
+    "a single sweep that misses is believed": (
+        "logprob_triton",
+        "return s < 2.0**REACH",
+        "return s < float('inf')",
+        "made_again",
+    ),
+    "a single sweep ignores the target's height": (
+        "logprob_triton",
+        "tl.where(y >= 0, l_y, first)), -1.0e30)",
+        "first), -1.0e30)",
+        "two",
+    ),
+    "a single sweep counts the target twice": (
+        "logprob_triton",
+        "e = tl.where(v == y, 0.0, tl.exp2(x))\n        s += e",
+        "e = tl.exp2(x)\n        s += e",
+        "two",
+    ),
     "0 * -inf in a single sweep's entropy": ("logprob_triton", "t += e * tl.where(e > 0, x, 0.0)", "t += e * x", "two"),
-    "a single sweep's product misses the target's row": ("logprob_triton", "W_y - times_head(powers, W)", "-times_head(powers, W)", "errors"),
-    "a row's new token is not seen": ("decode_triton", "s = tl.full((QUERIES,), 1.0, tl.float32)", "s = tl.full((QUERIES,), 0.0, tl.float32)", ""),
-    "tokens beyond a range count as 0": ("decode_triton", "sees[:, None] & (token < end)[None, :]", "sees[:, None]", ""),
-    "rows of a tile see each other's tokens": ("decode_triton", "start, end, member == n,", "start, end, member >= 0,", ""),
-    "a range is seen by all of its tile": ("decode_triton", "sees = (member >= tl.load(it + 2)) & (member < tl.load(it + 3))", "sees = member >= 0", ""),
+    "a single sweep's product misses the target's row": (
+        "logprob_triton",
+        "W_y - times_head(powers, W)",
+        "-times_head(powers, W)",
+        "errors",
+    ),
+    "a row's new token is not seen": (
+        "decode_triton",
+        "s = tl.full((QUERIES,), 1.0, tl.float32)",
+        "s = tl.full((QUERIES,), 0.0, tl.float32)",
+        "",
+    ),
+    "tokens beyond a range count as 0": (
+        "decode_triton",
+        "sees[:, None] & (token < end)[None, :]",
+        "sees[:, None]",
+        "",
+    ),
+    "rows of a tile see each other's tokens": (
+        "decode_triton",
+        "start, end, member == n,",
+        "start, end, member >= 0,",
+        "",
+    ),
+    "a range is seen by all of its tile": (
+        "decode_triton",
+        "sees = (member >= tl.load(it + 2)) & (member < tl.load(it + 3))",
+        "sees = member >= 0",
+        "",
+    ),
     "values are not rescaled when the maximum rises": ("decode_triton", "a = a * shrink[:, None]", "a = a", ""),
     "the new key is not kept": ("decode_triton", "    tl.store(keys + to, k_i, mask=first)\n", "", ""),
     "the deviation divides by n": ("advantage_triton", "tl.maximum(n - 1, 1)", "tl.maximum(n, 1)", ""),
-    "rewards are measured from 0": ("advantage_triton", 'tl.full((), float("inf"), tl.float64)', "tl.full((), 0.0, tl.float64)", "nothing"),
-    "NaN rewards count as members": ("advantage_triton", "n += tl.sum(real.to(tl.float64), 0)", "n += tl.sum(inside.to(tl.float64), 0)", ""),
-}  # fmt: skip
+    "rewards are measured from 0": (
+        "advantage_triton",
+        'tl.full((), float("inf"), tl.float64)',
+        "tl.full((), 0.0, tl.float64)",
+        "nothing",
+    ),
+    "NaN rewards count as members": (
+        "advantage_triton",
+        "n += tl.sum(real.to(tl.float64), 0)",
+        "n += tl.sum(inside.to(tl.float64), 0)",
+        "",
+    ),
+}
 
 
 def wrong_module(module, right, wrong, folder):
-    """The module's source with one change, imported from a file of its own (the interpreter reads a kernel's source)."""
+    """The module's source with one change, imported from a file (the interpreter reads a kernel's source)."""
     source = (ROOT / "kernels" / f"{module}.py").read_text()
     assert right in source, f"{module}.py: found nowhere, expected: {right}"
     path = Path(folder) / f"{module}_{abs(hash(wrong))}.py"
