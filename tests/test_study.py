@@ -122,7 +122,7 @@ def test_a_stopped_study_says_what_is_missing(tmp_path, capsys):
     where = ["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--worlds", "T4", "--missing"]
     study.main([*where, "--policies", "1"])
     said = capsys.readouterr().out
-    assert "missing in T4: 4 rows" in said and "in_context, no_policy, sft_grpo, sft_poro" in said
+    assert "missing in T4: 4 rows" in said and "in_context; no_policy; sft_grpo; sft_poro" in said
     hours = (72 + 3 * 48) / 7200  # of the row itself; of the others as the mean of its world
     assert f"missing: 4 rows, {hours:.1f} hours" in said
     assert study.merged(old, [again]) == [again, old[1]]

@@ -1,7 +1,7 @@
 """The tiny base from nothing: a Qwen2.5-VL of 1.9 M parameters that sees small scenes and follows new policies.
 
     python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
-    python -m tiny.pretrain --out runs/weak --vision tiny/base --pictures 12000 --text-steps 1400 --keep-every 50
+    python -m tiny.pretrain --out runs/weak --vision tiny/base --pictures 12000 --text-steps 1400 --keep-every 25
                                                                   weak readers with the eyes of a finished base
 
     1. pictures   96,000 scenes with the object that each pixel shows

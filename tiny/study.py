@@ -552,7 +552,7 @@ def report_missing(keys, rows):
     seconds = lambda key: float(np.mean(took.get(likes(key[0], key[3]), [100.0])))
     for world in dict.fromkeys(key[0] for key in keys):
         mine = [key for key in keys if key[0] == world]
-        names = ", ".join(dict.fromkeys(key[3] for key in mine))
+        names = "; ".join(dict.fromkeys(key[3] for key in mine))
         print(f"missing in {world}: {len(mine)} rows, {sum(map(seconds, mine)) / 7200:.1f} h: {names}")
     print(f"missing: {len(keys)} rows, {sum(map(seconds, keys)) / 7200:.1f} hours of two processes")
 
