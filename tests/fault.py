@@ -4,10 +4,10 @@
 
 Each of the three stages runs on a tiny random model, alone and as two ranks (replicated and FSDP2). SIGKILL meets it,
 or one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and
-killed again, through several runs where the kills need more than one. Then a disk that fills in a save, a checkpoint
-cut short, and SIGTERM. A command starts as a copy of this process, which has imported torch already: the kills then
-meet the training and not the imports. The last line is a summary; exit code 0 only if every run ended with the bits of
-the undisturbed one.
+killed again, through several runs where the kills need more than one. Then signals, a disk that fills and a kill in a
+save and in the export, a broken item, a closed stdout, damaged checkpoints, and the same for evaluations. A command
+starts as a copy of this process, which has imported torch already: the kills then meet the training and not the
+imports. The last line is a summary; exit code 0 only if every run ended with the bits of the undisturbed one.
 """
 
 import argparse
@@ -31,11 +31,15 @@ import resource  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402, F401  imported once, here
 from helpers import tiny_checkpoint  # noqa: E402
-from small import arguments, small_data, start_ranks  # noqa: E402
+from small import arguments, small_data, start, start_ranks  # noqa: E402
 
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import model as qwen  # noqa: E402
 import train_cpt  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
+from data import InputError  # noqa: E402
 from support.checkpoint import code_version  # noqa: E402
 
 MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
@@ -56,19 +60,24 @@ RUNS = {  # name: (stage, ranks, flags)
     "rl, two ranks": ("rl", 2, PORO),
 }
 ALL = {"steps": 8, "save_every": 1, "keep": 2, "resume": True}
+EVERY = [*RUNS, "sft, two ranks, sharded"]
+RUNS["sft, two ranks, sharded"] = ("sft", 2, {"full": True, "fsdp": "on", "lr": "1e-4"})
 
 
 class Job:
-    """A training command in one process, or in one a rank; `limit`: bytes after which a file finds the disk full."""
+    """A training command in one process, or in one a rank.
 
-    def __init__(self, folder, name, out, limit=None):
+    limit: bytes after which a file finds the disk full; before: called in each process before the command.
+    """
+
+    def __init__(self, folder, name, out, limit=None, before=lambda: None, **more):
         stage, ranks, flags = RUNS[name]
-        words = arguments(folder / "model", folder / "data", out, **{**ALL, **flags})
+        words = arguments(folder / "model", folder / "data", out, **{**ALL, **flags, **more})
 
         def work():
             if limit:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails, as on a full disk
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                full_disk(limit)
+            before()
             MAIN[stage](words)
 
         self.log = Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])
@@ -94,6 +103,58 @@ class Job:
 
     def said(self):
         return self.log.read_text()
+
+
+def full_disk(limit):
+    """From now on no file of this process grows past `limit` bytes: a write then fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def in_export(how):
+    """Have `how()` happen once the weights of the export are written, and before they have their name."""
+
+    def patch():
+        replacing = qwen.replacing
+
+        @contextlib.contextmanager
+        def broken(place):
+            with replacing(place) as new:
+                yield new
+                how()
+
+        qwen.replacing = broken
+
+    return patch
+
+
+def no_room():
+    raise OSError(28, "No space left on device")
+
+
+def broken_item(step):
+    """Have the reading of an item fail in a step, on the ranks that read in it."""
+
+    def patch():
+        for examples in train_sft.Examples, train_cpt.Sequences:
+            encode = examples.encode
+
+            def broken(self, at, i, encode=encode):
+                if at == step:
+                    raise InputError(f"item {self.items[i]['id']}: found a picture of no bytes")
+                return encode(self, at, i)
+
+            examples.encode = broken
+
+    return patch
+
+
+def no_reader():
+    """Have stdout be a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = data.Lasting(open(1, "w", buffering=1, closefd=False))
 
 
 def result(out):
@@ -143,6 +204,32 @@ def kill_at_random(folder, name, seconds, kills, rng):
             good, number = good and codes == [0] * len(codes) and same(out, whole), number + 1
             if hits == kills:
                 return good, number, saves
+
+
+def evaluations(folder, verdict):
+    """A disk that fills, and a kill, while an evaluation is saved: earlier rows stay, the next try adds its own."""
+    out, flags = folder / "eval", ["--limit", "4", "--max-response", "4", "--device", "cpu"]
+    words = ["--model", folder / "model", "--data", folder / "data", "--out", out, *flags]
+
+    def run(name, before=lambda: None):
+        process = start(lambda: (before(), evaluate.main([*map(str, words), "--name", name])), folder / "eval.log")
+        process.join()
+        return process.exitcode
+
+    def breaks(how):
+        def patch():
+            evaluate.write_json = lambda *_: how()
+
+        return patch
+
+    rows = lambda: [row["name"] for row in evaluate.earlier_rows(out)]
+    run("first")
+    full = run("second", breaks(no_room)) == 2 and rows() == ["first"]
+    verdict("evaluation: the disk fills while it is saved: the earlier rows stay", full)
+    killed = run("second", breaks(lambda: os.kill(os.getpid(), signal.SIGKILL))) == -9 and rows() == ["first"]
+    again = run("second") == 0 and rows() == ["first", "second"]
+    clean = sorted(path.name for path in out.iterdir()) == ["first.jsonl", "results.json", "second.jsonl"]
+    verdict("evaluation: SIGKILL while it is saved: the next one adds its row", killed and again and clean)
 
 
 def main():
@@ -198,41 +285,78 @@ def trials(folder, kills, rng):
         holds, runs, saves = kill_at_random(folder, name, seconds[name], n, rng)
         verdict(f"{name}: SIGKILL", holds, n, saves, runs)
 
-    for name in ("sft", "rl", "cpt, two ranks, sharded"):
-        out = folder / "sigterm" / name
+    whole = lambda name: folder / "whole" / name
+    signals = [
+        ("sft", "SIGTERM"),
+        ("rl", "SIGTERM"),
+        ("cpt, two ranks, sharded", "SIGTERM"),
+        ("rl, two ranks", "SIGHUP"),
+    ]
+    for name, number in [*signals, ("cpt", "SIGHUP"), ("sft, two ranks", "SIGXCPU")]:
+        out = folder / number / name
         job = Job(folder, name, out)
         while not list(out.glob("checkpoints/step-????????")):
             time.sleep(0.002)
         for rank in range(len(job.ranks)):
-            job.send(signal.SIGTERM, rank)
+            job.send(signal.Signals[number], rank)
         stopped = set(job.wait()) == {0} and not result(out)[0] and "stopped by a signal" in job.said()
         Job(folder, name, out).wait()
-        verdict(f"{name}: SIGTERM saves and ends with exit code 0", stopped and same(out, folder / "whole" / name))
+        verdict(f"{name}: {number} saves and ends with exit code 0", stopped and same(out, whole(name)))
 
-    for name in ("cpt", "cpt, two ranks, sharded"):
+    for name in EVERY:
         out = folder / "disk" / name
-        job = Job(folder, name, out, limit=100_000)
-        ended = set(job.wait()) == {2} and job.said().count("\nerror: ") == len(job.ranks)
+        job = Job(folder, name, out, limit=50_000 if RUNS[name][0] != "cpt" else 100_000)
+        ended = set(job.wait()) == {2} and job.said().count("error: ") == len(job.ranks)
         clean = not list(out.glob("checkpoints/*"))
         Job(folder, name, out).wait()
-        verdict(
-            f"{name}: the disk fills in a save: one line, exit code 2, nothing half-written",
-            ended and clean and same(out, folder / "whole" / name),
-        )
+        what = "the disk fills in a save: one line, exit code 2, nothing half-written"
+        verdict(f"{name}: {what}", ended and clean and same(out, whole(name)))
 
-    for name in ("cpt", "cpt, two ranks, sharded"):
+    for name in EVERY:
+        for what, how, code in (
+            ("the disk fills in the export", no_room, 2),
+            ("SIGKILL in the export", lambda: os.kill(os.getpid(), signal.SIGKILL), -9),
+        ):
+            out = folder / what / name
+            job = Job(folder, name, out, before=in_export(how), save_every=0)
+            ended = code in job.wait() and [path.name for path in out.glob("checkpoints/*")] == ["step-00000008"]
+            job = Job(folder, name, out, save_every=0)
+            good = set(job.wait()) == {0} and "resumed after step 8" in job.said() and same(out, whole(name))
+            verdict(f"{name}: {what} costs no step", ended and good)
+
+    for name in [name for name in EVERY if RUNS[name][0] != "rl"]:
+        out = folder / "broken" / name
+        job = Job(folder, name, out, before=broken_item(7), save_every=0)
+        named = 2 in job.wait() and "step 7 failed in 'read', saved" in job.said() and "error: item " in job.said()
+        Job(folder, name, out, save_every=0).wait()
+        verdict(f"{name}: the last item is broken: named, the steps before it saved", named and same(out, whole(name)))
+
+    for name in EVERY:
+        out = folder / "stdout" / name
+        codes = Job(folder, name, out, before=no_reader).wait()
+        verdict(f"{name}: stdout is closed: the run goes on", set(codes) == {0} and same(out, whole(name)))
+
+    for name in EVERY:
         out = folder / "damaged" / name
-        Job(folder, name, out).wait()
-        for path in out.glob("*/*.safetensors"):
-            path.unlink()
+        Job(folder, name, out, before=in_export(no_room)).wait()
         shard = max(out.glob("checkpoints/step-00000008/shard-*"))
         os.truncate(shard, shard.stat().st_size // 2)
         job = Job(folder, name, out)
         said = set(job.wait()) == {0} and "step-00000008: skipped, it is damaged" in job.said()
-        verdict(
-            f"{name}: a checkpoint cut short is skipped with a line, the one before continued",
-            said and same(out, folder / "whole" / name),
-        )
+        what = "a checkpoint cut short is skipped with a line, the one before continued"
+        verdict(f"{name}: {what}", said and same(out, whole(name)))
+
+        out = folder / "both damaged" / name
+        Job(folder, name, out, before=in_export(no_room)).wait()
+        for shard in out.glob("checkpoints/*/shard-*"):
+            os.truncate(shard, shard.stat().st_size // 2)
+        before = sorted(out.glob("checkpoints/*"))
+        job = Job(folder, name, out)
+        refused = set(job.wait()) == {2} and "none of them whole" in job.said()
+        kept = before == sorted(out.glob("checkpoints/*"))
+        verdict(f"{name}: both checkpoints are damaged: refused, nothing deleted", refused and kept)
+
+    evaluations(folder, verdict)
     return rows, time.time() - began
 
 
