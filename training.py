@@ -639,7 +639,8 @@ class Run:
                 self.on_main(lambda: qwen.save_pretrained(model, self.out / "model", self.dtype))
             else:
                 self.on_main(lambda: qwen.save_adapter(model, self.out / "adapter"))
-            if self.is_main and not self._save_steps:  # nobody asked for those of certain steps: they guarded the run
+            asked = self._save_steps or (self.out / "checkpoints" / "best").exists()
+            if self.is_main and not asked:  # nobody asked for those of certain steps: they guarded the run
                 folder.delete(self.out, ["checkpoints"])
 
 

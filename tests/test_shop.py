@@ -126,7 +126,7 @@ def test_the_folder_on_the_page_is_the_one_that_is_there(said):
     tree = re.search(r"```\ndata_returns/\n(.*?)```", PAGE, re.DOTALL).group(1)
     named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
     there = {path.name for path in (said[0] / "data_returns").iterdir()}
-    assert there - {"inspect.html"} == named - {"dropped.txt"} and len(tree.splitlines()) <= 10
+    assert there - {"inspect.html", ".made"} == named - {"dropped.txt"} and len(tree.splitlines()) <= 10
     policies = load_policies(said[0] / "data_returns")
     assert {"name", "text", "images", "sections"} <= policies["returns"].keys()
     for split, keys in (("sft", {"id", "policy", "images", "question", "answer", "cot"}), ("rl", {"boxed"})):
