@@ -20,7 +20,7 @@ Axes, in every file of the project:
     T  tokens of a row                  S  keys attended to                     D  width
     R  tokens of the longest response   L  learned tokens of a batch            H  heads       J  kv heads
     U  patches of pictures              I  image tokens (four patches each)     C  channels of a head
-    G, K  responses per query without / with the policy in the prompt           F  reward functions
+    G, K  responses per query (Q) without / with the policy in the prompt       F  reward functions
 """
 
 import math

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 
-def deviations(r, group, P):
-    """r (N,) float64, group (N,) below P -> over valid r, r - mean of its group (N,), deviation of a group (P,)."""
+def deviations(r, group, Q):
+    """r (B,) float64, group (B,) below Q -> over valid r, r - mean of its group (B,), deviation of a group (Q,)."""
     members = group.argsort(stable=True)  # group p's are members[starts[p] : starts[p + 1]]
-    starts = torch.searchsorted(group[members], torch.arange(P + 1, device=r.device))
-    above_mean, spread = torch.empty_like(r), r.new_empty(P)
-    if P:
-        group_statistics[(P,)](r, members, starts, above_mean, spread, BLOCK=32, num_warps=1)
+    starts = torch.searchsorted(group[members], torch.arange(Q + 1, device=r.device))
+    above_mean, spread = torch.empty_like(r), r.new_empty(Q)
+    if Q:
+        group_statistics[(Q,)](r, members, starts, above_mean, spread, BLOCK=32, num_warps=1)
     return above_mean, spread
 
 

@@ -1,6 +1,6 @@
 """One step of decoding: each row's new token attends to itself and to what its row has read, wherever that lies.
 
-Axes: R rows, H heads, J kv heads, C channels of a head, S tokens of the arena.
+Axes: B rows, H heads, J kv heads, C channels of a head, S tokens of the arena.
 
 The keys and values of a layer lie in one arena (S, J, C). What a row sees are ranges of it: the policy that many
 prompts share, its prompt, and its own tokens, up to the new one. Rows are taken together in tiles: a program serves one
@@ -28,11 +28,11 @@ BITS = tl.constexpr(1.4426950408889634)  # log2 e
 
 
 def attend_ranges(q, k, v, keys, values, tiles, ranges, own, place):
-    """Attention of one new token per row -> (R, H, C); k and v are written to keys and values, at `place`.
+    """Attention of one new token per row -> (B, H, C); k and v are written to keys and values, at `place`.
 
-    q (R, H, C), k and v (R, J, C), contiguous; keys and values (S, J, C), one layer of the arena; C a power of two,
+    q (B, H, C), k and v (B, J, C), contiguous; keys and values (S, J, C), one layer of the arena; C a power of two,
     16 or more. tiles (M, N) int32: the rows of each tile, -1 for none; every row is in one. ranges (M, P, 4) int32:
-    start and end of a range, and from which to before which of the tile's N rows it is seen. own and place (R,) int32:
+    start and end of a range, and from which to before which of the tile's N rows it is seen. own and place (B,) int32:
     where a row's own tokens start and where the new one goes.
     """
     H, J, C = q.shape[1], *k.shape[1:]

@@ -1,6 +1,6 @@
 """Per-token log-probabilities straight from hidden states, without ever holding the tokens x vocabulary logits.
 
-Axes: N rows of h (the learned tokens of a batch), n of one chunk, D width, V vocabulary.
+Axes: model.py; L rows of h, the learned tokens of a batch, n of one chunk.
 
 With logits l = h W^T / T, p = softmax(l) and target y the three stages need, for every token,
 
@@ -12,7 +12,7 @@ and the gradient, which does not depend on what comes from above except for one 
     d logp / d h = (W_y - sum_v p_v W_v) / T = (1 - p_y) / T * (W_y - sum_{v != y} q_v W_v),     q_v = p_v / (1 - p_y)
 
 So the forward pass makes that vector G while the logits are at hand, and the backward pass is g * G: two matrix
-products for a frozen head, where keeping the logits costs N x V memory and making them again costs a third product. A
+products for a frozen head, where keeping the logits costs L x V memory and making them again costs a third product. A
 trainable head does need every token's row of W's gradient, g_t (1[y] - p_v) h_t: backward makes the logits again, with
 the softmax's sums kept, four products. When no gradient is wanted there is one.
 
@@ -39,11 +39,11 @@ CPU_CHUNK = 2048  # rows at a time on a CPU, which holds a tile of their logits
 def linear_logprob(h, W, y, *, temperature=1.0, ignore_index=-100, return_entropy=False, chunk=None, needs_grad=None):
     """Log-probability of each target under softmax(h W^T / temperature), and the entropy (formulas above).
 
-    h (N, D) hidden states, W (V, D) the head's weight (or a DTensor of FSDP2, whose gradient is summed over the ranks),
-    both bf16, fp16 or fp32; under autocast both are cast to its dtype. y (N,) int64. Logits, sums and results are fp32.
-    needs_grad (N,) bool: rows marked False get a zero gradient and cost one product instead of two (masked tokens, or
+    h (L, D) hidden states, W (V, D) the head's weight (or a DTensor of FSDP2, whose gradient is summed over the ranks),
+    both bf16, fp16 or fp32; under autocast both are cast to its dtype. y (L,) int64. Logits, sums and results are fp32.
+    needs_grad (L,) bool: rows marked False get a zero gradient and cost one product instead of two (masked tokens, or
     an advantage of 0 without a KL term). chunk: rows worked on at a time, rounded up to a multiple of 16.
-    Returns logp (N,) and entropy (N,) or None, fp32, nats; the entropy carries no gradient. Rows with y == ignore_index
+    Returns logp (L,) and entropy (L,) or None, fp32, nats; the entropy carries no gradient. Rows with y == ignore_index
     give 0. Raises IndexError for any other target outside [0, V) on a CPU and under TRIMPI_DEBUG=1; else it gives NaN.
     """
     if hasattr(W, "full_tensor"):  # cast the shard first: half the traffic when the parameters are kept in fp32
@@ -79,12 +79,12 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, _):  # g (N,)
+    def backward(ctx, g, _):  # g (L,)
         with torch.autocast(g.device.type, enabled=False):
             if ctx.frozen:
                 scale, G = ctx.saved_tensors
                 factor = torch.where(scale != 0, g * scale, 0)[:, None]  # skipped rows give exactly 0, even under NaN
-                dh, dW = torch.mul(factor, G, out=torch.empty_like(G)), None  # (N, D), fp32 only inside the product
+                dh, dW = torch.mul(factor, G, out=torch.empty_like(G)), None  # (L, D), fp32 only inside the product
             else:
                 settings = ctx.temperature, ctx.chunk, ctx.needs_input_grad[0]
                 dh, dW = backward_trainable(g, *ctx.saved_tensors, *settings)
@@ -92,10 +92,10 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def forward(h, W, y, graded, ungraded, with_G, temperature, chunk, with_entropy):
-    """logp (N,), entropy (N,), and for the rows that are graded: G (N, D) if wanted, scale, m and s (N,), else zeros.
+    """logp (L,), entropy (L,), and for the rows that are graded: G (L, D) if wanted, scale, m and s (L,), else zeros.
 
-    The gradient of logp is scale G; the softmax's m and its sum s without the target make q again. graded (N,) bool;
-    ungraded (N,) bool or None: rows of which only logp and entropy are wanted. All others stay 0.
+    The gradient of logp is scale G; the softmax's m and its sum s without the target make q again. graded (L,) bool;
+    ungraded (L,) bool or None: rows of which only logp and entropy are wanted. All others stay 0.
     """
     logp, entropy, scale, m, s = (torch.zeros_like(y, dtype=torch.float32) for _ in range(5))
     G = torch.zeros_like(h, memory_format=torch.contiguous_format) if with_G else None
@@ -179,7 +179,7 @@ def default_chunk(h, trainable=False):
 def check(h, W, y, temperature, ignore_index, chunk, needs_grad):
     if h.ndim != 2 or W.ndim != 2 or h.shape[1] != W.shape[1] or y.shape != h.shape[:1]:
         found = f"h {tuple(h.shape)}, W {tuple(W.shape)}, y {tuple(y.shape)}"
-        raise ValueError(f"found {found}; expected (N, D), (V, D), (N,)")
+        raise ValueError(f"found {found}; expected (L, D), (V, D), (L,)")
     if h.dtype != W.dtype or h.dtype not in DTYPES or y.dtype != torch.int64:
         found = f"h {h.dtype}, W {W.dtype}, y {y.dtype}"
         raise TypeError(f"found {found}; expected h and W alike in bf16, fp16 or fp32, y int64")

@@ -115,7 +115,7 @@ def test_empty_batches():
         (dict(rewards=torch.zeros(4), group_ids=torch.zeros(3, dtype=torch.int64)), r"group_ids \(3,\)"),
         (
             dict(rewards=torch.zeros(2, 2), group_ids=torch.zeros(2, 2, dtype=torch.int64)),
-            r"expected \(P, G\) without ids",
+            r"expected \(Q, G\) without ids",
         ),
         (dict(rewards=torch.zeros(2, 2), mode="gae"), "'gae'.*grpo, dr_grpo, batch"),
         (dict(rewards=torch.zeros(2, 2), eps=-1.0), "eps -1.0"),

@@ -14,7 +14,7 @@ From random weights, most of such a training is spent learning to look a name up
 that does it (previous token -> matching token -> copy), and a few hundred steps finish it. Muon moves the matrices,
 AdamW the rest.
 
-Axes: B pictures or rows, N patches, T tokens, D width, K head dim, V vocab.
+Axes: model.py; B is also pictures.
 """
 
 import argparse
@@ -114,7 +114,7 @@ MEAN, STD = (
 
 
 def patches(images):
-    """uint8 (B, S, S, 3) -> the processor's patches without the doubled frame, (B, N, 588), by merge blocks."""
+    """uint8 (B, S, S, 3) -> the processor's patches without the doubled frame, (B, U, 588), by merge blocks."""
     x = (images.astype(np.float32) / 255 - MEAN) / STD
     g = images.shape[1] // 14
     x = x.reshape(-1, g // 2, 2, 14, g // 2, 2, 14, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
@@ -134,14 +134,14 @@ def blocks(index, side, clear, some):
 
 
 def trunk(visual, x):
-    """The tower up to its merger: (B, N, 588) -> (B, N, D). Pictures of one window need no rearrangement."""
-    B, N, _ = x.shape
-    side = math.isqrt(N)
+    """The tower up to its merger: (B, U, 588) -> (B, U, D). Pictures of one window need no rearrangement."""
+    B, U, _ = x.shape
+    side = math.isqrt(U)
     windows, *_ = arrange(((1, side, side),) * B, visual.config, x.device)
-    x = F.linear(x, visual.patch_embed.proj.weight.sum(2).flatten(1)).flatten(0, 1)  # (B N, D)
+    x = F.linear(x, visual.patch_embed.proj.weight.sum(2).flatten(1)).flatten(0, 1)  # (B U, D)
     for block in visual.blocks:
         x = block(x, windows.cos, windows.sin, windows.runs)
-    return x.view(B, N, -1)
+    return x.view(B, U, -1)
 
 
 def fitted(image, index, thing, rng, wider=1.0):
@@ -199,8 +199,8 @@ def train_vision(model, world, out, steps, batch=128):
             )
         mirrored = rng.random(batch) < 0.5
         x, shown = (np.where(mirrored.reshape(-1, *[1] * (a.ndim - 1)), a[:, :, ::-1], a) for a in (x, shown))
-        label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, N)
-        told = torch.from_numpy(things[np.arange(batch)[:, None], label.clamp(min=0)]).long()  # (B, N, 4)
+        label = torch.from_numpy(blocks(shown, 14, 30, 8))  # (B, U)
+        told = torch.from_numpy(things[np.arange(batch)[:, None], label.clamp(min=0)]).long()  # (B, U, 4)
         guess = dict(zip(LABELS, head(visual.merger.ln_q(trunk(visual, patches(x)))).split(list(LABELS.values()), -1)))
         loss, on, scores = F.cross_entropy(guess["ground"][label > -2], (label[label > -2] >= 0).long()), label >= 0, {}
         for column, name in enumerate(ATTRIBUTES):
@@ -271,8 +271,8 @@ def prepare(model, seed=0):
     Returns {word: direction (D,)} of the 15 attribute values, and the direction of "I am a picture".
     """
     g = torch.Generator().manual_seed(seed)
-    D, K = WIDTH, WIDTH // HEADS
-    half = K // 2
+    D, C = WIDTH, WIDTH // HEADS
+    half = C // 2
     frequency = THETA ** (-torch.arange(half) / half)
     still = [f for f in range(half) if frequency[f] < 0.003]
     still += [f + half for f in still]  # dimensions of a head that the position hardly turns
@@ -285,25 +285,25 @@ def prepare(model, seed=0):
     for word, axis in zip(words, spoken):
         embedding[ID[word]] = 0.018 * torch.randn(D, generator=g) + 0.5 * attribute + 0.8 * axis
     kinds = {}
-    for first, names in (("N", NODES), ("A", ACTIONS), ("P", POLICIES)):
+    for first, names in (("U", NODES), ("A", ACTIONS), ("P", POLICIES)):
         kinds[first] = F.normalize(torch.randn(D, generator=g), dim=0)
         for name in names:
             e = embedding[ID[name]]
             embedding[ID[name]] = e - e @ spoken.T @ spoken + 0.45 * kinds[first]
 
     def head(layer, h):
-        at, own = layers[layer].self_attn, slice(h * K, (h + 1) * K)
+        at, own = layers[layer].self_attn, slice(h * C, (h + 1) * C)
         at.q_proj.weight[own] *= 0.1
         at.k_proj.weight[own] *= 0.1
         return at, own
 
     def values(at, own, read, write, gain):
-        pad = lambda m: torch.cat([m, torch.zeros(K - len(m), D)])
+        pad = lambda m: torch.cat([m, torch.zeros(C - len(m), D)])
         at.v_proj.weight[own], at.o_proj.weight[:, own] = pad(read), gain * pad(write).T
 
     def turned(strength, back, frequencies):
         """A query that, by rotary position alone, prefers keys [strength, 0] that stand `back` tokens before it."""
-        q = torch.zeros(K)
+        q = torch.zeros(C)
         for f in frequencies:
             q[f], q[f + half] = strength * math.cos(back * frequency[f]), -strength * math.sin(back * frequency[f])
         return q
@@ -311,7 +311,7 @@ def prepare(model, seed=0):
     def previous(layer, h, read, write):
         at, own = head(layer, h)
         at.q_proj.bias[own] = turned(8, 1, range(4))
-        at.k_proj.bias[own] = torch.cat([torch.full((4,), 8.0), torch.zeros(K - 4)])
+        at.k_proj.bias[own] = torch.cat([torch.full((4,), 8.0), torch.zeros(C - 4)])
         values(at, own, read, write, 0.15)
 
     def recent(h, kind, back, frequencies, strength, read, write, gain):
@@ -326,15 +326,15 @@ def prepare(model, seed=0):
         for d, (q, k) in zip(still, pairs):
             at.q_proj.weight[own.start + d] += gain * q
             at.k_proj.weight[own.start + d] += gain * k
-        copied = frame(K)
+        copied = frame(C)
         values(at, own, copied if read is None else read, copied if write is None else write, out)
         return at, own
 
-    read, store = [frame(K) for _ in range(3)], frame(D).split(K)
+    read, store = [frame(C) for _ in range(3)], frame(D).split(C)
     condition = frame(len(words))
     previous(0, 0, read[0], store[0])
     previous(0, 1, read[1], store[1])
-    recent(2, kinds["N"], 0, (2, 3), 2.5, read[2], store[2], 0.15)
+    recent(2, kinds["U"], 0, (2, 3), 2.5, read[2], store[2], 0.15)
     recent(3, attribute, 5, (2,), 2.0, spoken, condition, 0.12)
     previous(1, 0, store[2], store[3])
     both = len(still) - 8
@@ -442,8 +442,8 @@ TESTS = {
     "recite": ("recite", {"most": 12}),
     "walk 4": ("walk", {"depth": 4}),
     "check": ("check", {"decisions": 10}),
-    **{f"N={n}": ("apply", {"depth": n, "blind": 0}) for n in (1, 2, 3, 4, 6)},
-    **{f"M, N={n}": ("apply", {"depth": n, "blind": 0, "crops": True}) for n in (2, 3, 4, 6)},
+    **{f"U={n}": ("apply", {"depth": n, "blind": 0}) for n in (1, 2, 3, 4, 6)},
+    **{f"M, U={n}": ("apply", {"depth": n, "blind": 0, "crops": True}) for n in (2, 3, 4, 6)},
 }
 
 
@@ -477,14 +477,14 @@ class Packed:
         self.sees = [((q == 0) | (q == q[:, None])).tril() for q in query.flatten().split(self.sizes)]  # (n, n) each
 
     def attend(self, layer, q, k, v, mask):
-        B, H, T, K = q.shape
-        groups = [x.transpose(1, 2).flatten(0, 1).split(self.sizes) for x in (q, k, v)]  # (n, H, K) each
-        heads = lambda x: x.transpose(0, 1)[None]  # (1, H, n, K)
+        B, H, T, C = q.shape
+        groups = [x.transpose(1, 2).flatten(0, 1).split(self.sizes) for x in (q, k, v)]  # (n, H, C) each
+        heads = lambda x: x.transpose(0, 1)[None]  # (1, H, n, C)
         outs = [
             F.scaled_dot_product_attention(*map(heads, parts), attn_mask=sees)[0].transpose(0, 1)
             for *parts, sees in zip(*groups, self.sees)
         ]
-        return torch.cat(outs).view(B, T, H, K).transpose(1, 2)
+        return torch.cat(outs).view(B, T, H, C).transpose(1, 2)
 
 
 def predict(model, batch, full, crop):

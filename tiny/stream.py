@@ -10,7 +10,7 @@ prefix and itself only, as if it stood there alone. What is asked:
     describe    a picture: its objects, one after the other
     pairs, copy key-value lists and repeated pieces: the seed of looking up
 
-Axes: B rows, T tokens, M merged tokens (4 x 4 a picture, 2 x 2 a crop).
+Axes: model.py; a picture is 4 x 4 image tokens, a crop 2 x 2.
 """
 
 import numpy as np
