@@ -27,10 +27,8 @@ from support.engine import Response
 from variants import capo, filtered, hints, opcd, rlsd, sdpg, sdpo, srpo
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELD = (
-    "capo dcpo dispo dualclip filtered hapo hdpo hints iwopd lld pidistill riskpo rlsd sdpg sdpo skill0 srpo".split()
-)
-FIELD += ["topentropy", "xrpo"]
+FIELD = "capo dcpo dispo filtered hapo hdpo hints iwopd lld pidistill riskpo rlsd sdpg sdpo skill0 srpo".split()
+FIELD += ["xrpo"]
 G, K, BATCH = 3, 3, 5
 LOW, HIGH = 0.2, 0.28
 
@@ -153,20 +151,10 @@ def by_iwopd(o, t):
     return weighed(o.r[t], w * gaps[t], o.logp[t], LOW, HIGH)
 
 
-def by_topentropy(o, t):
-    kept = sorted(o.entropy, reverse=True)[: math.ceil(0.2 * o.n)]
-    return clipped(o.r[t], o.A) if o.entropy[t] >= min(kept) else (0.0, 0.0)
-
-
 def by_dcpo(o, t):
     q = math.exp(o.old[t])
     low = 0.5 + 0.5 * math.sqrt(max(1 - 4 * LOW / q, 0))
     return clipped(o.r[t], o.A, low, min(0.5 + 0.5 * math.sqrt(1 + 4 * HIGH / q), 10))
-
-
-def by_dualclip(o, t, c=3.0):
-    value, slope = clipped(o.r[t], o.A)
-    return (-c * o.A, 0.0) if o.A < 0 and o.r[t] > c else (value, slope)
 
 
 def by_hapo(o, t):
@@ -208,8 +196,6 @@ VALUES = {  # variant: (value and derivative by hand, what its Learner has set b
     "sdpo": (lambda o, t: times(min(o.r[t], 2), kl(o, t)), {}),
     "iwopd": (by_iwopd, {}),
     "pidistill": (by_pidistill, {}),
-    "dualclip": (by_dualclip, {}),
-    "topentropy": (by_topentropy, {}),
     "dcpo": (by_dcpo, {}),
     "hapo": (by_hapo, {}),
     "dispo": (lambda o, t: weighed(o.r[t], o.A, o.logp[t], *((LOW, HIGH) if o.A > 0 else (1.0, 4.0))), {}),
@@ -362,7 +348,7 @@ def check_credit(name, method):
         data, x = step(seed)
         A, kept = CREDIT[name](data, x, progress)
         one, logp_old = learner(method), data.logp_old
-        one.logprobs, data.logp_old = lambda data, which: logp_old, None
+        one.logprobs, data.logp_old = lambda data, which: (logp_old, None), None
         _, found, keeps = one.credit(data, progress)
         data.logp_old = logp_old
         assert keeps.tolist() == [kept[b] for b in range(len(data.list))], seed
@@ -583,10 +569,6 @@ MUTATIONS = {  # (file, what stands there, what stands there instead)
     "pidistill: sign": ("pidistill", "micro.A - self.config.stay", "micro.A + self.config.stay"),
     "skill0: grows": ("skill0", "policy_rollouts * (1 - progress)", "policy_rollouts * progress"),
     "skill0: never mind": ("skill0", "helps[data.ids] & ", ""),
-    "dualclip: side": ("dualclip", "micro.A < 0, torch.minimum", "micro.A > 0, torch.minimum"),
-    "dualclip: bound": ("dualclip", "-self.config.dual * micro.A", "-micro.A"),
-    "topentropy: surest": ("topentropy", "descending=True", "descending=False"),
-    "topentropy: mask": ("topentropy", "entropy.masked_fill(mask == 0, -1)", "entropy"),
     "dcpo: low": ("dcpo", "(1 - 4 * clip[0] / q)", "(1 - 4 * clip[0] * q)"),
     "dcpo: high": ("dcpo", "4 * clip[1] / q", "4 * clip[0] / q"),
     "hapo: middle": ("hapo", "middle == (h > 0)", "middle == (h < 0)"),

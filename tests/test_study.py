@@ -115,11 +115,12 @@ def test_every_variant_has_a_row_of_its_name():
 def test_a_stopped_study_says_what_is_missing(tmp_path, capsys):
     """By world, with hours from rows like them; rows of an earlier study stay until they are made again."""
     (tmp_path / "results").mkdir()
+    (tmp_path / "out" / "readers").mkdir(parents=True)  # a folder that an earlier call made
     old = [row("T4", 0, 0, "sft", 0.1, seconds=36.0), row("T4", 0, 0, "sft_grpo", 0.1, seconds=72.0)]
     (tmp_path / "results" / "study.json").write_text(json.dumps({"rows": old}))
     again = row("T4", 0, 0, "sft", 0.9, seconds=36.0)
-    (tmp_path / "rows.jsonl").write_text(json.dumps(again) + "\n")
-    where = ["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--worlds", "T4", "--missing"]
+    (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(again) + "\n")
+    where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--worlds", "T4", "--missing"]
     study.main([*where, "--policies", "1"])
     said = capsys.readouterr().out
     assert "missing in T4: 4 rows" in said and "in_context; no_policy; sft_grpo; sft_poro" in said

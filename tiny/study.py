@@ -159,10 +159,12 @@ RUNS = {
     "poro 0+8": ("train_rl", "sft", rl(group(0, 8))),
     "negatives not pushed down": ("variants.halves", "sft", rl(*PORO, "--ablate negatives")),
     # 7. the field of 2026, by file of variants/; (8 + 0) where the authors sample without privileged text
-    **{name: (f"variants.{name}", "sft", rl(*PORO)) for name in ("hdpo", "pidistill", "skill0", "topentropy", "capo")},
+    **{name: (f"variants.{name}", "sft", rl(*PORO)) for name in ("hdpo", "pidistill", "skill0", "capo")},
     **{name: (f"variants.{name}", "sft", rl(*PORO)) for name in ("riskpo", "xrpo")},
-    **{name: (f"variants.{name}", "sft", rl(*PORO, UPDATES)) for name in ("dualclip", "hapo", "lld")},
+    **{name: (f"variants.{name}", "sft", rl(*PORO, UPDATES)) for name in ("dual", "hapo", "lld")},
     **{name: (f"variants.{name}", "sft", rl(HALVES, UPDATES)) for name in ("dcpo", "dispo")},
+    "which": ("variants.which", "sft", rl(*PORO, "--uncertain 0.2")),
+    "entropy": ("variants.entropy", "sft", rl(*PORO)),
     "hints": ("variants.hints", "sft", rl(group(2, 6))),
     "filtered": ("variants.filtered", "sft", rl("--group-size 0 --policy-rollouts 8")),
     "filtered, own samples": ("variants.filtered", "sft", rl("--group-size 0 --policy-rollouts 8 --frozen-sampler=")),
@@ -607,7 +609,7 @@ def main(argv=None):
         )
     out, ends = Path(args.out).resolve(), time.time() + 3600 * args.hours
     base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
-    if other := strangers(out, ("data", "runs", "*.log", "rows.jsonl", mark.name)):
+    if other := strangers(out, ("data", "runs", "flops", "readers", "*.log", "rows.jsonl", mark.name)):
         raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)

@@ -32,7 +32,7 @@ class Config(train_rl.Config):
 class Learner(train_rl.Learner):
     def credit(self, data, progress):
         rewards, data.A, kept = super().credit(data, progress)
-        A, data.logp_old = data.A, self.logprobs(data, kept)  # (B,), (B,R)
+        A, (data.logp_old, _) = data.A, self.logprobs(data, kept)  # (B,), (B,R)
         s = (data.logp_old * data.mask).sum(1).cpu() / data.lengths  # (B,)
         total = lambda x: torch.zeros(len(data.groups), dtype=x.dtype).index_add(0, data.ids, x * kept)[data.ids]
         e = (s - total(s) / total(torch.ones_like(s)).clamp(min=1)).exp()
