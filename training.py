@@ -578,9 +578,10 @@ class Run:
             sys.exit(0)
 
     def _save(self, score=None, alone=False):
+        self._between = False  # where it fails there is no other try on the way out
         with self.phase("save"):
             self.checkpoints.save(self._done, *self._learning, self.extra, score, alone)
-        self._saved, self._saved_at = self._done, time.monotonic()
+        self._between, self._saved, self._saved_at = True, self._done, time.monotonic()
 
     def _rescue(self, alone):
         """Save what was learned before the step that fails. alone: the other ranks do not know of it."""
@@ -591,7 +592,7 @@ class Run:
                 said = "saved, --resume continues"
             except Exception as error:  # the one that came first is what matters
                 said = f"and could not be saved: {plain(error)}"
-            self._phase, self._between = phase, False
+            self._phase = phase
             if alone or self.is_main:
                 print(f"{self.stage}: step {self.step} failed in {phase!r}, {said}", file=sys.stderr, flush=True)
 

@@ -306,7 +306,7 @@ def trials(folder, kills, rng):
     for name in EVERY:
         out = folder / "disk" / name
         job = Job(folder, name, out, limit=50_000 if RUNS[name][0] != "cpt" else 100_000)
-        ended = set(job.wait()) == {2} and job.said().count("error: ") == len(job.ranks)
+        ended = set(job.wait()) == {2} and job.said().count("\nerror: ") == len(job.ranks)
         clean = not list(out.glob("checkpoints/*"))
         Job(folder, name, out).wait()
         what = "the disk fills in a save: one line, exit code 2, nothing half-written"
