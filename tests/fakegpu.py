@@ -81,7 +81,8 @@ class FakeGPU(torch.Tensor):
         if function is F.rms_norm and not torch.is_grad_enabled():  # one kernel on CUDA, seven on other devices
             launches[here()] += 1
             return FakeGPU(function(*tree_map(held, args), **tree_map(held, kwargs or {})))
-        return super().__torch_function__(function, kinds, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # results on the CPU are plain tensors
+            return function(*args, **(kwargs or {}))
 
     is_cuda = property(lambda self: True)
 

@@ -133,6 +133,7 @@ def on_gpu(monkeypatch):
     """Training scripts compute on the pretended GPU; files are written from the CPU, as safetensors does it."""
     import model
     import support.checkpoint
+    import support.files
     import training
 
     init, save = training.Run.__init__, model.save_file
@@ -145,7 +146,7 @@ def on_gpu(monkeypatch):
         save({name: fakegpu.held(t).clone() for name, t in tensors.items()}, *args, **kwargs)
 
     monkeypatch.setattr(training.Run, "__init__", with_gpu)
-    for module in model, support.checkpoint:
+    for module in model, support.checkpoint, support.files:
         monkeypatch.setattr(module, "save_file", save_held)
 
 
@@ -174,25 +175,28 @@ def test_training_learns_what_the_cpu_learns(tmp_path, request, run):
 @pretend
 def test_evaluation_and_chat_answer_what_the_cpu_answers(tmp_path, monkeypatch, capsys):
     import io
+    from types import SimpleNamespace
 
     import evaluate
+    import model as qwen
     from data.dataset import load_items, load_policies
-    from model import Processor
     from support import chat
 
     folder, data = tiny_checkpoint(tmp_path / "model", layers=2, vision_depth=2), small_data(tmp_path / "data", items=4)
     policies = load_policies(data)
     items = load_items(data, "test.jsonl", policies)
+    flags = dict(chat=folder, image=str(data / items[0]["images"][0]), adapter="", max_tokens=4)
+    flags |= dict(min_pixels=0, max_pixels=0)
     answers = []
     for device in "cpu", GPU:
         with pretended(quickly):
             model = load(folder, device)
             _, records = evaluate.evaluate(
-                model, Processor.from_pretrained(folder), items, policies, policy_in_context=True, max_response=6
+                model, qwen.Processor.from_pretrained(folder), items, policies, policy_in_context=True, max_response=6
             )
-            monkeypatch.setattr(chat, "load_pretrained", lambda *_: model)
+            monkeypatch.setattr(chat, "open_model", lambda *_: (model, folder))
             monkeypatch.setattr(sys, "stdin", io.StringIO("what is this?\nand that?\n"))
-            chat.chat(folder, str(data / items[0]["images"][0]), None, 4)
+            chat.chat(qwen, SimpleNamespace(**flags))
             answers.append(([r["response"] for r in records], capsys.readouterr().out))
     assert answers[0] == answers[1]
 
