@@ -398,6 +398,7 @@ class Qwen25VL(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # the folder it was loaded from
+        self.vocabulary = config.vocab_size  # rows of the head that are tokens; RL learns from what can be sampled
         self.visual = VisionTower(config.vision)
         self.model = TextModel(config)
         if not config.tie_word_embeddings:
@@ -840,6 +841,7 @@ class Processor:
         self.pad_id, self.stop_ids = ids["<|endoftext|>"], [ids["<|im_end|>"], ids["<|endoftext|>"]]
         known, rows = set(self.tokenizer.get_vocab().values()), config.vocab_size
         expect(folder, "the tokenizer's last id", max(known), max(known) < rows, f"less than vocab_size = {rows}")
+        self.vocabulary = max(known) + 1
         # never sampled: pictures come from the prompt only, and the rows that pad the embedding are no tokens
         self.banned_ids = [ids[token] for token in SPECIAL[3:]] + sorted(set(range(rows)) - known)
 

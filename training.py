@@ -396,6 +396,7 @@ class Run:
         if self.fsdp:
             shard(model, self.device, self.dtype, self.rank, self.world, adapter)
         processor = qwen.Processor.from_pretrained(self.base, config.min_pixels, config.max_pixels)
+        model.vocabulary = processor.vocabulary
         return model.train(not frozen), processor
 
     def frozen_models(self, model, needs_start, sampler=""):

@@ -36,13 +36,16 @@ CPU_CHUNK = 2048  # rows at a time on a CPU, which holds a tile of their logits
 
 
 @torch.compiler.disable  # the number of kept rows is data; a graph break costs nothing here
-def linear_logprob(h, W, y, *, temperature=1.0, ignore_index=-100, return_entropy=False, chunk=None, needs_grad=None):
+def linear_logprob(
+    h, W, y, *, temperature=1.0, ignore_index=-100, return_entropy=False, chunk=None, needs_grad=None, vocabulary=None
+):
     """Log-probability of each target under softmax(h W^T / temperature), and the entropy (formulas above).
 
     h (L, D) hidden states, W (V, D) the head's weight (or a DTensor of FSDP2, whose gradient is summed over the ranks),
     both bf16, fp16 or fp32; under autocast both are cast to its dtype. y (L,) int64. Logits, sums and results are fp32.
     needs_grad (L,) bool: rows marked False get a zero gradient and cost one product instead of two (masked tokens, or
     an advantage of 0 without a KL term). chunk: rows worked on at a time, rounded up to a multiple of 16.
+    vocabulary: how many rows of W are tokens (None: all); those after them pad it and have no probability.
     Returns logp (L,) and entropy (L,) or None, fp32, nats; the entropy carries no gradient. Rows with y == ignore_index
     give 0. Raises IndexError for any other target outside [0, V) on a CPU and under TRIMPI_DEBUG=1; else it gives NaN.
     """
@@ -50,6 +53,7 @@ def linear_logprob(h, W, y, *, temperature=1.0, ignore_index=-100, return_entrop
         from torch.distributed.tensor import Partial
 
         W = W.to(h.dtype).full_tensor(grad_placements=[Partial()] * W.device_mesh.ndim)
+    W = W[:vocabulary]
     device = h.device.type
     if torch.is_autocast_enabled(device):
         h, W = h.to(torch.get_autocast_dtype(device)), W.to(torch.get_autocast_dtype(device))

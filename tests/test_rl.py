@@ -19,6 +19,7 @@ from rollout import PolicyRollout, Responses, Sampler
 from support import batching
 from support.engine import sample
 from train_rl import LOSSES
+from training import Run
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,26 @@ def test_trainer_and_sampler_differ_by_the_mass_of_banned_tokens_alone(drawn, aw
         left = (1 - start.logits(hidden).softmax(-1)[:, processor.banned_ids].sum(-1)).log()
     assert torch.allclose((logp - micro.spread(left)) * micro.mask, micro.logp_sampler, atol=1e-5)
     assert (logp - micro.logp_sampler).abs().max() > 1e-3
+
+
+def test_rows_that_pad_the_embedding_have_no_probability_in_rl(folder, drawn):
+    """The sampler never draws them, so the loss gives them nothing either: logp is that of the rows that are tokens.
+
+    Nothing reaches their weights, in the head as the head.
+    """
+    _, start, groups, processor = drawn
+    assert start.vocabulary == start.config.vocab_size > processor.vocabulary
+    data, model = Responses(groups, [0, 1, 2, 3], 1, torch.device("cpu")), copy.deepcopy(start)
+    data.A = torch.zeros(16)
+    with Run(config(folder), stage="rl") as run:
+        assert run.load()[0].vocabulary == processor.vocabulary
+    model.vocabulary, micro = processor.vocabulary, data.take([0, 1])
+    logp, _, hidden = micro.read(model, 1.0, processor.pad_id)
+    exact = model.logits(hidden)[:, : processor.vocabulary].double().log_softmax(-1)
+    tokens = torch.tensor([t for response in data.list[:2] for t in response.tokens])
+    assert torch.allclose(micro.spread(exact.gather(1, tokens[:, None])[:, 0]).float(), logp, atol=1e-5)
+    (gradient,) = torch.autograd.grad(logp.sum(), [model.head_weight])
+    assert not gradient[processor.vocabulary :].any() and gradient[: processor.vocabulary].abs().sum() > 0
 
 
 def judged(groups, accuracies):
