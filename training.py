@@ -37,7 +37,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as qwen
-from data import InputError, command, lasting_output, plain
+from data import InputError, check, command, lasting_output, plain
 from support import folder
 from support.batching import is_fsdp, rng
 from support.checkpoint import Checkpoints, cut_logs, not_finite, to_json, trainable, write_json
@@ -108,6 +108,7 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
 }
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)  # end a run after its step, saved
 PATIENCE = 30  # minutes that a rank waits for the others before it gives up
+MOST_FAULTS = 50  # of the data, that are printed
 MAX_SKIPPED = 0.1  # share of updates (of ten at least) that NaN or infinity may cost before the run stops
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU
 
@@ -251,10 +252,25 @@ class Run:
         entries = [*policies.values(), *(item for items in splits.values() for item in items)]
         paths = [os.path.join(data, name) for name in ("policies.json", *splits)]
         paths += [path for entry in entries for path in entry["images"]]
-        self.digests[what] = folder.digest({os.path.relpath(path, data): path for path in paths})
-        before = self._before()
-        if self.config.resume and before and (before["digests"] or {}).get(what) == self.digests[what]:
+        self.digests[what] = folder.digest(
+            {os.path.relpath(path, data): path for path in paths if os.path.exists(path)}
+        )
+        before, config = self._before(), self.config
+        if config.resume and before and (before["digests"] or {}).get(what) == self.digests[what]:
             return  # it was looked at when the run was started
+        chains = what != "the data" or self.stage != "rl" and not getattr(config, "answer_only", False)  # are learned
+        limits = check.Limits(config.max_prompt, config.max_response if chains else 1 << 30, holds)
+        pictures, faults = check.Pictures(processor, sys.stderr.isatty()), []
+        for name, items in splits.items():
+            faults += check.look_over(items, policies, processor, limits, pictures)
+            if (share := check.unknown_share(items, processor)) > 0.01:
+                said = f"{100 * share:.0f} % of the tokens of {data}/{name} are unknown to the model's tokenizer"
+                print(f"warning: {said}", file=sys.stderr, flush=True)
+        for fault in faults[1:MOST_FAULTS]:
+            print(plain(fault), file=sys.stderr, flush=True)
+        if faults:
+            more = f" (above: {min(len(faults), MOST_FAULTS) - 1} of {len(faults) - 1} more)" if faults[1:] else ""
+            raise InputError(f"{data}/{faults[0]}{more}")
 
     def _begin(self, model):
         """All input has been read and is good: only now delete a run to be overwritten, and write config.json.

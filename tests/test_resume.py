@@ -252,6 +252,40 @@ def test_checkpoints_of_another_run_are_not_taken_for_this_one_s(folder, tmp_pat
         train(folder, out, resume=True)
 
 
+# -- data that would end the run
+
+
+def spoilt(folder, to):
+    """Four of a dozen items that each would end a run after hours, the last one among them."""
+    shutil.copytree(folder / "data", to)
+    rows = [json.loads(line) for line in (to / "sft.jsonl").read_text().splitlines()]
+    rows[3]["cot"] = "so " * 500
+    rows[5]["answer"] = "a } b"
+    os.truncate(to / "images" / "8.png", 60)
+    picture(201, 1).save(to / "images" / "11.png")
+    (to / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return to
+
+
+def test_every_item_that_would_end_the_run_is_named_before_step_0(folder, tmp_path, capsys):
+    data = spoilt(folder, tmp_path / "data")
+    with pytest.raises(InputError, match=r"sft.jsonl:4: item i3: found a response of \d+ tokens.*3 of 3 more"):
+        train_sft.main(arguments(folder / "model", data, tmp_path / "run", steps=5))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "sft.jsonl:6: item i5: its own answer 'a } b' gets nothing" in said[0]
+    assert "sft.jsonl:9: item i8, picture " in said[1] and "8.png: found" in said[1]
+    assert "sft.jsonl:12: item i11, picture " in said[2] and not (tmp_path / "run").exists()
+
+
+def test_data_that_was_looked_at_is_not_looked_at_again(folder, tmp_path, stopped, monkeypatch):
+    """The start of a run that a machine ends every hour must not cost half of it."""
+    looked, look_over = [], training.check.look_over
+    monkeypatch.setattr(training.check, "look_over", lambda *args: looked.append(args) or look_over(*args))
+    stopped(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(folder, tmp_path / "run") == 0 and len(looked) == 1
+    assert train(folder, tmp_path / "run", resume=True) == 0 and len(looked) == 1
+
+
 # -- saved in time
 
 
