@@ -537,7 +537,7 @@ def clean_environment(**more):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(y=torch.zeros(3, dtype=torch.int64)), r"y \(3,\); expected \(N, D\), \(V, D\), \(N,\)"),
+        (dict(y=torch.zeros(3, dtype=torch.int64)), r"y \(3,\); expected \(L, D\), \(V, D\), \(L,\)"),
         (dict(W=torch.zeros(9, 4)), r"W \(9, 4\)"),
         (dict(h=torch.zeros(2, 2, 8)), r"h \(2, 2, 8\)"),
         (dict(h=torch.zeros(2, 8, dtype=torch.bfloat16)), r"h torch.bfloat16, W torch.float32"),
