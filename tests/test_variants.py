@@ -355,7 +355,7 @@ def test_opcd_learns_from_the_policy_without_a_reward(reader):
         (gdpo, {}),
         (bapo, {"inner_epochs": 2}),
         (dual, {"inner_epochs": 2}),
-        (which, {"drop_truncated": True, "uncertain": 0.3}),
+        (which, {"uncertain": 0.3}),
         (entropy, {}),
     ],
 )
