@@ -35,7 +35,7 @@ def batches(n_items, batch_size, seed, step, rank=0, world=1, limit=None, whole=
     epoch_size = whole_batches(n_items, batch_size) if whole else n_items
     chosen = []
     for epoch in range(start // epoch_size, -(-stop // epoch_size)):
-        order = rng(seed, epoch).permutation(n_items)[:epoch_size]
+        order = rng(seed, epoch).permutation(n_items)
         chosen += order[max(start - epoch * epoch_size, 0) : stop - epoch * epoch_size].tolist()
     return chosen[rank::world]
 

@@ -78,6 +78,10 @@ def test_a_query_that_comes_twice_has_fresh_responses_on_any_number_of_ranks(fol
         found.append(sorted(seeds.asked))
         assert len({row[1:] for row in seeds.asked}) == 6 and len({row[0] for row in seeds.asked}) == 4
     assert found[0] == found[1] == found[2]
+    seeds, settings = Seeds(), config(folder, batch_size=4)
+    for number in range(20):
+        Sampler(settings, Bench(settings), None, seeds, list("abcdef"), [], 0).draw(number)
+        assert len({row[0] for row in seeds.asked[-4:]}) == 4  # where there are enough items, none comes twice
 
 
 def test_dynamic_sampling_draws_a_mini_batch_at_a_time(folder):

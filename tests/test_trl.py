@@ -60,7 +60,7 @@ def ours(name, logp, logp_old, reference, entropy, A, mask, options):
     logp, tokens = logp.clone().requires_grad_(), mask.sum()
     counts = {"sequences": len(mask), "tokens of the step": tokens, "tokens of the update": tokens}
     weights = token_weights(learner.loss.over, mask, {k: float(v) for k, v in counts.items()}, 20)
-    data, tally, total = SimpleNamespace(), Tally(), 0.0
+    data, tally, total = SimpleNamespace(rows=[(1, 0)] * len(mask)), Tally(), 0.0
     if config.uncertain < 1:
         data.uncertain = entropy >= which.threshold(learner.run, entropy[mask.bool()], config.uncertain)
     for rows in torch.arange(len(mask)).chunk(options.get("parts", 1)):
