@@ -34,7 +34,8 @@ class Learner(train_rl.Learner):
     losses = {name: loss._replace(without_advantage=True) for name, loss in LOSSES.items()}
 
     def objective(self, micro):
-        H = micro.spread(entropy(micro.hidden, self.model.head_weight, self.config.temperature))  # (b,R)
+        W = gathered(self.model.head_weight)[: self.model.vocabulary]
+        H = micro.spread(entropy(micro.hidden, W, self.config.temperature))  # (b,R)
         return super().objective(micro) - self.config.bonus * H
 
 
@@ -45,7 +46,6 @@ def entropy(h, W, temperature, rows=256):
         logp = (h.float() @ W.float().T / temperature).log_softmax(-1)
         return -(logp.exp() * logp).sum(-1)
 
-    W = gathered(W)
     with torch.autocast(h.device.type, enabled=False):
         return torch.cat([checkpoint(of, part, use_reentrant=False) for part in h.split(rows)])
 

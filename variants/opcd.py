@@ -45,18 +45,18 @@ class Learner(train_rl.Learner):
     def objective(self, micro):
         logp_teacher, hidden, W = self.start_logprobs(micro, with_policy=True)  # (b,R), (L,D), (V,D)
         if self.config.top_tokens:
-            own = micro.hidden, self.model.head_weight
-            return micro.spread(tokens_kl(*own, hidden, W, self.config.top_tokens, self.config.temperature))
+            how = self.config.top_tokens, self.config.temperature, self.model.vocabulary
+            return micro.spread(tokens_kl(micro.hidden, self.model.head_weight, hidden, W, *how))
         A = (logp_teacher - micro.logp.detach()) * micro.mask  # (b,R)
         return self.loss.function(micro.logp, micro.logp_old, A, micro.mask, self.clip)
 
 
-def tokens_kl(h, W, h_teacher, W_teacher, count, temperature):
+def tokens_kl(h, W, h_teacher, W_teacher, count, temperature, vocabulary=None):
     """KL(pi || teacher) at each position over the `count` likeliest tokens of pi and the rest as one, (L,), in fp32.
-
-    h, h_teacher: hidden states (L,D); W, W_teacher: output weights (V,D).
+    h, h_teacher: hidden states (L,D); W, W_teacher: output weights (V,D), of which `vocabulary` are tokens (None: all).
     """
-    h, W, h_teacher, W_teacher = (gathered(x).float() for x in (h, W, h_teacher, W_teacher))
+    h, h_teacher = h.float(), h_teacher.float()
+    W, W_teacher = (gathered(weight)[:vocabulary].float() for weight in (W, W_teacher))
     with torch.no_grad():
         tokens = torch.cat([(rows @ W.T).topk(min(count, len(W))).indices for rows in h.split(256)])  # (L,count)
 
