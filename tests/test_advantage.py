@@ -4,12 +4,10 @@ The file runs twice, like test_logprob.py: as it is, and from its last test with
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from again import interpreted
 
 from kernels.advantage import group_advantage
 
@@ -128,13 +126,4 @@ def test_says_what_it_found_and_expected(arguments, message):
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="interpreted where no compiled kernel was tested")
 def test_this_file_again_with_the_kernel_interpreted():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    interpreted(__file__)

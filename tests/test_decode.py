@@ -1,12 +1,10 @@
 """kernels/decode_triton.py against attention in float64: compiled on a GPU, interpreted elsewhere."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from again import interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -100,15 +98,7 @@ def test_large_scores_and_row_order():
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="interpreted, where no compiled kernel was tested")
 def test_this_file_again_with_the_kernel_interpreted():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted code is not compiled")

@@ -4,12 +4,11 @@ It runs in a process of its own (its last test): torch is told of a device, and 
 """
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from again import interpreted
 from helpers import picture, question, tiny_checkpoint
 from small import arguments, metrics, quiet, small_data
 
@@ -231,12 +230,4 @@ def test_a_step_of_decoding_launches_little_and_waits_once(tmp_path, monkeypatch
 
 @pytest.mark.skipif(HERE, reason="this is the process of its own")
 def test_this_file_in_a_process_of_its_own():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    interpreted(__file__)

@@ -11,12 +11,12 @@ import importlib.util
 import math
 import random
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from again import changed
 from rl_bench import READ, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
 from test_rl import logprobs
 
@@ -595,14 +595,7 @@ MUTATIONS = {  # (file, what stands there, what stands there instead)
 @pytest.mark.parametrize("wrong", MUTATIONS)
 def test_a_wrong_variant_is_noticed(wrong, tmp_path, monkeypatch):
     name, right, instead = MUTATIONS[wrong]
-    source = (ROOT / "variants" / f"{name}.py").read_text()
-    assert source.count(right) == 1
-    path = tmp_path / f"wrong_{name}.py"
-    path.write_text(source.replace(right, instead))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = changed(ROOT / "variants" / f"{name}.py", right, instead, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
         for table, check in ((VALUES, check_values), (CREDIT, check_credit)):
             if name in table:

@@ -1,6 +1,5 @@
 """The four places where researchers fork: each example in tests/fork/ applies, runs and stays within its limit."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,18 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from again import load
 from rl_bench import READ, reader_folder, rl_folder, run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = ROOT / "tests" / "fork"
-
-
-def load(path, monkeypatch):
-    spec = importlib.util.spec_from_file_location(f"fork_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +35,8 @@ def test_a_loss_per_token_is_a_diff_of_twelve_lines(folder, tmp_path, monkeypatc
     rows = run(folder, "topr", method=load(tmp_path / "train_rl.py", monkeypatch), algorithm="topr")
     assert rows[-1]["reward"] > 0.3
     (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "test_losses.py", tmp_path / "tests")
+    for name in ("test_losses.py", "again.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     words = [
         sys.executable,
         "-m",

@@ -3,14 +3,13 @@
 At the end MUTATIONS makes train_rl.py wrong, a sign, a clip or a denominator at a time, and these tests have to notice.
 """
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from again import changed
 
 import train_rl
 from data.referral import invented, recall
@@ -282,13 +281,7 @@ def check_everything():
 @pytest.mark.parametrize("wrong", MUTATIONS)
 def test_a_wrong_sign_clip_or_denominator_is_noticed(wrong, tmp_path, monkeypatch):
     right, instead = MUTATIONS[wrong]
-    source = (Path(__file__).resolve().parents[1] / "train_rl.py").read_text()
-    assert source.count(right) == 1
-    (tmp_path / "wrong.py").write_text(source.replace(right, instead))
-    spec = importlib.util.spec_from_file_location("wrong", tmp_path / "wrong.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "wrong", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = changed(Path(__file__).resolve().parents[1] / "train_rl.py", right, instead, tmp_path, monkeypatch)
     monkeypatch.setitem(globals(), "train_rl", module)
     for name in ("k3", "LOSSES", "overlong_penalty", "token_weights"):
         monkeypatch.setitem(globals(), name, getattr(module, name))
