@@ -285,7 +285,7 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         learner = Learner(config, run, model, start, run.optimizer(model), rewards, replay, processor.pad_id)
         tries = loss.tries if config.dynamic_tries is None else config.dynamic_tries
         sampler = Sampler(config, run, model, rollout, items, rewards, tries)
-        report = Reporter(config, run, model, rollout, held_out[:VALIDATION_ITEMS], rewards)
+        report = Reporter(config, run, model, rollout, held_out[:VALIDATION_ITEMS], rewards, learner.logprobs)
 
         steps = run.total_steps(whole_batches(len(items), config.batch_size))
         for step in run.steps(model, learner.optimizer, steps):

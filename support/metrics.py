@@ -99,10 +99,10 @@ def is_right(rewards):
 
 
 class Reporter:
-    """Writes the three files. items: to validate on; rewards: [(name, function, weight)]."""
+    """Writes the three files. items: to validate on; rewards: [(name, function, weight)]; logprobs: the Learner's."""
 
-    def __init__(self, config, run, model, rollout, items, rewards):
-        self.config, self.run, self.model, self.rollout = config, run, model, rollout
+    def __init__(self, config, run, model, rollout, items, rewards, logprobs):
+        self.config, self.run, self.model, self.rollout, self.logprobs = config, run, model, rollout, logprobs
         self.items, self.rewards, self.track = items, rewards, tracker(config, run)
 
     def __call__(self, step, data, rewards, tally, drawn):
@@ -139,8 +139,8 @@ class Reporter:
     def sample(self, step, data, rewards, tally):
         """The first group, whole, for reading; "moved": how far each token's logp given x has grown in this step."""
         group, processor = data.groups[0], self.rollout.processor
-        n, item = len(group.responses), group.item
-        now = self.logprobs(data, n) if tally.first else []
+        item = group.item
+        now = self.logprobs(data, data.ids == 0)[0] if tally.first and not self.run.fsdp else []  # there it is sharded
         rows = []
         for i, response in enumerate(group.responses):
             row = {"text": processor.decode(response.tokens), "aware": group.aware[i], "finished": response.finished}
@@ -152,18 +152,6 @@ class Reporter:
             rows.append(row)
         item = {key: item[key] for key in ("id", "policy", "question", "answer")}
         return {"step": step, **item, "responses": rows}
-
-    @torch.no_grad()
-    def logprobs(self, data, n):
-        """log pi (n,R) of the first n responses given x, as the model is now; [] where it is sharded over ranks."""
-        if self.run.fsdp:
-            return []
-        logp = []
-        for i in range(0, n, self.config.micro_batch):
-            micro = data.take(list(range(i, min(i + self.config.micro_batch, n))))
-            with self.run.autocast():
-                logp += micro.read(self.model, self.config.temperature, self.rollout.processor.pad_id)[0]
-        return logp
 
     def accuracy(self, items, model, policy_in_prompt=False):
         """Share of right greedy responses, over all ranks; each item's policy stands in its prompt, or not."""
