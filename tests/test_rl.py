@@ -12,11 +12,12 @@ import torch
 from rl_bench import READ, REWARDS, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
 from small import write_lines
 
+import rollout
 import train_rl
 from data import InputError
-from data.dataset import load_policies
+from data.dataset import load_items, load_policies
 from rollout import PolicyRollout, Responses, Sampler
-from support import batching
+from support import batching, pictures
 from support.engine import sample
 from train_rl import LOSSES
 from training import Run
@@ -206,6 +207,27 @@ def test_rows_that_pad_the_embedding_have_no_probability_in_rl(folder, drawn):
     assert torch.allclose(micro.spread(exact.gather(1, tokens[:, None])[:, 0]).float(), logp, atol=1e-5)
     (gradient,) = torch.autograd.grad(logp.sum(), [model.head_weight])
     assert not gradient[processor.vocabulary :].any() and gradient[: processor.vocabulary].abs().sum() > 0
+
+
+def test_pictures_are_read_a_draw_ahead_and_change_nothing(folder, drawn, monkeypatch):
+    """In threads while the draw before is being written, each once; groups keep the items, not their patches."""
+    model, _, _, processor = drawn
+    policies, opened = load_policies(folder / "data"), []
+    items = load_items(folder / "data", "rl.jsonl", policies)[:4]
+    monkeypatch.setattr(rollout, "judge", lambda groups, *_: groups)
+    open_image = lambda path: opened.append(path) or pictures.open_image(path)
+    monkeypatch.setattr(rollout.qwen, "open_image", open_image)
+    found = []
+    for workers in 0, 2:
+        bench, kinds = Bench(config(folder, batch_size=2)), dict(max_tokens=4, stop_ids=list(range(60)))
+        bench.workers = workers
+        sampler = Sampler(bench.config, bench, model, PolicyRollout(processor, policies, 1, 1, **kinds), items, [], 0)
+        found.append([[(group.item, group.responses) for group in sampler.draw(number)] for number in range(2)])
+        for future in sampler.scaled.futures.get(2, []):
+            future.result()
+    assert found[0] == found[1] and isinstance(found[0][0][0][0]["images"][0], str)
+    pictured = [path for item in items for path in item["images"]]
+    assert all(opened.count(path) in (2, 3) for path in pictured)  # drawn by both; some are read for a third draw
 
 
 def judged(groups, accuracies):
