@@ -215,19 +215,17 @@ def test_pictures_are_read_a_draw_ahead_and_change_nothing(folder, drawn, monkey
     policies, opened = load_policies(folder / "data"), []
     items = load_items(folder / "data", "rl.jsonl", policies)[:4]
     monkeypatch.setattr(rollout, "judge", lambda groups, *_: groups)
-    open_image = lambda path: opened.append(path) or pictures.open_image(path)
-    monkeypatch.setattr(rollout.qwen, "open_image", open_image)
-    found = []
+    monkeypatch.setattr(rollout.qwen, "open_image", lambda path: opened.append(path) or pictures.open_image(path))
+    found, counts = [], []
     for workers in 0, 2:
         bench, kinds = Bench(config(folder, batch_size=2)), dict(max_tokens=4, stop_ids=list(range(60)))
         bench.workers = workers
         sampler = Sampler(bench.config, bench, model, PolicyRollout(processor, policies, 1, 1, **kinds), items, [], 0)
         found.append([[(group.item, group.responses) for group in sampler.draw(number)] for number in range(2)])
-        for future in sampler.scaled.futures.get(2, []):
-            future.result()
+        ahead = [future.result() for future in sampler.scaled.futures.get(2, [])]  # of a third draw
+        counts.append(len(opened) - sum(len(item["images"]) for item, _ in ahead))
     assert found[0] == found[1] and isinstance(found[0][0][0][0]["images"][0], str)
-    pictured = [path for item in items for path in item["images"]]
-    assert all(opened.count(path) in (2, 3) for path in pictured)  # drawn by both; some are read for a third draw
+    assert len(ahead) == 2 and counts[1] == 2 * counts[0]
 
 
 def judged(groups, accuracies):
