@@ -33,7 +33,8 @@ from rollout import PolicyRollout
 from support import folder
 from support.batching import lay_out, token_logprobs
 from support.checkpoint import not_finite, to_json, write_json
-from support.config import Judge, option, parse
+from support.config import Judge, option, parse, redefault
+from support.judging import Judging, complaint, load_rewards
 from support.runs import open_model
 from support.stock import generate, read_generation
 
@@ -52,6 +53,7 @@ class Config(Judge):
     seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart")
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     reward: str = option("", "rewards of train_rl.py to report, too; the first one tells right from wrong")
+    reward_seconds: float = redefault(Judging, "reward_seconds", 5.0)
     media: str = option("", "folder that pictures may be read from, too")
     contrast: int = option(0, "items per section on which it is held against altered ones; 0: none", least=0)
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
@@ -98,19 +100,19 @@ def sections(items):
 
 
 def respond(model, rollout, items, policy_in_context, stock=None):
-    """Greedy responses, or by the settings `stock` -> [(text, tokens of its prompt, its own tokens, finished)]."""
+    """Greedy responses, or by the settings `stock` -> [(text, its prompt, number of tokens, finished)]."""
     if stock:
         policies = [rollout.policy(item)[0] if policy_in_context else None for item in items]
         prompts = [rollout.prompt(item, policy) for item, policy in zip(items, policies)]
         longest = rollout.sampling["max_tokens"]
         answers = [generate(qwen, model, rollout.processor, prompt, stock, longest) for prompt in prompts]
         return [
-            (rollout.processor.decode(tokens), len(prompt.input_ids), len(tokens), finished)
+            (rollout.processor.decode(tokens), prompt, len(tokens), finished)
             for prompt, (tokens, finished) in zip(prompts, answers)
         ]
     answers = rollout.greedy(model, items, policy_in_context)
     return [
-        (rollout.processor.decode(response.tokens), len(prompt.input_ids), len(response.tokens), response.finished)
+        (rollout.processor.decode(response.tokens), prompt, len(response.tokens), response.finished)
         for prompt, response in answers
     ]
 
@@ -166,8 +168,9 @@ def evaluate(
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start : start + batch]]
         answers = respond(model, rollout, part, policy_in_context, stock)
-        given = rewards.score(asked, [""] * len(part), [text for text, *_ in answers], part, 60.0) if asked else []
-        for k, (item, (text, *lengths, finished)) in enumerate(zip(part, answers)):
+        prompts = [processor.decode(prompt.input_ids.tolist()) for _, prompt, *_ in answers] if asked else []
+        given = rewards.score(asked, prompts, [text for text, *_ in answers], part) if asked else []
+        for k, (item, (text, prompt, length, finished)) in enumerate(zip(part, answers)):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
@@ -175,8 +178,8 @@ def evaluate(
                 "answer": item["answer"],
                 **judge(text, item, policies.get(item["policy"])),
                 "finished": finished,
-                "prompt_tokens": lengths[0],
-                "tokens": lengths[1],
+                "prompt_tokens": len(prompt.input_ids),
+                "tokens": length,
                 "response": text,
             }
             if asked:
@@ -264,7 +267,7 @@ def main(argv=None):
     name = config.name or name
     check_out(config, name)
     policies = load_policies(config.data, config.media)
-    asked = rewards.load(config.reward, judges.of(config, policies)) if config.reward else []
+    asked = load_rewards(config.reward, config.reward_seconds, judges.of(config, policies)) if config.reward else []
     items = (
         recitation_items(policies) if config.recite else load_items(config.data, config.split, policies, config.media)
     )
@@ -300,6 +303,8 @@ def main(argv=None):
     rest = "".join(f"  {key} {row[key]:.3f}" for key in VERDICTS if key in row)
     accuracy = f"accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
     print(f"{row['name']}: {accuracy}{rest}  n {row['n']}  {row['seconds']:.1f} s")
+    if failures := complaint():
+        print(f"{row['name']}: rewards that failed, and count as wrong: {failures}")
     return row
 
 

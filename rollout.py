@@ -144,12 +144,12 @@ class PolicyRollout:
 # -- 2. judge ----------------------------------------------------------------------------------------------------------
 
 
-def judge(groups, rewards, processor, seconds):
+def judge(groups, rewards, processor):
     """The groups with the rewards of their responses, (G+K,F) float64, NaN where one raised, hung or was no number."""
     prompts = [processor.decode(group.prompt.input_ids.tolist()) for group in groups for _ in group.responses]
     texts = [processor.decode(response.tokens) for group in groups for response in group.responses]
     items = [group.item for group in groups for _ in group.responses]
-    found = torch.tensor(score(rewards, prompts, texts, items, seconds), dtype=torch.float64)  # (B,F)
+    found = torch.tensor(score(rewards, prompts, texts, items), dtype=torch.float64)  # (B,F)
     parts = found.split([len(group.responses) for group in groups]) if groups else []
     return [replace(group, rewards=part) for group, part in zip(groups, parts)]
 
@@ -186,7 +186,7 @@ class Sampler:
         with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
             groups = rollout(self.model, [self.items[i] for i in mine], seeds)
         with run.phase("judge"):
-            return judge(groups, self.rewards, rollout.processor, config.reward_seconds)
+            return judge(groups, self.rewards, rollout.processor)
 
     def __call__(self, cursor):
         """A step's groups, from draw number `cursor` on -> (Responses | None where they do not suffice, next cursor).

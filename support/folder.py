@@ -36,7 +36,7 @@ def keep_apart(out, inputs):
 
 def refuse_foreign(out, is_ours):
     """Raise InputError where a folder is not `is_ours` and holds anything."""
-    if not is_ours and (names := strangers(out, LEFTOVERS)):
+    if not is_ours and (names := strangers(out, (*LEFTOVERS, "judge.cache"))):  # kept, as it cost money
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise InputError(f"--out {out}: found {names[0]}{more}, which we did not write, expected a new or empty folder")
 

@@ -158,8 +158,10 @@ class Reporter:
         mine = items[self.run.rank :: self.run.world]
         with self.run.phase("validate"), self.run.gathered(model):
             answers = self.rollout.greedy(model, mine, policy_in_prompt)
-        texts = [self.rollout.processor.decode(response.tokens) for _, response in answers]
-        found = score(self.rewards[:1], [""] * len(mine), texts, mine, self.config.reward_seconds)
+        decode = self.rollout.processor.decode
+        prompts = [decode(prompt.input_ids.tolist()) for prompt, _ in answers]
+        texts = [decode(response.tokens) for _, response in answers]
+        found = score(self.rewards[:1], prompts, texts, mine)
         return self.run.sum(float(sum(row[0] == 1 for row in found))) / len(items)
 
     def does_the_policy_help(self, items):
