@@ -33,7 +33,9 @@ from rollout import PolicyRollout
 from support import folder
 from support.batching import lay_out, token_logprobs
 from support.checkpoint import not_finite, to_json, write_json
-from support.config import Judge, option, parse
+from support.config import Judge, option, parse, refuse
+from support.dialogue import as_judged
+from support.judging import load_environment
 from support.runs import open_model
 from support.stock import generate, read_generation
 
@@ -52,6 +54,7 @@ class Config(Judge):
     seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart")
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     reward: str = option("", "rewards of train_rl.py to report, too; the first one tells right from wrong")
+    environment: str = option("", "FILE.py:name or module:name of what makes each response a dialogue; empty: none")
     media: str = option("", "folder that pictures may be read from, too")
     contrast: int = option(0, "items per section on which it is held against altered ones; 0: none", least=0)
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
@@ -98,7 +101,10 @@ def sections(items):
 
 
 def respond(model, rollout, items, policy_in_context, stock=None):
-    """Greedy responses, or by the settings `stock` -> [(text, tokens of its prompt, its own tokens, finished)]."""
+    """Greedy responses, or by the settings `stock` -> [(text, tokens of its prompt, its own tokens, finished)].
+
+    Of a dialogue, the text of its last turn, the tokens that it has written, and behind `finished` all of its turns.
+    """
     if stock:
         policies = [rollout.policy(item)[0] if policy_in_context else None for item in items]
         prompts = [rollout.prompt(item, policy) for item, policy in zip(items, policies)]
@@ -108,11 +114,12 @@ def respond(model, rollout, items, policy_in_context, stock=None):
             (rollout.processor.decode(tokens), len(prompt.input_ids), len(tokens), finished)
             for prompt, (tokens, finished) in zip(prompts, answers)
         ]
-    answers = rollout.greedy(model, items, policy_in_context)
-    return [
-        (rollout.processor.decode(response.tokens), len(prompt.input_ids), len(response.tokens), response.finished)
-        for prompt, response in answers
-    ]
+    found = []
+    for prompt, response in rollout.greedy(model, items, policy_in_context):
+        text, item = as_judged(rollout.processor, {}, response)
+        written = int(response.written.sum())
+        found.append((text, len(prompt.input_ids), written, response.finished, *item.values()))
+    return found
 
 
 def judge(text, item, policy):
@@ -152,22 +159,26 @@ def evaluate(
     asked=(),
     progress=False,
     stock=None,
+    environment=None,
 ):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
     asked: [(name, function, weight)] of data.rewards, whose means are reported; the first says what is correct.
     stock: settings of support/stock.py, one prompt at a time; None: greedy.
+    environment: of data/tools.py, which makes responses dialogues.
     row: accuracy with its 95 % interval, the mean of every other verdict, the same by depth and by policy, seconds.
     """
     began, records, answered = time.perf_counter(), [], []
-    rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=max_prompt, max_tokens=max_response)
+    limits = dict(max_prompt=max_prompt, max_tokens=max_response)
+    rollout = PolicyRollout(processor, policies, 1, 0, environment=environment, **limits)
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start : start + batch]]
         answers = respond(model, rollout, part, policy_in_context, stock)
+        part = [item | ({"dialogue": answer[4]} if answer[4:] else {}) for item, answer in zip(part, answers)]
         given = rewards.score(asked, [""] * len(part), [text for text, *_ in answers], part, 60.0) if asked else []
-        for k, (item, (text, *lengths, finished)) in enumerate(zip(part, answers)):
+        for k, (item, (text, *lengths, finished)) in enumerate(zip(part, (answer[:4] for answer in answers))):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
@@ -179,6 +190,8 @@ def evaluate(
                 "tokens": lengths[1],
                 "response": text,
             }
+            if "dialogue" in item:
+                record["turns"] = item["dialogue"]
             if asked:
                 record["reward"] = {name: x for (name, *_), x in zip(asked, given[k])}
                 record["correct"] = float(given[k][0] >= 1)
@@ -263,6 +276,7 @@ def main(argv=None):
     name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
     name = config.name or name
     check_out(config, name)
+    refuse(config.environment and config.stock_generation, "--environment", "no --stock-generation beside it")
     policies = load_policies(config.data, config.media)
     asked = rewards.load(config.reward, judges.of(config, policies)) if config.reward else []
     items = (
@@ -288,6 +302,7 @@ def main(argv=None):
         asked=asked,
         progress=True,
         stock=read_generation(model.source) if config.stock_generation else None,
+        environment=load_environment(config.environment, 60.0),
     )
     if config.contrast:
         rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=config.max_prompt)
