@@ -396,7 +396,7 @@ class Run:
                 _dissolve_lora(model)
         elif not config.full and not frozen:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
-            qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None)
+            qwen.add_lora(model, config.lora_rank, 2 * config.lora_rank, targets or None)
         if not frozen:
             self.parameters = sum(p.numel() for p in model.parameters())
         if frozen:
