@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-from data import check_file
+from data import check_file, write_text
 from support.config import CommonConfig, option, parse, redefault
 from support.engine import SHARE
 
@@ -248,7 +248,7 @@ def table(config):
     """The four sizes in the paper's three stages as a Markdown table, each on the fewest GPUs that do."""
     config = dataclasses.replace(config, gradient_checkpointing=True)
     lines = [
-        f"GB a GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
+        f"GB on each GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
         f"tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; GPUs: the fewest, in "
         f"powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and sampling holds "
         "whole ones. Computed, not measured.\n",
@@ -274,8 +274,8 @@ def table(config):
 def main(argv=None):
     config = parse(Config, __doc__, argv)
     if config.out:
-        check_file(config.out, ".md")
+        check_file(config.out, "GB on each GPU")
     text = table(config) if config.model == "all" else report(config)
     print(text)
     if config.out:
-        Path(config.out).write_text(text + "\n")
+        write_text(config.out, text + "\n")

@@ -13,7 +13,6 @@ has it.
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, command, strangers
+from data import InputError, claim, command
 from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
@@ -51,7 +50,7 @@ RUNS = {
     "trimpi_paper": ("train_rl", "cpt_sft", [*RL, *PORO]),
 }
 ROWS = ("in_context no_policy sft cpt_response_sft sft_grpo sft_poro cpt_response_sft_grpo trimpi trimpi_paper").split()
-OURS = (*RUNS, "data", "others", "eval", "*.log", "results.json", "report.html", "report.png")  # what --out holds
+OURS = (*RUNS, *"data others eval *.log *.draft-* results.json report.html report.png".split())  # what --out holds
 OWN = "--queries 400 --sft 24 --test 200 --leave-out 0.34".split()
 OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  # to keep in practice on
 
@@ -176,13 +175,8 @@ def main(argv=None):
         raise InputError(
             f"{args.model}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)"
         )
-    if other := strangers(out, OURS):
-        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
-    if out.exists() and any(out.iterdir()):
-        if not args.overwrite:
-            raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if claim(out, "tiny.demo", OURS, fresh=args.overwrite):
+        raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
 
     print(
         f"drawing a policy of {args.depth} layers, its pictures, and policies to replay (seed {args.seed})", flush=True

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import InputError, command
+from data import InputError, claim, command
 from data.clevr import ATTRIBUTES, COLORS, MATERIALS, RADIUS, SHAPES, SIZES
 from data.clevr_policy import CROP as MARGIN
 from model import Config, Qwen25VL, arrange, load_pretrained, save_pretrained
@@ -59,6 +59,21 @@ CONFIG = {
         "fullatt_block_indexes": [2], "window_size": SIDE, "patch_size": 14, "temporal_patch_size": 2,
         "spatial_merge_size": 2, "in_chans": 3, "hidden_act": "silu", "tokens_per_second": 2},
 }  # fmt: skip
+
+
+OURS = (
+    "pictures",
+    "*.npy",
+    "*.pt",
+    "features.done",
+    "rendezvous",
+    "log.jsonl",
+    "base",
+    "base-*",
+    "curve.png",
+    "*.tmp",
+    ".base*",
+)
 
 
 # -- 1. optimiser ------------------------------------------------------------------------------------------------------
@@ -660,7 +675,7 @@ def main(argv=None):
             f"expected {HELD + 500} pictures at least, positive steps, 1024 tokens per process at least"
         )
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, "tiny.pretrain", OURS)
     world = pictures(out / "pictures", args.pictures, args.seed, args.processes)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.processes)
