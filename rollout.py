@@ -17,7 +17,7 @@ from data import InputError
 from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
-from support.batching import batches, lay_out, learned_hidden, rng
+from support.batching import Ahead, batches, lay_out, learned_hidden, rng
 from support.config import option
 from support.dialogue import Dialogues, as_judged
 from support.engine import common_length, sample
@@ -183,15 +183,23 @@ class Sampler:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.tries = items, rewards, tries
         self.size = min(config.mini_batch or config.batch_size, config.batch_size) if tries else config.batch_size
+        self.scaled = Ahead(self.queries, lambda item: (item, rollout.scale(item)), run.workers)  # a draw ahead
+
+    def queries(self, number):
+        """This rank's items of draw `number`: [(item,)]."""
+        share = dict(rank=self.run.rank, world=self.run.world, whole=True)
+        return [(self.items[i],) for i in batches(len(self.items), self.size, self.config.seed, number, **share)]
 
     def draw(self, number):
         """This rank's queries of draw `number`, sampled and judged -> [Group]."""
         config, run, rollout = self.config, self.run, self.rollout
-        mine = batches(len(self.items), self.size, config.seed, number, run.rank, run.world, whole=True)
         places = range(run.rank, self.size, run.world)  # in the draw: a query that comes twice has other responses
         seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
+        with run.phase("read"):
+            queries = run.together(lambda: self.scaled(number))
         with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-            groups = rollout(self.model, [self.items[i] for i in mine], seeds)
+            groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
+        groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
         with run.phase("judge"):
             return judge(groups, self.rewards, rollout.processor)
 
