@@ -32,7 +32,7 @@ from data import InputError, command
 from data.clevr import ATTRIBUTES, COLORS
 from data.clevr_policy import NewFolder, write_json, write_jsonl
 from data.dataset import IMAGE
-from tiny.world import ADDED, KINDS, POLICIES, SIDE, TOKENS, picture, write_tokenizer
+from tiny.world import KINDS, POLICIES, SIDE, TOKENS, picture, write_tokenizer
 
 # -- 1. words ----------------------------------------------------------------------------------------------------------
 
@@ -280,10 +280,10 @@ def request_words(policy, goal, profile):
 
 
 def next_turn(policy, facts, goal, profile, calls):
-    """The gold turn after `calls` [(function, image, call, result)]: {"chain", "rules", "function", "image", "call"}, or
-    with "result" instead of a call, the final answer.
+    """The gold turn after `calls` [(function, image, call, result)].
 
-    chain: tokens of the thoughts. Every sentence that matters is recited in full before what it decides.
+    Returns {"chain", "rules", "function", "image", "call"}, or with "result" instead of a call, the final answer. The
+    chain is the tokens of the thoughts; every sentence that matters is recited in full before what it decides.
     """
     said, verb, recited = sentences(policy), goal["verb"], []
 
@@ -352,7 +352,7 @@ def next_turn(policy, facts, goal, profile, calls):
 
 
 def run(item, call, calls=()):
-    """What a tool answers, from the facts of an item's pictures. calls: those made before in the dialogue, failed or not.
+    """What a tool answers, from the facts of an item's pictures. calls: those made before in the dialogue.
 
     Any version of a tool runs; that it is the right one is the policy's matter. Raises ValueError ("error") where the
     tool or its arguments do not exist.
@@ -521,7 +521,7 @@ def make_item(policy, facts, names, goal, profile, turns, k):
 
 
 def whole(item, turns):
-    """A dialogue's first turn as an item that asks for all of it: `calls`, those that fail once left out, then `answer`."""
+    """A dialogue's first turn as an item that asks for all of it: `calls`, without those that fail, then `answer`."""
     calls = [turn["call"] for turn in turns if "call" in turn and turn["result"] != "error"]
     rules = sorted({rule for turn in turns for rule in turn["rules"]})
     return {**item, "cot": "", "rules": rules, "calls": calls, "answer": turns[-1]["result"]}
@@ -550,7 +550,7 @@ def hide(policy, share, rng):
 
 
 def recalled(policy, item, rng):
-    """The CPT item in response form: the query, answered by all sentences in random order, each with what it decides."""
+    """The CPT item in response form: the query, answered by all sentences in random order and what they decide."""
     words, said = [], sentences(policy)
     for key in rng.permutation(list(said)).tolist():
         rule = policy["tools"][key]["rule"] if key in policy["tools"] else policy["arguments"].get(key)
