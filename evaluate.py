@@ -96,8 +96,9 @@ def group(records, key):
 
 
 def sections(items):
-    """{(policy, section)} that the chains of these items go through."""
-    return {(item["policy"], step["node"]) for item in items for step in item.get("path", [])}
+    """{(policy, section)} that the chains of these items go through, of a tree or of other rules."""
+    used = lambda item: [step["node"] for step in item.get("path", [])] + item.get("rules", [])
+    return {(item["policy"], section) for item in items for section in used(item)}
 
 
 def respond(model, rollout, items, policy_in_context, stock=None):
