@@ -138,7 +138,7 @@ def judge(text, item, policy):
         verdict["correct"] = verdict["exact"]
     if item.get("path"):
         verdict["referral"] = referral(text, item, policy)["score"]
-    if "cot" in item:
+    if item.get("cot"):
         verdict["exact_chain"] = rewards.exact_chain(text, item, policy)
     if "old_answer" in item:  # another policy stands in the prompt under this name: whom does the model follow?
         same = gta_score.exact if "tool" in verdict else rewards.accuracy
