@@ -151,6 +151,7 @@ class Response:
     tokens: list  # up to and with the stop token
     logprobs: list  # of each token, under the distribution it was drawn from
     finished: bool  # False: cut at max_tokens
+    actions: list | None = None  # what was drawn for each token, in an action space other than words
 
 
 @torch.no_grad()
@@ -189,7 +190,7 @@ def sample(
             f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, "
             "no negative temperature"
         )
-    decoder = Decoder(
+    decoder = getattr(model, "Decoder", Decoder)(
         model, prompts, seeds, max_tokens, budget or fitting(model), shared, {} if prefixes is None else prefixes
     )
     ids = [torch.tensor(list(given), dtype=torch.long, device=decoder.device) for given in (stop_ids, banned_ids)]
@@ -341,8 +342,7 @@ class Decoder:
             (row.uniforms[len(row.tokens)], len(row.tokens)) if row else (0.0, self.max_tokens) for row in self.rows
         ]
         u, used = torch.tensor(state, dtype=torch.float64).T.to(self.device, non_blocking=True)  # (B,) each
-        logits = self.model.logits(self.hidden)  # (B,V)
-        tokens, logps = rules.draw(logits.float(), u, used)
+        tokens, logps = self.choose(rules, u, used)
         drawn = torch.stack([tokens.double(), logps]).tolist()
         for r, (row, token, logp) in enumerate(zip(self.rows, map(int, drawn[0]), drawn[1])):
             if row:
@@ -359,6 +359,10 @@ class Decoder:
                 torch.from_numpy(position).to(self.device, non_blocking=True).expand(3, -1)[..., None]
             )  # (3,B,1)
             self.hidden = self.model(tokens[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
+
+    def choose(self, rules, u, used):
+        """The next token of each row and the log-probability of what was drawn, here itself; (B,) each."""
+        return rules.draw(self.model.logits(self.hidden).float(), u, used)  # of logits (B,V)
 
     def end(self, r, finished):
         """Row r is free; forget its prompt after the last response to it."""
