@@ -40,6 +40,7 @@ class Config(CommonConfig):
     inverse_blocks: int = option(4, "stage 1: blocks of the inverse model", least=1)
     merge_blocks: int = option(2, "stage 1: layers of the merge", least=1)
     policy_blocks: int = option(8, "stage 1: blocks of the policy", least=1)
+    keep_states: bool = option(False, "stages 1 to 4: keep the frozen base's states of all items; for small data")
     tau: float = option(2.0, "temperature of the Gumbel-softmax", above=0)
     balance: float = option(0.1, "weight of the term that keeps all codes in use", least=0)
     joint: float = option(1e-3, "stage 3: weight of (6) beside (1)", least=0)
@@ -109,10 +110,17 @@ class Seen:
         return x.flatten(0, 1)[self.index + shift]
 
 
+def states(model, batch):
+    """Those of the frozen base, read once where a batch stays."""
+    if not hasattr(batch, "states"):
+        with torch.no_grad():
+            batch.states = model.states(batch)
+    return batch.states
+
+
 def look(model, batch, config, project=True):
     rows, tokens = paired(batch, model.config.image_token_id)
-    with torch.no_grad():
-        h, turn = model.states(batch)
+    h, turn = states(model, batch)
     e = actions.embed(h, rows, model.latents.project) if config.projector and project else h
     return Seen(h, e, turn, batch.index, batch.labels.flatten()[batch.index], tokens)
 
@@ -136,7 +144,9 @@ def projector_terms(model, batch, config, processor, weight=1.0):
     """(6), and with weight 1 on pairs alone (5)."""
     seen, (rows, _) = look(model, batch, config, project=False), paired(batch, model.config.image_token_id)
     modules, h = (model.latents.project, model.latents.project_back), seen.at(seen.h)  # (L,D)
-    blind = look(model, without_pictures(batch, rows, processor), config, project=False)
+    if not hasattr(batch, "blind"):
+        batch.blind = without_pictures(batch, rows, processor)
+    blind = look(model, batch.blind, config, project=False)
     pairs, alone = actions.joint_projection(h[seen.paired], blind.at(blind.h), h[~seen.paired], *modules)
     terms = {"projection": (pairs, weight, "pairs")}
     return terms | ({"cycle": (alone, weight, "text")} if config.cycle else {})
@@ -241,7 +251,7 @@ def update(run, model, parts, stage, processor):
     sums = {}
     for batch in parts:
         with run.autocast():
-            found = terms(stage, model, batch.to(run.device), run.config, processor)
+            found = terms(stage, model, batch, run.config, processor)
         loss = 0.0
         for name, (values, weight, over) in found.items():
             part = values.sum() / max(counts[over], 1)
@@ -265,18 +275,22 @@ def train(config, stage):
         for name, part in zip(files, examples):
             run.examine(processor, *part.source(), what=f"the data in {name}")
         own = Corpus(*examples)
-        micro_batches = reader(run, own, "", processor.pad_id)
+        read, kept, epoch = reader(run, own, "", processor.pad_id), {}, max(len(own) // config.batch_size, 1)
         optimizer = run.optimizer(model)
         steps = run.total_steps(len(own), config.batch_size)
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                parts = micro_batches(step)
+                keep = config.keep_states and stage < 5  # an epoch's batches come again
+                parts = kept.get(step % epoch) or [
+                    batch.to(run.device) for batch in read(step % epoch if keep else step)
+                ]
+                kept |= {step % epoch: parts} if keep else {}
             with run.phase("learn"):
                 means = update(run, model, parts, stage, processor)
                 run.reduce_gradients(model)
                 means["grad_norm"] = run.update(model, optimizer, step, steps)
             if stage in (1, 3, 4) and parts and (step % max(steps // 10, 1) == 0 or step + 1 == steps):
-                means |= watched(model, parts[0].to(run.device), config, stage)
+                means |= watched(model, parts[0], config, stage)
             run.report(step, means, int(sum(batch.attention_mask.sum() for batch in parts)))
             run.checkpoint(step + 1, model, optimizer)
         if config.gate and run.is_main:
