@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import model as qwen
 from data import check_file
-from support.config import CommonConfig, option, parse, redefault
+from support.config import CommonConfig, option, parse, redefault, refuse
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
           "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
@@ -54,6 +54,7 @@ class Config:
     train_vision: bool = redefault(CommonConfig, "train_vision", True)
     dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
     budget: int = option(1 << 17, "rl: tokens of prompts and responses that sampling holds at a time, a GPU", least=1)
+    latent: bool = option(False, "rl: latent actions of the paper's sizes: only their policy is trained")
     reference: bool = option(True, "rl: a KL term or a frozen sampler also holds the start model")
     out: str = option("", "write the plan to this file, too")
 
@@ -163,11 +164,15 @@ def counted(*values):
 
 def plan(config):
     """{part: bytes} a GPU, the largest phase of a step, and what a smaller setting of each lever would give."""
-    same = dict(stage="", gpus=1, memory=1, gradient_checkpointing=False, budget=1, reference=False, out="")
+    same = dict(
+        stage="", gpus=1, memory=1, gradient_checkpointing=False, budget=1, latent=False, reference=False, out=""
+    )
     values = dataclasses.astuple(dataclasses.replace(config, **same))
     text, total, vision, layer, adapter, block, x, tower = counted(*values)
     root = total - layer * text.num_hidden_layers - (0 if config.train_vision else vision)
     width, half = (2, 2) if config.dtype == "bfloat16" else (4, 0)
+    if config.latent:
+        return latent_plan(config, text, total, layer, block, x, width)
     sharded = config.full and config.gpus > 1
     ranks = config.gpus if sharded else 1
     if config.full:
@@ -201,6 +206,35 @@ def plan(config):
     return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
 
 
+LATENT = {"K": 128, "inverse": 4, "merge": 2, "policy": 8}  # variants/latent, the paper's sizes
+
+
+def latent_sizes(text, layer):
+    """Parameters of the policy and of all other latents; layer: those of a text block."""
+    D, K = text.hidden_size, LATENT["K"]
+    reader = lambda blocks: blocks * layer + D + K * D  # a norm and a head above its blocks
+    merge, mlp = 5 * D * text.intermediate_size, D * (D // 2) * 2 + D // 2 + D
+    return reader(LATENT["policy"]), reader(LATENT["inverse"]) + K * D + LATENT["merge"] * merge + 4 * mlp
+
+
+def latent_plan(config, text, total, layer, block, x, width):
+    """`plan` of RL with latent actions: all but the policy is frozen, and nothing is sharded."""
+    refuse(config.stage != "rl" or not config.full, "--latent with another stage or --no-full", "--stage rl, --full")
+    tuned, others = latent_sizes(text, layer)
+    rows = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size  # stay fp32
+    frozen = width * (total - rows + others) + 4 * rows
+    parts = {"frozen weights (matrices in the compute dtype)": frozen, "policy, gradient, AdamW (fp32)": 16 * tuned}
+    parts["start model"] = frozen + width * tuned if config.reference else 0
+    policy = LATENT["policy"]
+    kept = policy * x + block if config.gradient_checkpointing else policy * block
+    head = config.micro_batch * config.response * text.hidden_size * 8
+    layers = text.num_hidden_layers + policy
+    cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
+    phases = {"learning": kept + 2 * x + block / 2 + head + width * tuned, "sampling": cache + width * (tuned + rows)}
+    peak = sum(parts.values()) + max(phases.values())
+    return {"parameters": total + tuned + others, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
+
+
 def advice(config, result):
     """Levers that lower the peak, most useful first, as lines of text."""
     levers = []
@@ -211,7 +245,9 @@ def advice(config, result):
         levers.append("--gradient-checkpointing: keeps the inputs of blocks only, a third more time")
     if config.micro_batch > 1:
         levers.append(f"--micro-batch {config.micro_batch // 2}: the same result, smaller passes")
-    if config.full:
+    if config.latent and config.reference:
+        levers.append("--no-reference: a loss without KL, such as dapo")
+    if config.full and not config.latent:
         levers += [
             f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further",
             "--no-train-vision: no gradients there",
@@ -223,7 +259,7 @@ def advice(config, result):
 def report(config):
     """The plan as lines of text."""
     result = plan(config)
-    how = "full" if config.full else f"LoRA r {config.lora_rank}"
+    how = "latent actions" if config.latent else "full" if config.full else f"LoRA r {config.lora_rank}"
     lines = [
         f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
         f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"

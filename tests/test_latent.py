@@ -18,8 +18,8 @@ import train_rl
 import train_sft
 from data import InputError
 from model import Processor, load_pretrained, save_pretrained
-from rollout import PolicyRollout, Responses
-from support import chat
+from rollout import Group, PolicyRollout, Responses
+from support import chat, plan
 from support.engine import Rules, sample
 from support.runs import open_model
 from train_rl import Config
@@ -301,3 +301,41 @@ def test_each_stage_trains_its_own_modules_and_nothing_else(folder, stages):
         before = after
     said = json.loads((stages / "5" / "validation.jsonl").read_text().splitlines()[-1])
     assert 0 <= said["in_reach"] <= 1 <= said["words_in_reach"] <= 8
+
+
+def test_a_plan_counts_the_parameters_of_the_papers_sizes():
+    """308 + 225 + 617 M at 3B, 932 + 679 + 1,900 M at 7B, as the modules themselves have them; LoRA has no plan."""
+    for size, millions in (("3B", [308, 225, 617]), ("7B", [932, 679, 1864])):
+        model = plan.architecture(size)
+        layer = sum(p.numel() for p in model.model.layers[0].parameters())
+        with torch.device("meta"):
+            latents = actions.attach(model, **plan.LATENT).latents
+        count = lambda module: sum(p.numel() for p in module.parameters())
+        assert [count(getattr(latents, name)) / 1e6 for name in ("inverse", "merge", "policy")] == pytest.approx(
+            millions, rel=2e-3
+        )
+        tuned, others = plan.latent_sizes(model.config, layer)
+        assert (tuned, tuned + others) == (count(latents.policy), count(latents))
+        planned = plan.plan(plan.Config(model=size, latent=True))
+        assert planned["trained"] == tuned and planned["peak"] < plan.plan(plan.Config(model=size))["peak"]
+    with pytest.raises(InputError, match="--latent"):
+        plan.plan(plan.Config(model="3B", latent=True, full=False))
+
+
+def test_the_papers_depths_build_and_learn_on_small_widths(tmp_path):
+    """36 blocks of the base, 4 + 2 + 8 of latents, K = 128, on width 32: one step of RL's loss moves the policy."""
+    tiny_checkpoint(tmp_path / "deep", width=32, layers=36, vision_width=16, vision_depth=2)
+    model = actions.attach(load_pretrained(tmp_path / "deep"))
+    processor = Processor.from_pretrained(tmp_path / "deep")
+    model.learn("policy")
+    prompt = processor.encode([{"role": "user", "content": "go"}], add_generation_prompt=True)
+    (responses,) = sample(model, [prompt], 2, max_tokens=3)
+    group = Group({}, prompt, None, responses, [False] * 2, torch.zeros(2, 1, dtype=torch.float64))
+    data = Responses([group], [0], 1, torch.device("cpu"))
+    data.A = torch.tensor([1.0, -1.0])
+    micro = data.take([0, 1])
+    logp, _, _ = micro.read(model, 1.0, processor.pad_id)
+    assert logp.shape == (2, 3) and (logp - data.logp_sampler).abs().max() < 1e-5
+    (-(logp * micro.A).mean()).backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved and all(name.startswith("model.latents.policy.") for name in moved)

@@ -41,39 +41,39 @@ COMMON = "--resume --save-every 2m --keep 1 --beta2 0.98 --max-prompt 1000 --dev
 SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-batch 24 --schedule cosine --warmup 10"
 SFT = "--split sft.jsonl --batch-size 16 --micro-batch 16 --lr 3e-4 --steps 40"
 LATENT = "--batch-size 16 --micro-batch 16 --warmup 20 --keep-states"
-RL = "--algorithm grpo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0"
-RL += " --reward variants.latent.captions:judge --steps 40"
-POLICY = "--algorithm grpo --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0 --steps 40 --max-response 120"
-INVERSE = f"{LATENT} --codes 16 --inverse-blocks 2 --policy-blocks 3 --lr 1e-3"
+RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0"
+RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 30"
+POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0 --steps 30"
+INVERSE = f"{LATENT} --codes 16 --inverse-blocks 2 --policy-blocks 3 --lr 3e-3"
 
 # name: (script or stage, the run it starts from, flags); the data folder of those named chain_ is another one
 RUNS = {
     "base": ("sft", None, f"{SUPERVISED} --split captions.jsonl --lr 4e-4 --steps 240"),
     "words": ("sft", "base", f"{SUPERVISED} {SFT}"),
     "words_rl": ("rl", "words", f"{RL} --lr 3e-4"),
-    "words_top_p_rl": ("rl", "words", f"{RL} --lr 3e-4"),
-    "inverse": (1, "base", f"{INVERSE} --steps 600"),
-    "projectors": (2, "inverse", f"{LATENT} --lr 1e-3 --steps 100"),
+    "inverse": (1, "base", f"{INVERSE} --steps 300"),
+    "projectors": (2, "inverse", f"{LATENT} --lr 2e-3 --steps 100"),
 }
 
 
 def arm(name, joint="", clone=""):
     """The stages 3 to 6 of one arm of codes."""
     return {
-        f"{name}_joint": (3, "projectors", f"{LATENT} --lr 1e-3 --steps 300 {joint}"),
-        f"{name}_clone": (4, f"{name}_joint", f"{LATENT} --lr 1e-3 --steps 300 {clone}"),
+        f"{name}_joint": (3, "projectors", f"{LATENT} --lr 2e-3 --steps 200 {joint}"),
+        f"{name}_clone": (4, f"{name}_joint", f"{LATENT} --lr 2e-3 --steps 250 {clone}"),
         name: (5, f"{name}_clone", f"{SFT} --warmup 10"),
         f"{name}_rl": ("rl", name, f"{RL} --lr 1e-3"),
     }
 
 
 RUNS |= arm("codes")
+RUNS["words_top_p_rl"] = ("rl", "words", f"{RL} --lr 3e-4")
 CHAINS = {
     "chain_words": ("sft", None, f"{SUPERVISED} {SFT}"),
     "chain_words_grpo": ("rl", "chain_words", f"{POLICY} --lr 2e-4 --group-size 8 --policy-rollouts 0"),
     "chain_words_poro": ("rl", "chain_words", f"{POLICY} --lr 2e-4 --group-size 4 --policy-rollouts 4"),
     "chain_inverse": (1, None, f"{INVERSE} --steps 300"),
-    "chain_clone": (4, "chain_inverse", f"{LATENT} --lr 1e-3 --steps 200 --split pairs.jsonl --text pairs.jsonl"),
+    "chain_clone": (4, "chain_inverse", f"{LATENT} --lr 2e-3 --steps 200 --text="),
     "chain_codes": (5, "chain_clone", f"{SFT} --warmup 10"),
     "chain_codes_grpo": ("rl", "chain_codes", f"{POLICY} --lr 1e-3 --group-size 8 --policy-rollouts 0"),
     "chain_codes_poro": ("rl", "chain_codes", f"{POLICY} --lr 1e-3 --group-size 4 --policy-rollouts 4"),

@@ -231,6 +231,7 @@ def terms(stage, model, batch, config, processor):
     return inverse_terms(model, batch, config) | more
 
 
+KEPT = {}  # of --keep-states, by data and base: {number: micro-batches}, which stages in one process share
 LEARNED = {
     1: ("inverse", "codebook", "merge"),
     2: ("project", "project_back"),
@@ -275,7 +276,9 @@ def train(config, stage):
         for name, part in zip(files, examples):
             run.examine(processor, *part.source(), what=f"the data in {name}")
         own = Corpus(*examples)
-        read, kept, epoch = reader(run, own, "", processor.pad_id), {}, max(len(own) // config.batch_size, 1)
+        read, epoch = reader(run, own, "", processor.pad_id), max(len(own) // config.batch_size, 1)
+        same = float(sum(p.detach().double().abs().sum() for p in model.model.layers.parameters()))
+        kept = KEPT.setdefault((config.data, *files, config.batch_size, config.seed, same), {})
         optimizer = run.optimizer(model)
         steps = run.total_steps(len(own), config.batch_size)
         for step in run.steps(model, optimizer, steps):
