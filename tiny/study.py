@@ -602,7 +602,7 @@ def main(argv=None):
     plans = [name.strip() for name in args.plan.split(",")]
     if set(plans) - set(PLANS):
         raise InputError(f"--plan {args.plan!r} found, expected some of {', '.join(PLANS)}, by commas")
-    if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or args.hours <= 0:
+    if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or not 0 < args.hours < 1e6:
         raise InputError(
             f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, "
             f"expected some of {', '.join(WORLDS)}, and numbers above 0"
