@@ -183,10 +183,14 @@ class Sampler:
         mine = batches(len(self.items), self.size, config.seed, number, run.rank, run.world, whole=True)
         places = range(run.rank, self.size, run.world)  # in the draw: a query that comes twice has other responses
         seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
-        with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-            groups = rollout(self.model, [self.items[i] for i in mine], seeds)
-        with run.phase("judge"):
-            return judge(groups, self.rewards, rollout.processor)
+
+        def work():
+            with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
+                groups = rollout(self.model, [self.items[i] for i in mine], seeds)
+            with run.phase("judge"):
+                return judge(groups, self.rewards, rollout.processor)
+
+        return run.together(work)
 
     def __call__(self, cursor):
         """A step's groups, from draw number `cursor` on -> (Responses | None where they do not suffice, next cursor).

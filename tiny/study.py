@@ -31,7 +31,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import InputError, check_file, command, refuse_strangers
+from data import InputError, check_file, command, refuse_strangers, write_text
 from data.clevr_policy import write_json, write_jsonl
 from data.override import override
 from tiny import processes
@@ -569,7 +569,7 @@ def write(rows, folder, made):
     folder.mkdir(parents=True, exist_ok=True)
     worlds = summary(rows)
     kept = {"worlds": worlds, "poro_less_grpo": differences(rows), "correlations": correlations(rows), "rows": rows}
-    (folder / "study.json").write_text(json.dumps({**made, **kept}, indent=1) + "\n")
+    write_text(folder / "study.json", json.dumps({**made, **kept}, indent=1) + "\n")
     fill(folder / "README.md", tables(rows, made))
     deep = {f"{world[0]}, N = {world[1]}": found for world, found in worlds.items() if world.endswith(THIRD)}
     draw_depths(deep, folder / "study_depths.png")
