@@ -83,11 +83,12 @@ def train(name, out, base, data, replay, seed, slot, world):
     folder, began = out / name, time.time()
     start = ["--init", out / before] if before else []
     extra = ["--replay", replay] if script != "train_rl" else CALLS if world == "tools" else []
+    extra += ["--max-response", 1000] if script == "train_cpt" else []  # a response-form item names all sections
     paths = ["--model", base, *start, "--data", data, "--out", folder, *extra]
     total = int(flags[flags.index("--steps") + 1])
     with tqdm(total=total, desc=f"{name:21}", unit="step", position=slot, leave=True, disable=None) as bar:
         with ThreadPoolExecutor(1) as one:
-            work = one.submit(call, [f"{script}.py", *paths, *COMMON, *flags, "--seed", seed], out / f"{name}.log")
+            work = one.submit(call, [f"{script}.py", *COMMON, *paths, *flags, "--seed", seed], out / f"{name}.log")
             while not work.done():
                 bar.update(steps_done(folder) - bar.n)
                 time.sleep(0.3)

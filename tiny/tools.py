@@ -237,12 +237,8 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
     things = facts["images"][image - 1]["objects"]
     goal = {"verb": verb, "image": image}
     if verb in ("add", "subtract"):
-        pair = rng.permutation(count)[:2] + 1
-        numbers = [facts["images"][k - 1]["number"] for k in pair]
-        if count < 2 or verb == "subtract" and numbers[0] == numbers[1]:
-            return None
-        flip = verb == "subtract" and numbers[0] < numbers[1]
-        return {"verb": verb, "images": [int(k) for k in (pair[::-1] if flip else pair)]}
+        most = facts["images"][image - 1]["number"] if verb == "subtract" else 49
+        goal["phrase"] = [str(rng.integers(most + 1))]
     if verb in ("locate", *KINDS):
         for _ in range(8):
             thing = things[rng.integers(len(things))]
@@ -272,8 +268,6 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
 def request_words(policy, goal, profile):
     words = ["account", profile["account"], "age", str(profile["age"]), "credits", str(profile["credits"])]
     words += ["apply", policy["name"], ":", goal["verb"], *goal.get("phrase", [])]
-    if "images" in goal:
-        return [*words, *map(str, goal["images"])]
     if "with" in goal:
         return [*words, "with", *goal["with"]]
     return [*words, "in", str(goal["image"])] if "image" in goal else words
@@ -298,13 +292,11 @@ def next_turn(policy, facts, goal, profile, calls):
         """What has to be called now so that f can be, and the chain that leads there."""
         need, words = policy["tools"][f]["needs"], []
         if need:
-            words += recite(f"{f} needs")
-            for k in goal["images"] if f == verb and "images" in goal else [image]:
-                ready = need == "none" or done(need, k)
-                words += [str(k)] * ("images" in goal) + ["yes" if ready else "no"]
-                if not ready:
-                    more, *found = reach(need, k)
-                    return [words + more, *found]
+            ready = need == "none" or done(need, image)
+            words += [*recite(f"{f} needs"), "yes" if ready else "no"]
+            if not ready:
+                more, *found = reach(need, image)
+                return [words + more, *found]
         return [words, f, image]
 
     last = calls[-1] if calls else ("none", None, None, None)
@@ -340,8 +332,8 @@ def next_turn(policy, facts, goal, profile, calls):
         located = [result for g, i, _, result in calls if (g, i) == ("locate", image) and result != "error"][-1]
         given["bbox"] = json.loads(located)
     if f in ("add", "subtract"):
-        values = [next(r for g, i, _, r in calls if (g, i) == ("read", k) and r != "error") for k in goal["images"]]
-        given["expression"] = f" {'+' if f == 'add' else '-'} ".join(values)
+        shown = next(r for g, i, _, r in calls if (g, i) == ("read", image) and r != "error")
+        given["expression"] = f"{shown} {'+' if f == 'add' else '-'} {goal['phrase'][0]}"
     if f in RULED:
         words, value = decide(policy["arguments"][RULED[f]], profile)
         chain += [*recite(RULED[f]), *words]
