@@ -109,7 +109,7 @@ def read(item, text):
         given["bbox"] = json.loads([one[2] for one in made if one[:2] == ("locate", image)][-1])
     if do in ("add", "subtract"):
         shown = next(one[2] for one in made if one[:2] == ("read", image))
-        given["expression"] = f"{shown} {'+' if do == 'add' else '-'} {phrase.strip()}"
+        given["expression"] = f"{shown} {phrase.strip()}"
     for key in {"search": ["k"], "mark": ["position"], "paint": ["tint"], "zoom": ["scale"]}.get(do, ()):
         said = value(rules[key], user)
         given[key] = int(said) if said.isdigit() else said
@@ -210,8 +210,8 @@ def test_tools_answer_what_the_pictures_show_and_refuse_the_rest(stream):
     thing = facts["images"][0]["objects"][0]
     assert json.loads(run(item, call("locate", image=1, text=thing["color"])))
     assert run(item, call("color", image=1, bbox=thing["box"])) == thing["color"]
-    assert run(item, call("read", image=1)) == str(facts["images"][0]["number"])
-    assert run(item, call("add", expression="3 + 4")) == "7"
+    assert run(item, call("read", image=1)) == f"[{facts['images'][0]['number']}]"
+    assert run(item, call("add", expression="[3] + 4")) == "[7]"
     assert run(item, call("read", image=1), [{}]) == "error"  # the second call fails by itself
     bad = [call("read", image=9), call("read"), call("read", image="1"), call("add", expression="3 ** 4")]
     bad += [{"name": "T999_v1", "arguments": {}}, {"name": policy["tools"]["read"]["tool"], "arguments": {"image": 1}}]

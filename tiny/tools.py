@@ -105,7 +105,7 @@ def call_words(call):
     for k, (key, value) in enumerate(call["arguments"].items()):
         words += [","] * (k > 0)
         if key in STRINGS:
-            words += [f'"{key}": "', *value.split(), QUOTE]
+            words += [f'"{key}": "', *result_words(value), QUOTE]
         else:
             words += [f'"{key}":', *(box_words(value) if key == "bbox" else [str(value)])]
     return [*words, "}", "}", CALL[1]]
@@ -238,7 +238,7 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
     goal = {"verb": verb, "image": image}
     if verb in ("add", "subtract"):
         most = facts["images"][image - 1]["number"] if verb == "subtract" else 49
-        goal["phrase"] = [str(rng.integers(most + 1))]
+        goal["phrase"] = ["+" if verb == "add" else "-", str(rng.integers(most + 1))]
     if verb in ("locate", *KINDS):
         for _ in range(8):
             thing = things[rng.integers(len(things))]
@@ -333,7 +333,7 @@ def next_turn(policy, facts, goal, profile, calls):
         given["bbox"] = json.loads(located)
     if f in ("add", "subtract"):
         shown = next(r for g, i, _, r in calls if (g, i) == ("read", image) and r != "error")
-        given["expression"] = f"{shown} {'+' if f == 'add' else '-'} {goal['phrase'][0]}"
+        given["expression"] = f"{shown} {' '.join(goal['phrase'])}"  # "[36] + 7": numbers that were read have brackets
     if f in RULED:
         words, value = decide(policy["arguments"][RULED[f]], profile)
         chain += [*recite(RULED[f]), *words]
@@ -359,8 +359,8 @@ def run(item, call, calls=()):
             raise ValueError("error")
         if f in ("add", "subtract"):
             a, sign, b = given["expression"].split()
-            value = int(a) + int(b) * {"+": 1, "-": -1}[sign]
-            return str(value) if 0 <= value <= 99 else "error"
+            value = json.loads(a)[0] + int(b) * {"+": 1, "-": -1}[sign]
+            return f"[{value}]" if 0 <= value <= 99 else "error"
         if f == "search":
             return "done"
         if type(given["image"]) is not int or given["image"] < 1:
@@ -369,7 +369,7 @@ def run(item, call, calls=()):
         if f == "describe":
             return " ".join(f"{' '.join(thing[kind] for kind in KINDS)} ." for thing in shown["objects"])
         if f == "read":
-            return str(shown["number"])
+            return f"[{shown['number']}]"
         if f in MADE:
             return "done"
         found = [thing for thing in shown["objects"] if "text" not in given or fits(thing, given["text"].split())]
