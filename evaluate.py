@@ -33,9 +33,9 @@ from rollout import PolicyRollout
 from support import folder
 from support.batching import lay_out, token_logprobs
 from support.checkpoint import not_finite, to_json, write_json
-from support.config import Judge, option, parse, refuse
+from support.config import Judge, option, parse, redefault, refuse
 from support.dialogue import as_judged
-from support.judging import load_environment
+from support.judging import Judging, complaint, load_environment, load_rewards
 from support.runs import open_model
 from support.stock import generate, read_generation
 
@@ -54,7 +54,8 @@ class Config(Judge):
     seen: str = option("", "a .jsonl file of training items: paths that keep to its sections are scored apart")
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     reward: str = option("", "rewards of train_rl.py to report, too; the first one tells right from wrong")
-    environment: str = option("", "FILE.py:name or module:name of what makes each response a dialogue; empty: none")
+    reward_seconds: float = redefault(Judging, "reward_seconds", 5.0)
+    environment: str = redefault(Judging, "environment", "")
     media: str = option("", "folder that pictures may be read from, too")
     contrast: int = option(0, "items per section on which it is held against altered ones; 0: none", least=0)
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
@@ -102,7 +103,7 @@ def sections(items):
 
 
 def respond(model, rollout, items, policy_in_context, stock=None):
-    """Greedy responses, or by the settings `stock` -> [(text, tokens of its prompt, its own tokens, finished)].
+    """Greedy responses, or by the settings `stock` -> [(text, its prompt, its own tokens, finished)].
 
     Of a dialogue, the text of its last turn, the tokens that it has written, and behind `finished` all of its turns.
     """
@@ -112,14 +113,13 @@ def respond(model, rollout, items, policy_in_context, stock=None):
         longest = rollout.sampling["max_tokens"]
         answers = [generate(qwen, model, rollout.processor, prompt, stock, longest) for prompt in prompts]
         return [
-            (rollout.processor.decode(tokens), len(prompt.input_ids), len(tokens), finished)
+            (rollout.processor.decode(tokens), prompt, len(tokens), finished)
             for prompt, (tokens, finished) in zip(prompts, answers)
         ]
     found = []
     for prompt, response in rollout.greedy(model, items, policy_in_context):
         text, item = as_judged(rollout.processor, {}, response)
-        written = int(response.written.sum())
-        found.append((text, len(prompt.input_ids), written, response.finished, *item.values()))
+        found.append((text, prompt, int(response.written.sum()), response.finished, *item.values()))
     return found
 
 
@@ -178,8 +178,9 @@ def evaluate(
         part = [items[i] for i in order[start : start + batch]]
         answers = respond(model, rollout, part, policy_in_context, stock)
         part = [item | ({"dialogue": answer[4]} if answer[4:] else {}) for item, answer in zip(part, answers)]
-        given = rewards.score(asked, [""] * len(part), [text for text, *_ in answers], part, 60.0) if asked else []
-        for k, (item, (text, *lengths, finished)) in enumerate(zip(part, (answer[:4] for answer in answers))):
+        prompts = [processor.decode(prompt.input_ids.tolist()) for _, prompt, *_ in answers] if asked else []
+        given = rewards.score(asked, prompts, [text for text, *_ in answers], part) if asked else []
+        for k, (item, (text, prompt, length, finished)) in enumerate(zip(part, (answer[:4] for answer in answers))):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
@@ -187,8 +188,8 @@ def evaluate(
                 "answer": item["answer"],
                 **judge(text, item, policies.get(item["policy"])),
                 "finished": finished,
-                "prompt_tokens": lengths[0],
-                "tokens": lengths[1],
+                "prompt_tokens": len(prompt.input_ids),
+                "tokens": length,
                 "response": text,
             }
             if "dialogue" in item:
@@ -279,7 +280,7 @@ def main(argv=None):
     check_out(config, name)
     refuse(config.environment and config.stock_generation, "--environment", "no --stock-generation beside it")
     policies = load_policies(config.data, config.media)
-    asked = rewards.load(config.reward, judges.of(config, policies)) if config.reward else []
+    asked = load_rewards(config.reward, config.reward_seconds, judges.of(config, policies)) if config.reward else []
     items = (
         recitation_items(policies) if config.recite else load_items(config.data, config.split, policies, config.media)
     )
@@ -303,7 +304,7 @@ def main(argv=None):
         asked=asked,
         progress=True,
         stock=read_generation(model.source) if config.stock_generation else None,
-        environment=load_environment(config.environment, 60.0),
+        environment=load_environment(config.environment, config.reward_seconds),
     )
     if config.contrast:
         rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=config.max_prompt)
@@ -316,6 +317,8 @@ def main(argv=None):
     rest = "".join(f"  {key} {row[key]:.3f}" for key in VERDICTS if key in row)
     accuracy = f"accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
     print(f"{row['name']}: {accuracy}{rest}  n {row['n']}  {row['seconds']:.1f} s")
+    if failures := complaint():
+        print(f"{row['name']}: rewards that failed, and count as wrong: {failures}")
     return row
 
 

@@ -17,7 +17,7 @@ from data import InputError
 from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
-from support.batching import batches, lay_out, learned_hidden, rng
+from support.batching import Ahead, batches, lay_out, learned_hidden, rng
 from support.config import option
 from support.dialogue import Dialogues, as_judged
 from support.engine import common_length, sample
@@ -30,7 +30,9 @@ class Sampling:
     """sampling"""
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
+    budget: int = option(
+        0, "tokens of prompts and responses that sampling holds at a time; 0: what memory allows", least=0
+    )
 
 
 # -- 1. PolicyRollout --------------------------------------------------------------------------------------------------
@@ -149,12 +151,12 @@ class PolicyRollout:
 # -- 2. judge ----------------------------------------------------------------------------------------------------------
 
 
-def judge(groups, rewards, processor, seconds):
+def judge(groups, rewards, processor):
     """The groups with the rewards of their responses, (G+K,F) float64, NaN where one raised, hung or was no number."""
     prompts = [processor.decode(group.prompt.input_ids.tolist()) for group in groups for _ in group.responses]
     texts_and_items = [as_judged(processor, group.item, response) for group in groups for response in group.responses]
     texts, items = map(list, zip(*texts_and_items)) if groups else ([], [])
-    found = torch.tensor(score(rewards, prompts, texts, items, seconds), dtype=torch.float64)  # (B,F)
+    found = torch.tensor(score(rewards, prompts, texts, items), dtype=torch.float64)  # (B,F)
     parts = found.split([len(group.responses) for group in groups]) if groups else []
     return [replace(group, rewards=part) for group, part in zip(groups, parts)]
 
@@ -181,17 +183,25 @@ class Sampler:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.tries = items, rewards, tries
         self.size = min(config.mini_batch or config.batch_size, config.batch_size) if tries else config.batch_size
+        self.scaled = Ahead(self.queries, lambda item: (item, rollout.scale(item)), run.workers)  # a draw ahead
+
+    def queries(self, number):
+        """This rank's items of draw `number`: [(item,)]."""
+        share = dict(rank=self.run.rank, world=self.run.world, whole=True)
+        return [(self.items[i],) for i in batches(len(self.items), self.size, self.config.seed, number, **share)]
 
     def draw(self, number):
         """This rank's queries of draw `number`, sampled and judged -> [Group]."""
         config, run, rollout = self.config, self.run, self.rollout
-        mine = batches(len(self.items), self.size, config.seed, number, run.rank, run.world, whole=True)
         places = range(run.rank, self.size, run.world)  # in the draw: a query that comes twice has other responses
         seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
+        with run.phase("read"):
+            queries = run.together(lambda: self.scaled(number))
         with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-            groups = rollout(self.model, [self.items[i] for i in mine], seeds)
+            groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
+        groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
         with run.phase("judge"):
-            return judge(groups, self.rewards, rollout.processor, config.reward_seconds)
+            return judge(groups, self.rewards, rollout.processor)
 
     def __call__(self, cursor):
         """A step's groups, from draw number `cursor` on -> (Responses | None where they do not suffice, next cursor).

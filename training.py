@@ -85,9 +85,10 @@ def put_back(model, weights):
 def compile_blocks(model, backend="inductor"):
     """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
 
-    Attention stays as it is: what its caches hold, and who reads it, changes from step to step.
+    Attention stays as it is: what its caches hold, and who reads it, changes from step to step, and which patches of a
+    picture attend to one another from size to size. The number of tokens or patches is left open.
     """
-    for block in model.model.layers:
+    for block in [*model.model.layers, *model.visual.blocks]:
         for part in "before_attention", "after_attention":
             setattr(block, part, torch.compile(getattr(block, part), backend=backend, dynamic=True))
 

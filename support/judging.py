@@ -9,6 +9,7 @@ data/rewards.py run in this process. No part of the method.
 import base64
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -48,9 +49,12 @@ class Judging:
 
 
 def load_rewards(text, seconds, judge=None):
-    """[(name, function, weight)] of --reward; one of the user's is a Remote, with `seconds` for each response.
+    """[(name, function, weight)] of --reward "accuracy=0.9,mine.py:polite=0.1".
 
-    judge: the data.judge.Judge that is meant by that name.
+    A name is one of data.rewards, `judge` (the data.judge.Judge given), data.MODULE:FUNCTION of ours, or
+    FILE.py:FUNCTION or MODULE:FUNCTION of the user's, which becomes a Remote with `seconds` for each response. Raises
+    InputError for what is not there or takes something else than (prompt, response, item), and for weights that are no
+    finite numbers.
     """
     rewards.failures.counts.clear()
     found = []
@@ -58,11 +62,17 @@ def load_rewards(text, seconds, judge=None):
         name, _, weight = part.strip().partition("=")
         module, _, function = name.rpartition(":")
         ours = module.startswith("data.") and (ROOT / f"{module.replace('.', '/')}.py").exists()
-        if not module or ours:
-            found += rewards.load(part, judge)
-            continue
-        ((_, _, weight),) = rewards.load(f"accuracy={weight or 1}")  # the same limits
-        found.append((function, Remote(module, function, seconds), weight))
+        try:
+            if not math.isfinite(value := float(weight or 1)):
+                raise ValueError(f"weight {weight}")
+            if name == "judge" and judge is None:
+                raise ValueError("no --judge-url found")
+            known = judge if name == "judge" else rewards.named(name) if ours or not module else None
+        except (AttributeError, TypeError, ValueError) as error:
+            names = ", ".join([*rewards.REWARDS, *rewards.ELSEWHERE, "judge"])
+            expected = f"expected name=weight of data.rewards ({names}), or FILE.py:function=weight"
+            raise InputError(f"--reward {part!r}: {type(error).__name__}: {error}; {expected}") from None
+        found.append((function, known or Remote(module, function, seconds), value))
     names = [name for name, *_ in found]
     if len(set(names)) < len(names):
         raise InputError(f"--reward {text!r}: found a name twice, expected each once")
@@ -124,8 +134,6 @@ class Remote:
 
     told: what its process says of it: is it @batch, or what an environment has set. Raises RewardFailed.
     """
-
-    own_limit = True  # no alarm is needed around it
 
     def __init__(self, module, name, seconds, kind="reward"):
         self.module, self.__name__, self.seconds, self.kind, self.number = module, name, seconds, kind, 0

@@ -15,7 +15,6 @@ that of GTAPolicy: half for the tool and its version, half for the arguments.
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, command, strangers
+from data import InputError, claim, command
 from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
@@ -54,7 +53,7 @@ RUNS = {
     "trimpi_paper": ("train_rl", "cpt_sft", [*RL, *PORO]),
 }
 ROWS = ("in_context no_policy sft cpt_response_sft sft_grpo sft_poro cpt_response_sft_grpo trimpi trimpi_paper").split()
-OURS = (*RUNS, "data", "others", "eval", "*.log", "results.json", "report.html", "report.png")  # what --out holds
+OURS = (*RUNS, *"data others eval *.log *.draft-* results.json report.html report.png".split())  # what --out holds
 OWN = "--queries 400 --sft 24 --test 200 --leave-out 0.34".split()
 OTHERS = "--policies 12 --queries 24 --sft 24 --test 1".split()  # to keep in practice on
 KINDS = "applied,document,response"  # of CPT items
@@ -84,11 +83,12 @@ def train(name, out, base, data, replay, seed, slot, world):
     folder, began = out / name, time.time()
     start = ["--init", out / before] if before else []
     extra = ["--replay", replay] if script != "train_rl" else CALLS if world == "tools" else []
+    extra += ["--max-response", 1000] if script == "train_cpt" else []  # a response-form item names all sections
     paths = ["--model", base, *start, "--data", data, "--out", folder, *extra]
     total = int(flags[flags.index("--steps") + 1])
     with tqdm(total=total, desc=f"{name:21}", unit="step", position=slot, leave=True, disable=None) as bar:
         with ThreadPoolExecutor(1) as one:
-            work = one.submit(call, [f"{script}.py", *paths, *COMMON, *flags, "--seed", seed], out / f"{name}.log")
+            work = one.submit(call, [f"{script}.py", *COMMON, *paths, *flags, "--seed", seed], out / f"{name}.log")
             while not work.done():
                 bar.update(steps_done(folder) - bar.n)
                 time.sleep(0.3)
@@ -183,13 +183,8 @@ def main(argv=None):
     out, base, began = Path(args.out).resolve(), Path(args.model or BASES[args.world]).resolve(), time.time()
     if not (base / "model.safetensors").is_file():
         raise InputError(f"{base}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)")
-    if other := strangers(out, OURS):
-        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
-    if out.exists() and any(out.iterdir()):
-        if not args.overwrite:
-            raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if claim(out, "tiny.demo", OURS, fresh=args.overwrite):
+        raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
 
     size = {"tools": args.tools} if args.world == "tools" else {"depth": args.depth}
     ((unit, count),) = size.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, command
+from data import InputError, claim, command
 from data.clevr_policy import make_dataset, read_clevr, sample_scenes, write_json
 from data.dataset import load_items, load_policies
 from evaluate import evaluate, load, wilson
@@ -129,6 +129,7 @@ def main(argv=None):
         raise InputError(f"found {args.policies} policies, {args.queries} queries, expected one of each at least")
     model = args.model or BASES[args.world]
     out, scores = Path(args.out), Scores(model, args.policies, args.queries, args.seed)
+    claim(out, "tiny.score", ("scores.json", "scores.md"))
     count = max(1000, 2 * FOLDER * args.queries)
     usual, seed = scenes_of(args.seed, count), args.seed + 1
     rows = [(name, usual, int(name[-1]), name[0].replace("N", "T"), {}) for name in AIMS]
@@ -158,7 +159,6 @@ def main(argv=None):
         f"--seed {args.seed}`; "
         f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}."
     )
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scores.json", {"about": about, "rows": scores.rows})
     table = markdown(scores.rows, about)
     (out / "scores.md").write_text(table)

@@ -32,7 +32,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import InputError, command, strangers
+from data import InputError, check_file, command, refuse_strangers
 from data.clevr_policy import write_json, write_jsonl
 from data.override import override
 from tiny import processes
@@ -657,8 +657,11 @@ def main(argv=None):
     where = args.out or f"runs/study{'-tools' * (args.world == 'tools')}"
     out, model, ends = Path(where).resolve(), model.resolve(), time.time() + 3600 * args.hours
     base, mark = hashlib.sha1((model / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
-    if other := strangers(out, ("data", "runs", "flops", "readers", "*.log", "rows.jsonl", mark.name)):
-        raise InputError(f"{out}: holds {other[0]}, which we did not write, expected a new or empty folder")
+    results = Path(args.results)
+    check_file(results / f"{name}.json", '"poro_less_grpo"', "--results")
+    refuse_strangers(results, "*" if (results / f"{name}.json").exists() else "", "--results")
+    own = ("data", "runs", "flops", "readers", "*.log", "rows.jsonl", mark.name)
+    refuse_strangers(out, own if mark.exists() else ())
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -673,7 +676,7 @@ def main(argv=None):
         if world in wanted and seed < args.seeds
         for policy in range(min(policies, args.policies))
     ]
-    study, results = Study(out, model), Path(args.results)
+    study = Study(out, model)
     old = json.loads((results / f"{name}.json").read_text()) if (results / f"{name}.json").exists() else {"rows": []}
     old = [{"commit": old.get("commit"), **row} for row in old["rows"]]
     tell = lambda: report_missing(missing(work, Study(out, study.model).done), merged(old, lines_of(study.rows)))

@@ -105,7 +105,7 @@ def call_words(call):
     for k, (key, value) in enumerate(call["arguments"].items()):
         words += [","] * (k > 0)
         if key in STRINGS:
-            words += [f'"{key}": "', *value.split(), QUOTE]
+            words += [f'"{key}": "', *result_words(value), QUOTE]
         else:
             words += [f'"{key}":', *(box_words(value) if key == "bbox" else [str(value)])]
     return [*words, "}", "}", CALL[1]]
@@ -237,12 +237,8 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
     things = facts["images"][image - 1]["objects"]
     goal = {"verb": verb, "image": image}
     if verb in ("add", "subtract"):
-        pair = rng.permutation(count)[:2] + 1
-        numbers = [facts["images"][k - 1]["number"] for k in pair]
-        if count < 2 or verb == "subtract" and numbers[0] == numbers[1]:
-            return None
-        flip = verb == "subtract" and numbers[0] < numbers[1]
-        return {"verb": verb, "images": [int(k) for k in (pair[::-1] if flip else pair)]}
+        most = facts["images"][image - 1]["number"] if verb == "subtract" else 49
+        goal["phrase"] = ["+" if verb == "add" else "-", str(rng.integers(most + 1))]
     if verb in ("locate", *KINDS):
         for _ in range(8):
             thing = things[rng.integers(len(things))]
@@ -272,8 +268,6 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
 def request_words(policy, goal, profile):
     words = ["account", profile["account"], "age", str(profile["age"]), "credits", str(profile["credits"])]
     words += ["apply", policy["name"], ":", goal["verb"], *goal.get("phrase", [])]
-    if "images" in goal:
-        return [*words, *map(str, goal["images"])]
     if "with" in goal:
         return [*words, "with", *goal["with"]]
     return [*words, "in", str(goal["image"])] if "image" in goal else words
@@ -298,13 +292,11 @@ def next_turn(policy, facts, goal, profile, calls):
         """What has to be called now so that f can be, and the chain that leads there."""
         need, words = policy["tools"][f]["needs"], []
         if need:
-            words += recite(f"{f} needs")
-            for k in goal["images"] if f == verb and "images" in goal else [image]:
-                ready = need == "none" or done(need, k)
-                words += [str(k)] * ("images" in goal) + ["yes" if ready else "no"]
-                if not ready:
-                    more, *found = reach(need, k)
-                    return [words + more, *found]
+            ready = need == "none" or done(need, image)
+            words += [*recite(f"{f} needs"), "yes" if ready else "no"]
+            if not ready:
+                more, *found = reach(need, image)
+                return [words + more, *found]
         return [words, f, image]
 
     last = calls[-1] if calls else ("none", None, None, None)
@@ -340,8 +332,8 @@ def next_turn(policy, facts, goal, profile, calls):
         located = [result for g, i, _, result in calls if (g, i) == ("locate", image) and result != "error"][-1]
         given["bbox"] = json.loads(located)
     if f in ("add", "subtract"):
-        values = [next(r for g, i, _, r in calls if (g, i) == ("read", k) and r != "error") for k in goal["images"]]
-        given["expression"] = f" {'+' if f == 'add' else '-'} ".join(values)
+        shown = next(r for g, i, _, r in calls if (g, i) == ("read", image) and r != "error")
+        given["expression"] = f"{shown} {' '.join(goal['phrase'])}"  # "[36] + 7": numbers that were read have brackets
     if f in RULED:
         words, value = decide(policy["arguments"][RULED[f]], profile)
         chain += [*recite(RULED[f]), *words]
@@ -367,8 +359,8 @@ def run(item, call, calls=()):
             raise ValueError("error")
         if f in ("add", "subtract"):
             a, sign, b = given["expression"].split()
-            value = int(a) + int(b) * {"+": 1, "-": -1}[sign]
-            return str(value) if 0 <= value <= 99 else "error"
+            value = json.loads(a)[0] + int(b) * {"+": 1, "-": -1}[sign]
+            return f"[{value}]" if 0 <= value <= 99 else "error"
         if f == "search":
             return "done"
         if type(given["image"]) is not int or given["image"] < 1:
@@ -377,7 +369,7 @@ def run(item, call, calls=()):
         if f == "describe":
             return " ".join(f"{' '.join(thing[kind] for kind in KINDS)} ." for thing in shown["objects"])
         if f == "read":
-            return str(shown["number"])
+            return f"[{shown['number']}]"
         if f in MADE:
             return "done"
         found = [thing for thing in shown["objects"] if "text" not in given or fits(thing, given["text"].split())]
