@@ -17,7 +17,10 @@ HOUSE = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 # Only where they are installed and asked for: figures, live metrics, official benchmark files, a learned similarity, a
 # checkpoint's own chat template.
 OPTIONAL = {"jinja2", "matplotlib", "tensorboard", "wandb", "pyarrow", "bert_score"}
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/GTA.md", "data/OWN.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/GTA.md", "data/OWN.md", "data/TOOLS.md")
+]
 DOCUMENTS += [ROOT / folder / "README.md" for folder in ("data", "results", "benchmarks", "tiny/base")]
 per_file = pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(ROOT)))
 
