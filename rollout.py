@@ -320,6 +320,8 @@ class MicroBatch:
         prompts = [group.policy_prompt if with_policy else group.prompt for group in members]
         batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
+        if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
+            tokens = tokens.new_tensor(actions)  # these were drawn, and the words followed: model.Decoder
         how = dict(temperature=temperature, return_entropy=True, vocabulary=model.vocabulary)
         logp, entropy = linear_logprob(hidden, model.head_weight, tokens, **how)
         return self.spread(logp), self.spread(entropy), hidden

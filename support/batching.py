@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kernels.logprob import linear_logprob
+from support.config import refuse
 
 # -- 1. which items ---------------------------------------------------------------------------------------------------
 
@@ -236,5 +237,6 @@ def learned_hidden(model, batch):
 
 def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
     """log p of the batch's learned tokens -> (L,) float32, in the order of batch.index, and entropies (L,) | None."""
+    refuse(hasattr(model, "Decoder"), "a model that draws actions", "one that draws words, whose probability is asked")
     hidden, targets = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
     return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)

@@ -154,6 +154,7 @@ class Response:
     finished: bool  # False: cut at max_tokens, or by its dialogue's limits
     reads: list = field(default_factory=list)  # [(place in tokens, Encoded)]: results, which it has not written
     turns: list | None = None  # [{"role", "text"}] of a dialogue
+    actions: list | None = None  # what was drawn for each token, in an action space other than words
 
     @property
     def written(self):
@@ -203,7 +204,7 @@ def sample(
             f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, "
             "no negative temperature"
         )
-    decoder = Decoder(
+    decoder = getattr(model, "Decoder", Decoder)(
         model, prompts, seeds, max_tokens, budget or fitting(model), shared, {} if prefixes is None else prefixes
     )
     decoder.dialogue = dialogue or (lambda p: None)
@@ -359,8 +360,7 @@ class Decoder:
             (row.uniforms[len(row.tokens)], len(row.tokens)) if row else (0.0, self.max_tokens) for row in self.rows
         ]
         u, used = torch.tensor(state, dtype=torch.float64).T.to(self.device, non_blocking=True)  # (B,) each
-        logits = self.model.logits(self.hidden)  # (B,V)
-        tokens, logps = rules.draw(logits.float(), u, used)
+        tokens, logps = self.choose(rules, u, used)
         drawn = torch.stack([tokens.double(), logps]).tolist()
         replies = {}  # {row: what it reads next}
         for r, (row, token, logp) in enumerate(zip(self.rows, map(int, drawn[0]), drawn[1])):
@@ -414,6 +414,10 @@ class Decoder:
             row.tokens += read[b].input_ids.tolist()
             row.logprobs += [0.0] * lengths[b]
             row.position, row.turn = row.position + int(delta[b]), len(row.tokens)
+
+    def choose(self, rules, u, used):
+        """The next token of each row and the log-probability of what was drawn, here itself; (B,) each."""
+        return rules.draw(self.model.logits(self.hidden).float(), u, used)  # of logits (B,V)
 
     def end(self, r, finished):
         """Row r is free; forget its prompt after the last response to it."""

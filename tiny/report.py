@@ -451,3 +451,54 @@ def draw_depths(worlds, path):
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy without the policy in the prompt", fontsize=9)
     keep(figure, path)
+
+
+def draw_field(worlds, names, path):
+    """The methods `names`, a line each, side by side in the worlds {label: rows}, as a PNG: a dot a run, their mean."""
+    worlds = {label: {row["name"]: row for row in rows} for label, rows in worlds.items()}
+    names = [name for name in names if any(name in rows for rows in worlds.values())]
+    if not names or not (pyplot := plotting()):
+        return
+    size = {"figsize": (4 + 3 * len(worlds), 0.21 * len(names) + 1.2), "sharex": True, "sharey": True}
+    figure, axes = pyplot.subplots(1, len(worlds), squeeze=False, **size)
+    for axis, (label, rows) in zip(axes[0], worlds.items()):
+        for place, name in enumerate(names):
+            if row := rows.get(name):
+                axis.plot(row["each"], [place] * row["runs"], "o", ms=4, mfc="none", mec=BLUE)
+                axis.plot(row["accuracy"], place, "|", ms=11, mew=2, color=INK)
+        if row := rows.get("in_context"):
+            axis.axvline(row["accuracy"], ls="dotted", color=INK)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", lw=0.3)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xlim(-0.02, 1.02)
+    axes[0, 0].set_xlabel("accuracy without P: runs, mean; dotted: P in the prompt, untrained", fontsize=8)
+    keep(figure, path)
+
+
+def draw_readers(readers, names, path):
+    """How much a method brings into the weights of bases that read policies more or less well, as a PNG.
+
+    readers: the rows of each base's world; names: the methods, a curve each, over the base's accuracy with P.
+    """
+    readers = [{row["name"]: row for row in rows} for rows in readers]
+    readers = sorted(
+        (rows for rows in readers if "in_context" in rows), key=lambda rows: rows["in_context"]["accuracy"]
+    )
+    if len(readers) < 2 or not (pyplot := plotting()):
+        return
+    figure, axis = pyplot.subplots(figsize=(6, 4.4))
+    axis.set_prop_cycle(color=pyplot.get_cmap("tab10").colors)
+    for name in names:
+        found = [(rows["in_context"]["accuracy"], rows[name]) for rows in readers if name in rows]
+        if found:
+            (line,) = axis.plot([x for x, _ in found], [row["accuracy"] for _, row in found], label=TITLES[name])
+            for x, row in found:
+                axis.plot([x] * row["runs"], row["each"], "o", ms=3, mfc="none", mec=line.get_color())
+    axis.plot([0, 1], [0, 1], ls="dotted", color=INK, label=TITLES["in_context"])
+    axis.set_xlabel("accuracy of the base with the policy in its prompt", fontsize=9)
+    axis.set_ylabel("accuracy without it, after training", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    keep(figure, path)
