@@ -176,8 +176,8 @@ class Reporter:
         with self.run.phase("validate"), self.run.gathered(model):
             answers = self.rollout.greedy(model, mine, policy_in_prompt)
         prompts = [self.rollout.processor.decode(prompt.input_ids.tolist()) for prompt, _ in answers]
-        judged = [as_judged(self.rollout.processor, item, answer) for item, (_, answer) in zip(mine, answers)]
-        texts, seen = map(list, zip(*judged)) if mine else ([], [])
+        pairs = [(item, response) for item, (_, response) in zip(mine, answers)]
+        texts, seen = as_judged(self.rollout.processor, pairs)
         found = score(self.rewards[:1], prompts, texts, seen)
         return self.run.sum(float(sum(row[0] == 1 for row in found))) / len(items)
 

@@ -265,7 +265,7 @@ def test_policy_aware_dialogues_are_one_group_with_the_others(model, processor, 
             expected = fresh(model, x, r, processor.banned_ids)
         assert (torch.tensor(r.logprobs) - expected)[r.written].abs().max() < 1e-5
     data = Responses(
-        [judged] if (judged := judge([group], [("n", lambda *a: 1.0, 1.0)], processor, 5)[0]) else [], [0], 1, "cpu"
+        [judged] if (judged := judge([group], [("n", lambda *a: 1.0, 1.0)], processor)[0]) else [], [0], 1, "cpu"
     )
     data.A = torch.zeros(4)
     logp, *_ = data.take([0, 1, 2, 3]).read(model, 1.0, processor.pad_id)
