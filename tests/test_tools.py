@@ -9,9 +9,10 @@ import pytest
 
 from data import InputError, gta_score, rewards
 from data.dataset import load_items, load_policies, messages, target
-from evaluate import sections
+from evaluate import evaluate, load, sections
 from model import Processor
-from tiny import tools
+from tiny import score, tools
+from tiny.demo import BASES
 from tiny.pretrain import CONFIG
 from tiny.stream import PICTURE, ToolStream
 from tiny.tools import draw_policy, make_item, run, said, spell
@@ -271,3 +272,30 @@ def test_the_same_seed_writes_the_same_bytes_and_bad_sizes_end_in_a_line(tmp_pat
         assert path.is_dir() or path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     with pytest.raises(InputError, match="expected 3 to 14 tools"):
         tools.main(["--out", str(tmp_path / "c"), "--tools", "20"])
+
+
+# -- 4. the base -------------------------------------------------------------------------------------------------------
+
+BASE = BASES["tools"]
+
+
+def test_the_bases_card_tells_its_own_scores():
+    """No figure by hand: the table is what tiny.score wrote, and it reaches what the project aims at."""
+    kept = json.loads((BASE / "scores.json").read_text())
+    assert (BASE / "scores.md").read_text() == score.markdown(kept["rows"], kept["about"])
+    found = {row["name"]: row for row in kept["rows"]}
+    assert all(found[f"{count} tools"]["accuracy"] >= aim for count, aim in score.TOOLS.items())
+    assert found["8 tools, without the policy"]["accuracy"] < 0.02
+    before = {row["name"]: row for row in json.loads((BASES["clevr"] / "scores.json").read_text())["rows"]}
+    assert all(found[name]["accuracy"] > before[name]["accuracy"] - 0.02 for name in score.AIMS)
+
+
+def test_the_base_is_small_and_follows_policies_that_it_never_read(folders):
+    assert sum(path.stat().st_size for path in BASE.iterdir()) < 8e6
+    model, processor = load(BASE)
+    assert model.config.vocab_size == len(tools.ALL_TOKENS)
+    policies = load_policies(folders / "turns")
+    items = load_items(folders / "turns", "test.jsonl", policies)
+    aware, _ = evaluate(model, processor, items, policies, policy_in_context=True, max_response=200)
+    alone, _ = evaluate(model, processor, items, policies, max_response=200)
+    assert aware["accuracy"] > 0.75 and alone["accuracy"] == 0
