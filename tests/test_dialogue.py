@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import picture, question, tiny_checkpoint
@@ -14,6 +15,8 @@ from rl_bench import rl_folder, run
 from small import write_lines
 
 import evaluate
+import tiny.dialogues
+import tiny.tools
 from data import InputError, rewards, runs, tools
 from data.tools import Tools, allowed, frugal, needed, read_turn, right_calls, used
 from model import Processor, load_pretrained
@@ -603,3 +606,26 @@ def test_a_run_learns_from_dialogues_of_a_random_model(tmp_path, monkeypatch):
     assert [turn["role"] for turn in turns] == ["assistant", "tool"] * 2 + ["assistant"]
     assert all(len(turn["tokens"]) == len(turn["moved"]) > 0 for turn in turns)
     assert not any(turns[1]["moved"]) and any(sum((turn["moved"] for turn in turns[::2]), []))
+
+
+def test_gold_dialogues_of_the_tiny_world_are_right(processor):
+    """The environment of tiny/dialogues.py tells what the gold dialogues hold, and ends where they do; errors mended."""
+    rng, several = np.random.default_rng(0), 0
+    for number in range(12):
+        policy = tiny.tools.draw_policy(rng, 8)
+        facts, _ = tiny.tools.draw_facts(rng, [0, 6], number, 0.3)
+        drawn = tiny.tools.draw_dialogue(policy, rng, facts, rng.choice(list(policy["tools"])))
+        if drawn is None:
+            continue
+        goal, profile, turns, _ = drawn
+        item = tiny.tools.make_item(policy, facts, ["p.png"] * len(facts["images"]), goal, profile, turns, 0)
+        item = {"id": "i", **tiny.tools.whole(item, turns)}
+        texts = [tiny.tools.spell(tiny.tools.said(turn)) for turn in turns]
+        read, finished, told = talk(processor, tiny.dialogues.environment, texts, item=item)
+        assert finished and read[-1] is None and all(read[:-1])
+        assert [turn["text"] for turn in told if turn["role"] == "tool"] == [turn["result"] for turn in turns[:-1]]
+        judged = {**item, "dialogue": told}
+        assert right_calls("", texts[-1], judged) == allowed("", "", judged) == needed("", "", judged) == 1.0
+        several += len(turns) > 2
+    assert several > 3
+    assert tiny.dialogues.Scene({"facts": {"tools": {}}}).step("<tool_call>{}</tool_call>") == "error"
