@@ -24,7 +24,7 @@ import torch
 
 import model as qwen
 from benchmarks.logprob import RIVALS, machine, planted, step
-from data import command
+from data import check_file, command, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = SimpleNamespace(
@@ -437,7 +437,7 @@ class Results:
             (self.path, json.dumps(self.all, indent=1) + "\n"),
             (self.path.with_suffix(".md"), self.text()),
         ):
-            write_aside(path, text)
+            write_text(path, text)
 
     def add(self, part, row):
         self.all["rows"].setdefault(part, []).append(row)
@@ -489,19 +489,14 @@ def publish(results, size, root):
     made = ", ".join(f"{key} {value}" for key, value in results.get("machine", {}).items())
     text = (ROOT / README).read_text()
     new = "\n".join(["<!-- gpu -->", *lines, "", f"`make gpu`: {made}.", "<!-- end of gpu -->"])
-    write_aside(root / README, re.sub(r"<!-- gpu -->.*<!-- end of gpu -->", lambda _: new, text, flags=re.S))
+    (root / README).parent.mkdir(parents=True, exist_ok=True)
+    write_text(root / README, re.sub(r"<!-- gpu -->.*<!-- end of gpu -->", lambda _: new, text, flags=re.S))
     for row in results.get("rows", {}).get("products", []):
         if "card" in row:
             source, entry = (ROOT / KERNEL).read_text(), f'"{row["card"]}": ({", ".join(map(str, row["block"]))})'
             others = re.sub(rf'(^BLOCKS = {{.*?)"{re.escape(row["card"])}": \([^)]*\),? ?', r"\1", source, flags=re.M)
-            write_aside(root / KERNEL, re.sub(r"^BLOCKS = {", lambda _: f"BLOCKS = {{{entry}, ", others, flags=re.M))
-
-
-def write_aside(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text)
-    aside.replace(path)
+            (root / KERNEL).parent.mkdir(parents=True, exist_ok=True)
+            write_text(root / KERNEL, re.sub(r"^BLOCKS = {", lambda _: f"BLOCKS = {{{entry}, ", others, flags=re.M))
 
 
 def run(parts, size, out):
@@ -555,6 +550,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sys.path += sorted(map(str, Path(args.peers).glob("*.whl"))) if args.peers else []
     args.out = args.out or (tempfile.mkdtemp() if args.tiny else str(ROOT / "benchmarks" / "results"))
+    check_file(Path(args.out) / "gpu.json", '"rows"')
+    check_file(Path(args.out) / "gpu.md", "benchmarks.gpu")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     size = TINY if args.tiny else FULL
     if not args.here:

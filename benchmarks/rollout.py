@@ -11,6 +11,8 @@ cases are run three times in turn, and the best counts: neighbours on the machin
     poro_cost_vs_grpo         32 queries of 150 tokens x 8 responses x 192 tokens: half of the responses with a policy
                               of 4,000 tokens in front, over none; counting operations gives 1.31
     poro_cost_vs_unshared     the same over reading the policy anew for each query; counting gives 0.4
+    dialogue_cost_vs_single   the case `ours` as dialogues of four turns, three results of 8 tokens among the 64, over
+                              single responses of 64
 
 `seconds` is the wall clock, `cpu_seconds` what the process spent on all its threads: on a machine with other work the
 ratios of the second are the ones to trust. Beside FILE.json stands the same as a table, FILE.md.
@@ -29,7 +31,9 @@ from pathlib import Path
 
 import torch
 
+from data import check_file, command, write_text
 from model import Config, Encoded, Qwen25VL, load_pretrained, save_pretrained
+from support import engine
 from support.engine import sample
 from tiny.report import provenance
 from training import compile_blocks
@@ -44,6 +48,7 @@ QUICK = {
 }
 CASES = {
     "ours": "transformers",
+    "dialogue": "transformers",
     "compiled": "transformers",
     "transformers": "transformers",  # case: its sizes
     "grpo": "policy",
@@ -53,10 +58,12 @@ CASES = {
 RATIOS = {  # case over case, goal
     "speedup_vs_transformers": ("transformers", "ours", ">= 4"),
     "compiled_speedup": ("ours", "compiled", ""),
+    "dialogue_cost_vs_single": ("dialogue", "ours", "<= 1.3"),
     "poro_cost_vs_grpo": ("poro", "grpo", "<= 1.4"),
     "poro_cost_vs_unshared": ("poro", "unshared", "<= 0.5"),
 }
 IMAGE, PATCHES = 3, 16  # token id; patches a side, 64 tokens after merging
+TURNS = 4  # of a dialogue; each of the three results between them is an eighth of its tokens
 
 
 def config(width, layers, vocab, **_):
@@ -132,6 +139,32 @@ def prompts_of(size, policy):
     return found
 
 
+class Told:
+    """What a row reads in the case `dialogue` wherever a turn ends."""
+
+    def __init__(self, length):
+        self.result = Encoded(torch.arange(10, 10 + length // 8), None, None)
+
+    def reply(self, tokens, room):
+        return self.result if len(self.result.input_ids) <= room else None  # the warm-up is short
+
+    def end(self, tokens, finished):
+        return finished, []
+
+
+def ending_turns(draw, length):
+    """Rules.draw that ends TURNS - 1 turns of a dialogue of `length` tokens, a step sooner or later from row to row."""
+    result = length // 8
+    period = (length + result) // TURNS  # from turn to turn, with the result between them
+
+    def drawn(rules, logits, u, used):
+        tokens, logp = draw(rules, logits, u, used)
+        last = period - result - 1 - torch.arange(len(used), device=used.device) % 4
+        return torch.where((used % period == last) & (used < period * (TURNS - 1)), 2, tokens), logp
+
+    return drawn
+
+
 def measure(case, folder, size):
     """Time one case in this process; what is warmed up is a tenth of it."""
     common = dict(max_tokens=size["tokens"], min_tokens=size["tokens"], stop_ids=[2], banned_ids=[IMAGE, 4])
@@ -156,10 +189,15 @@ def measure(case, folder, size):
         aware = prompts_of(size, size["policy"])
         if case == "compiled":
             compile_blocks(model)
-        prompts, counts = (plain, n) if case in ("ours", "compiled", "grpo") else (plain + aware, n // 2)
+        if case == "dialogue":
+            engine.Rules.draw = ending_turns(engine.Rules.draw, size["tokens"])
+            common |= dict(dialogue=lambda p: Told(size["tokens"]), banned_ids=[2, IMAGE, 4])
+        prompts, counts = (plain, n) if case in ("ours", "dialogue", "compiled", "grpo") else (plain + aware, n // 2)
         lengths = [0] * len(plain) + [0 if case == "unshared" else size["policy"]] * len(aware)
         shared = lengths[: len(prompts)]
-        work = lambda T: sample(model, prompts, counts, shared=shared, **{**common, "max_tokens": T, "min_tokens": T})
+        least = 0 if case == "dialogue" else size["tokens"]
+        how = lambda T: {**common, "max_tokens": T, "min_tokens": min(T, least)}
+        work = lambda T: sample(model, prompts, counts, shared=shared, **how(T))
     work(4) if CASES[case] == "transformers" else sample(model, plain[:1], 2, max_tokens=2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
@@ -208,20 +246,22 @@ def table(results):
     return "\n".join([*lines, "", "Made by `python -m benchmarks.rollout`.", ""])
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file of the results; what it holds of other settings stays")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute in all; milder ratios")
     parser.add_argument("--case", choices=CASES, help="only this one, the others as FILE has them (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # the process of one measurement
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sizes = QUICK if args.quick else SIZES
     torch.set_num_threads(args.threads)
     if args.measure:
         print(json.dumps(measure(args.case, args.measure, sizes[CASES[args.case]])))
         return
     out, setting = Path(args.out), f"{'small' if args.quick else 'full'} sizes, {args.threads} threads"
+    check_file(out, '"cpu_seconds"')
+    check_file(out.with_suffix(".md"), "benchmarks.rollout")
     results = json.loads(out.read_text()) if out.is_file() else {}
     rows, fresh = results.setdefault(setting, {}), {}
     short = [case for case in CASES if CASES[case] == "transformers"]
@@ -236,10 +276,10 @@ def main():
         row |= {**provenance(), "transformers": version("transformers"), "load": load, "size": sizes[CASES[case]]}
         rows[case] = fresh[case] = min(row, before or row, key=lambda r: r["cpu_seconds"])
         print(case, json.dumps(rows[case]), flush=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        out.with_suffix(".md").write_text(table(results))
+        write_text(out, json.dumps(results, indent=1) + "\n")
+        write_text(out.with_suffix(".md"), table(results))
     print(json.dumps(ratios(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

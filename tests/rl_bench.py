@@ -100,7 +100,7 @@ class Bench:
         return 0.0
 
 
-def draw(folder):
+def draw(folder, load_pretrained=load_pretrained):
     """Four groups of 2 + 2 on pictures, drawn from a model a little away from the one that learns: ratios differ.
 
     -> (the model that learns, the one that drew, groups, processor)

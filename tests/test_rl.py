@@ -322,7 +322,7 @@ def test_k_zero_is_plain_grpo_bit_for_bit(folder, drawn):
         ({"group_size": 1, "policy_rollouts": 0}, "groups of 1 . 0 responses, expected 2"),
         ({"policy_rollouts": -1}, "at least 0"),
         ({"reward": "nowhere:f"}, "No module"),
-        ({"reward": "wrong"}, "no attribute"),
+        ({"reward": "wrong"}, "no reward"),
         ({"algorithm": "ppo"}, "expected one of"),
         ({"max_prompt": 5}, "expected at most --max-prompt 5"),
         ({"tracker": "wandb"}, "wandb"),
