@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import randomize, tiny_checkpoint
 from rl_bench import Bench, draw, run
 from rl_bench import config as settings_of
@@ -17,13 +18,14 @@ import model as qwen
 import train_rl
 import train_sft
 from data import InputError
+from data.clevr import ATTRIBUTES
 from model import Processor, load_pretrained, save_pretrained
 from rollout import Group, PolicyRollout, Responses
 from support import chat, plan
 from support.engine import Rules, sample
 from support.runs import open_model
 from train_rl import Config
-from variants.latent import actions
+from variants.latent import actions, captions
 from variants.latent import train as latent
 
 SIZES = dict(K=8, inverse=1, merge=2, policy=2)
@@ -339,3 +341,49 @@ def test_the_papers_depths_build_and_learn_on_small_widths(tmp_path):
     (-(logp * micro.A).mean()).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved and all(name.startswith("model.latents.policy.") for name in moved)
+
+
+# -- the study ---------------------------------------------------------------------------------------------------------
+
+
+def test_reach_asks_whether_any_code_leads_to_the_word():
+    """Of two codes whose best words are 1 and 2, and 1 and 1: word 2 is in reach of the first place alone."""
+    best = [torch.tensor([1, 1]), torch.tensor([2, 1])]
+    model = SimpleNamespace(
+        words_of=lambda h, code: F.one_hot(best[code], 4).float(),
+        latents=SimpleNamespace(codebook=torch.nn.Embedding(2, 1)),
+    )
+    within, words = latent.reach(model, torch.zeros(2, 1), torch.tensor([2, 2]))
+    assert within.tolist() == [True, False] and words.tolist() == [2, 1]
+
+
+def test_the_judge_counts_sentences_in_the_personas_style():
+    things = [
+        {"size": "small", "color": "red", "material": "metal", "shape": "cube"},
+        {"size": "large", "color": "blue", "material": "rubber", "shape": "sphere"},
+    ]
+    item = {"style": ["shape", "color"], "things": things}
+    assert captions.judge("", "sphere blue . cube red .", item) == 1.0
+    assert captions.judge("", "sphere blue . red cube .", item) == 0.5  # true, but not as the persona says it
+    assert captions.truth("sphere blue . red cube .", item) == 1.0
+    assert captions.judge("", "cube red .", item) == pytest.approx(2 / 3)
+    assert captions.judge("", "", item) == captions.truth("", item) == 0.0
+    assert captions.truth("red sphere . metal .", item) == 0.5  # of no one object; of the first
+
+
+def test_pairs_lack_what_text_has(tmp_path):
+    """The coverage gap: two kinds at most in one order with pictures; the styles of eight personas are outside."""
+    captions.write(tmp_path / "c", 0, {"scenes": 3, "test_scenes": 4, "text": 200, "sft": 8, "rl": 8})
+    read = lambda name: [json.loads(line) for line in (tmp_path / "c" / name).read_text().splitlines()]
+    kinds = {word: kind for kind, values in ATTRIBUTES.items() for word in values}
+    styles = lambda rows: {tuple(kinds[w] for w in captions.said(row["answer"])[0].split()) for row in rows}
+    pairs, text = styles(read("pairs.jsonl")), styles(read("text.jsonl"))
+    assert pairs <= set(captions.PAIRS) and len(text - pairs) > 30 and not any(r["images"] for r in read("text.jsonl"))
+    people = json.loads((tmp_path / "c" / "personas.json").read_text())
+    assert sum(tuple(style) in captions.PAIRS for style in people.values()) == 4 and len(people) == 12
+    assert {r["persona"] for r in read("held_out.jsonl")} == set(list(people)[-4:])
+    assert not {r["persona"] for r in read("held_out.jsonl")} & {
+        r["persona"] for r in read("rl.jsonl") + read("sft.jsonl")
+    }
+    for row in read("rl.jsonl"):
+        assert captions.judge("", row["answer"], row) == captions.truth(row["answer"], row) == 1.0
