@@ -85,9 +85,10 @@ def put_back(model, weights):
 def compile_blocks(model, backend="inductor"):
     """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
 
-    Attention stays as it is: what its caches hold, and who reads it, changes from step to step.
+    Attention stays as it is: what its caches hold, and who reads it, changes from step to step, and which patches of a
+    picture attend to one another from size to size. The number of tokens or patches is left open.
     """
-    for block in model.model.layers:
+    for block in [*model.model.layers, *model.visual.blocks]:
         for part in "before_attention", "after_attention":
             setattr(block, part, torch.compile(getattr(block, part), backend=backend, dynamic=True))
 
@@ -396,7 +397,7 @@ class Run:
                 _dissolve_lora(model)
         elif not config.full and not frozen:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
-            qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None)
+            qwen.add_lora(model, config.lora_rank, 2 * config.lora_rank, targets or None)
         if not frozen:
             self.parameters = sum(p.numel() for p in model.parameters())
         if frozen:

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from data import command
+from data import check_file, command, write_text
 from data.clevr import SceneTable, render, sample_scene
 from data.clevr_policy import build_policy, choose, make_items, route, sample_scenes
 from data.prose import Prose
@@ -48,10 +48,12 @@ def queries(depth=6, policies=10, each=2000):
     return count, drawn, time.process_time() - start
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clevr", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", metavar="FILE", help="also write the table to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.out:
+        check_file(args.out, "pictures/s |")
     rng = np.random.default_rng(0)
     lines = ["| pixels | 1-3 objects, pictures/s | 3-10 objects, pictures/s |", "| --- | --- | --- |"]
     few, many = ([sample_scene(rng, objects) for _ in range(60)] for objects in ((1, 3), (3, 10)))
@@ -64,8 +66,7 @@ def main():
     ]
     print("\n".join(lines))
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        write_text(args.out, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

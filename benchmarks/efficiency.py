@@ -15,7 +15,7 @@ from statistics import mean, median
 
 import torch
 
-from data import InputError, command
+from data import InputError, check_file, command, write_text
 from data.dataset import load_items, load_policies, messages, target
 from model import Cache
 
@@ -337,14 +337,14 @@ def main(argv=None):
     for flag, least in (("queries", 1), ("new_tokens", 2)):
         if getattr(args, flag) < least:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} found, expected at least {least}")
+    if args.out:
+        check_file(args.out, '"flops_per_query"')
     from evaluate import load  # here, so that evaluate.py can import this module
 
     model, processor = load(args.model, args.adapter, args.device, args.dtype)
     result = report(model, processor, args.data, args.runs, args.split, args.queries, args.new_tokens)
     if args.out:
-        with open(f"{args.out}.tmp", "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-        os.replace(f"{args.out}.tmp", args.out)
+        write_text(args.out, json.dumps(result, indent=1))
     print(table(result))
 
 

@@ -22,7 +22,7 @@ import torch
 
 import model as qwen
 from benchmarks.logprob import RIVALS, machine, planted, step
-from data import command
+from data import check_file, command, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = SimpleNamespace(
@@ -406,9 +406,7 @@ class Results:
             (self.path, json.dumps(self.all, indent=1) + "\n"),
             (self.path.with_suffix(".md"), self.text()),
         ):
-            aside = path.with_name(path.name + ".new")
-            aside.write_text(text)
-            aside.replace(path)
+            write_text(path, text)
 
     def add(self, part, row):
         self.all["rows"].setdefault(part, []).append(row)
@@ -474,6 +472,8 @@ def main(argv=None):
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process that is watched
     args = parser.parse_args(argv)
     sys.path += sorted(map(str, Path(args.peers).glob("*.whl"))) if args.peers else []
+    check_file(Path(args.out) / "gpu.json", '"rows"')
+    check_file(Path(args.out) / "gpu.md", "benchmarks.gpu")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.here or args.tiny:
         return run(args.only, TINY if args.tiny else FULL, args.out)

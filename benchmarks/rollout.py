@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from data import check_file, command, write_text
 from model import Config, Encoded, Qwen25VL, load_pretrained, save_pretrained
 from support.engine import sample
 from tiny.report import provenance
@@ -208,20 +209,22 @@ def table(results):
     return "\n".join([*lines, "", "Made by `python -m benchmarks.rollout`.", ""])
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file of the results; what it holds of other settings stays")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute in all; milder ratios")
     parser.add_argument("--case", choices=CASES, help="only this one, the others as FILE has them (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # the process of one measurement
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sizes = QUICK if args.quick else SIZES
     torch.set_num_threads(args.threads)
     if args.measure:
         print(json.dumps(measure(args.case, args.measure, sizes[CASES[args.case]])))
         return
     out, setting = Path(args.out), f"{'small' if args.quick else 'full'} sizes, {args.threads} threads"
+    check_file(out, '"cpu_seconds"')
+    check_file(out.with_suffix(".md"), "benchmarks.rollout")
     results = json.loads(out.read_text()) if out.is_file() else {}
     rows, fresh = results.setdefault(setting, {}), {}
     short = [case for case in CASES if CASES[case] == "transformers"]
@@ -236,10 +239,10 @@ def main():
         row |= {**provenance(), "transformers": version("transformers"), "load": load, "size": sizes[CASES[case]]}
         rows[case] = fresh[case] = min(row, before or row, key=lambda r: r["cpu_seconds"])
         print(case, json.dumps(rows[case]), flush=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        out.with_suffix(".md").write_text(table(results))
+        write_text(out, json.dumps(results, indent=1) + "\n")
+        write_text(out.with_suffix(".md"), table(results))
     print(json.dumps(ratios(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -30,6 +30,7 @@ import torch
 
 import model as qwen
 from benchmarks.rollout import IMAGE, prompts_of, write_checkpoint
+from data import check_file, command, write_text
 from support.checkpoint import code_version
 from tiny.report import cpu_name
 
@@ -160,16 +161,19 @@ def run(case, side, folder, size, threads, ranks=1):
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="write the figures as JSON, and a table beside it (.md)")
     parser.add_argument("--quick", action="store_true", help="a smaller model: a quarter of the time")
     parser.add_argument("--threads", type=int, default=2, help="of each process (default 2)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         print(json.dumps(measure(*json.loads(args.measure))))
         return
+    if args.out:
+        check_file(args.out, '"speedup_cpu"')
+        check_file(Path(args.out).with_suffix(".md"), "benchmarks/train.py")
     base = {**SIZE, **(dict(width=128, layers=2, vocab=16_000) if args.quick else {})}
     result = {
         "machine": f"{cpu_name()}, {args.threads} threads",
@@ -214,9 +218,9 @@ def main():
         lines.append(f"| sft, one thread a rank | 1 -> 2 ranks | {result['ranks']['scaling']:.2f} | | |")
     print("\n".join(lines))
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-        Path(args.out).with_suffix(".md").write_text("\n".join(lines) + "\n")
+        write_text(args.out, json.dumps(result, indent=1) + "\n")
+        write_text(Path(args.out).with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from fnmatch import fnmatch
 
@@ -23,16 +24,60 @@ class InputError(ValueError):
         super().__init__(plain(text))
 
 
-def strangers(folder, own):
-    """The names in a folder that fit none of the patterns `own`, which the command that made it writes."""
+def refuse_strangers(folder, own=(), flag="--out"):
+    """Raise InputError where a folder holds names that fit none of the patterns `own`, which we write there."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    names = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        expected = "expected a new or empty folder"
+        raise InputError(f"{flag} {folder}: found {names[0]}{more}, which we did not write, {expected}")
 
 
-def check_file(path, ending, flag="--out"):
-    """Raise InputError where a file to be written would replace one of another kind. ending: say ".html"."""
-    if os.path.lexists(path) and not (os.path.isfile(path) and str(path).endswith(ending)):
-        raise InputError(f"{flag} {path}: found something else there, expected a new file or one that ends in {ending}")
+MADE = ".made"  # says which command has made a folder
+
+
+def claim(folder, command, own, fresh=False):
+    """Make a folder for a command's files, `own` (patterns), or go on in one that it made -> does it hold any?
+
+    fresh: delete those. Raises InputError in a folder of somebody else's, or where a name in it is not of `own`.
+    """
+    mark, ours = os.path.join(folder, MADE), False
+    if os.path.isfile(mark):
+        with open(mark, encoding="utf-8", errors="replace") as file:
+            ours = file.read(200) == f"{command}\n"
+    refuse_strangers(folder, (MADE, *own) if ours else ())
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder, exist_ok=True)
+    write_text(mark, f"{command}\n")
+    return os.listdir(folder) != [MADE]
+
+
+GENERATOR = '<meta name="generator" content="trimpi">'  # in every page of ours
+
+
+def check_file(path, ours, flag="--out"):
+    """Raise InputError where a file to be written would replace one without the text `ours`, which such ones hold."""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if ours in file.read(1 << 20):
+                return
+    if os.path.lexists(path):
+        raise InputError(f"{flag} {path}: found something that this command did not write, expected a new file")
+
+
+def write_text(path, text):
+    """Write a text file whole: a reader sees the old file or the new one, never half of one."""
+    aside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.replace(aside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
 
 
 class Lasting:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import InputError, command
+from data import GENERATOR, InputError, check_file, command, write_text
 from data.dataset import IMAGE, clip, load_items, load_policies, messages, placed, target, unknown_keys
 from data.rewards import accuracy
 
@@ -371,7 +371,7 @@ class Report:
         style = STYLE + "table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }"
         style += "td, th { padding: 3px 10px; text-align: left; border-bottom: 1px solid var(--line) }"
         return (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8">{GENERATOR}'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{title}</title><style>{style}</style></head><body><main>{''.join(body)}</main></body></html>\n"
         )
@@ -389,14 +389,13 @@ def main(argv=None, load=None):
     add("--max-pixels", type=int, metavar="N", help="as the training scripts take it (default: the model's)")
     add("--out", metavar="FILE", help="the page (default DIR/check.html)")
     args = parser.parse_args(argv)
+    out = args.out or os.path.join(args.folder, "check.html")
+    check_file(out, GENERATOR)
     load_policies(args.folder, args.media)  # better refused now than after the model's import
     processor = load(args.model)
     processor.max_pixels = args.max_pixels or processor.max_pixels
     report = Report(args.folder, processor, Limits(args.max_prompt, args.max_response), args.media, progress=True)
-    out = args.out or os.path.join(args.folder, "check.html")
-    with open(f"{out}.draft", "w", encoding="utf-8", errors="replace") as file:
-        file.write(report.page())
-    os.replace(f"{out}.draft", out)
+    write_text(out, report.page())
     print("\n".join([*report.lines(), out]))
     if report.faults:
         raise InputError(

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from data import InputError, command, strangers
+from data import MADE, InputError, command, refuse_strangers
 from data.clevr import (
     ATTRIBUTES,
     CAMERA,
@@ -404,17 +404,15 @@ class NewFolder:
     or if something is there that no such command wrote: MADE lists what it did.
     """
 
-    MADE = ".made"
     PAGES = ("inspect.html", "check.html")  # ours, too
 
     def __init__(self, path, overwrite=False):
         self.path, self.draft = os.path.abspath(path), f"{os.path.abspath(path)}.draft-{os.getpid()}"
         if os.path.exists(self.path) and not overwrite and (not os.path.isdir(self.path) or os.listdir(self.path)):
             raise InputError(f"{path}: exists already, expected a new or empty folder (--overwrite replaces it)")
-        made = os.path.join(self.path, self.MADE)
+        made = os.path.join(self.path, MADE)
         ours = open(made).read().splitlines() if os.path.isfile(made) else []
-        if other := strangers(self.path, [self.MADE, *self.PAGES, *ours]):
-            raise InputError(f"{path}: holds {other[0]}, which we did not write, expected a new or empty folder")
+        refuse_strangers(self.path, [MADE, *self.PAGES, *ours])
 
     def __enter__(self):
         os.makedirs(self.draft)
@@ -422,8 +420,8 @@ class NewFolder:
 
     def __exit__(self, kind, *_):
         if kind is None:
-            with open(os.path.join(self.draft, self.MADE), "w") as file:
-                file.write("".join(f"{name}\n" for name in sorted(os.listdir(self.draft)) if name != self.MADE))
+            with open(os.path.join(self.draft, MADE), "w") as file:
+                file.write("".join(f"{name}\n" for name in sorted(os.listdir(self.draft)) if name != MADE))
             if os.path.isdir(self.path):
                 shutil.rmtree(self.path)
             os.replace(self.draft, self.path)

@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 
-from data import InputError, check_file, command
+from data import InputError, check_file, command, write_text
 from data.dataset import load_items, load_policies, target
 from data.referral import referral
 from data.rewards import accuracy, format, thoughts
@@ -69,15 +69,6 @@ def quality(items, policies):
     return sum(r["quoted"] for r in read) / count, sum(r["path"] for r in read) / count
 
 
-def check_out(path):
-    """Raise InputError where a file would be replaced that this command did not write: its rows have their mode."""
-    check_file(path, ".jsonl")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            if '"mode": ' not in file.readline():
-                raise InputError(f"--out {path}: found a file that data.cot did not write, expected another name")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.cot", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -102,7 +93,7 @@ def main(argv=None):
         raise InputError(f"--mode {args.mode} found without --model, expected the model that writes the chains")
     policies = load_policies(args.data)
     items = load_items(args.data, args.split, policies)
-    check_out(args.out)
+    check_file(args.out, '{"mode": ')
     if args.mode == "gold":
         lacking = [item["id"] for item in items if not item.get("cot")]
         if lacking:
@@ -118,11 +109,9 @@ def main(argv=None):
     if not made:
         raise InputError(f"{args.out}: found no chain worth keeping, expected some of {len(items)}; nothing is written")
     root = os.path.realpath(args.data)
-    with open(f"{args.out}.draft", "w", encoding="utf-8") as file:
-        for item in made:
-            item["images"] = [os.path.relpath(path, root) for path in item["images"]]
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
-    os.replace(f"{args.out}.draft", args.out)
+    for item in made:
+        item["images"] = [os.path.relpath(path, root) for path in item["images"]]
+    write_text(args.out, "".join(json.dumps({"mode": "", **item}, ensure_ascii=False) + "\n" for item in made))
     quoted, on_path = quality(made, policies)
     print(
         f"{args.out}: kept {len(made)} of {len(items)} ({args.mode}); sections quoted rightly {100 * quoted:.1f} %, "

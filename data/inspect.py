@@ -18,7 +18,7 @@ from html import escape
 
 from PIL import Image
 
-from data import InputError, command, runs
+from data import GENERATOR, InputError, check_file, command, runs, write_text
 from data.dataset import IMAGE, load_items, load_policies
 from data.oracle import tokens
 from data.referral import mentions, referral
@@ -320,7 +320,8 @@ def page(folder, responses=None, limit=24, media=""):
             out.append(f'<div class="card"><b>{title}</b>{bars(histogram(values))}</div>')
     title = escape(os.path.basename(os.path.abspath(folder)))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{GENERATOR}<title>{title}</title>'
+        f"<style>{STYLE}</style>"
         "</head><body><main>"
         f"<h1>{title}</h1>{''.join(out)}</div></main></body></html>\n"
     )
@@ -359,6 +360,9 @@ def main(argv=None):
     add("--live", action="store_true", help="serve a run's page on this machine while it runs; no file is written")
     add("--port", type=int, default=0, metavar="N", help="of --live (default: a free one)")
     args = parser.parse_args(argv)
+    out = args.out or os.path.join(args.folder[0], "inspect.html")
+    if not args.live:
+        check_file(out, GENERATOR)
     if runs.is_run(args.folder[0]) or len(args.folder) > 1 or args.live:
         if len(args.folder) > 2 or args.responses:
             raise InputError(
@@ -374,10 +378,7 @@ def main(argv=None):
     else:
         responses = read_responses(args.responses) if args.responses else None
         html = page(args.folder[0], responses, args.limit, args.media)
-    out = args.out or os.path.join(args.folder[0], "inspect.html")
-    with open(f"{out}.draft", "w", encoding="utf-8", errors="replace") as file:
-        file.write(html)
-    os.replace(f"{out}.draft", out)
+    write_text(out, html)
     print(f"{out}: {len(html) / 1e6:.1f} MB")
 
 

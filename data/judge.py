@@ -67,7 +67,7 @@ class Judge:
     a reply fails, stalls or holds no score, each after twice as long a pause; at_once: requests under way.
     """
 
-    batch, own_limit, __name__ = True, True, "judge"  # as data.rewards calls it
+    batch, __name__ = True, "judge"  # as data.rewards calls it
 
     def __init__(self, url, model, rubric="", policies=None, cache="", seconds=60.0, retries=3, at_once=8, pause=0.5):
         parts = urlsplit(url)

@@ -8,12 +8,11 @@ nor the functional programs. With the right scene it must be right always, with 
 """
 
 import argparse
-import os
 import re
 
 import numpy as np
 
-from data import InputError, check_file, command
+from data import InputError, check_file, command, write_text
 from data.clevr import ATTRIBUTES, SceneTable
 from data.clevr_policy import FEW, build_policy, choose, figures, make_items, read_clevr, route, sample_scenes
 from data.dataset import IMAGE, load_items, load_policies
@@ -234,7 +233,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the table's policies and scenes (default 0)")
     args = parser.parse_args(argv)
     if args.table:
-        check_file(args.table, ".md", "--table")
+        check_file(args.table, " | ".join(HEADER), "--table")
     if not args.folders and not args.table:
         raise InputError("nothing to do: expected data folders or --table FILE")
     for folder in args.folders:
@@ -261,10 +260,7 @@ def main(argv=None):
                     row = survey(depth, variant, conditions, drawn, args.seed, queries=queries)
                     lines.append("| " + " | ".join(map(str, row)) + " |")
                     print(lines[-1], flush=True)
-        draft = f"{args.table}.draft"
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.replace(draft, args.table)
+        write_text(args.table, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -167,21 +167,62 @@ class Slots:
         values.view(-1, k.shape[-1]).index_copy_(0, self.into, v.view(-1, k.shape[-1]))
         (B, H, _, C), J = q.shape, k.shape[1]
         q = q.view(B, J, H // J, C)
-        outs = q.new_zeros(self.levels, B, J, H // J, C)  # of each level: own tokens, prompt, prefix
-        lses = q.new_full((self.levels, B, J, H // J, 1), -torch.inf, dtype=torch.float)
-        outs[0], lses[0] = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
+        own = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
+        return self.with_shared(layer, q, own).view(B, H, 1, C)
+
+    def with_shared(self, layer, q, own):
+        """Attention (B,J,T,C) of q (B,J,T,C), T queries per row, to its prompt and prefix as well; own: to its own."""
+        B, J, T, C = q.shape
+        outs = q.new_zeros(self.levels, B, J, T, C)  # of each level: own tokens, prompt, prefix
+        lses = q.new_full((self.levels, B, J, T, 1), -torch.inf, dtype=torch.float)
+        outs[0], lses[0] = own
         for level, segment, rows, readers, real in self.readers:
             prompts = len(segment.lengths)
-            asked = q[rows].view(prompts, -1, J, H // J, C).transpose(1, 2).reshape(prompts, J, -1, C)  # rows by prompt
+            asked = q[rows].view(prompts, -1, J, T, C).transpose(1, 2).reshape(prompts, J, -1, C)  # rows by prompt
             parts = attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)
             for into, part in zip((outs, lses), parts):
-                part = part.unflatten(2, (-1, H // J)).transpose(1, 2).flatten(0, 1)  # (rows of all, J, H/J, C or 1)
+                part = part.unflatten(2, (-1, T)).transpose(1, 2).flatten(0, 1)  # (rows of all, J, T, C or 1)
                 into[level, readers] = part if real is None else part[real]
-        return join(outs, lses).view(B, H, 1, C)
+        return join(outs, lses)
+
+    def reading(self, rows, starts, lengths, where):
+        """Cache of one pass over more tokens of some rows, whose own go on there; see SlotsReading."""
+        return SlotsReading(self, rows, starts, lengths, where)
 
     def keep(self, rows):
         """Give up all slots but these."""
         keep_rows(self, rows)
+
+
+class SlotsReading(Slots):
+    """Cache of one pass over tokens that rows are given to read, say what a tool has answered.
+
+    rows: which slots; starts: tokens that each holds; lengths: tokens that it reads, padded in the pass to the longest;
+    where: (segment, index in it) that each sees.
+    """
+
+    def __init__(self, slots, rows, starts, lengths, where):
+        self.keys, self.values, self.length = slots.keys, slots.values, 0
+        self.connect(dict(enumerate(where)))
+        _, J, capacity, _ = self.keys[0].shape
+        device = self.keys[0].device
+        self.rows, starts, lengths = (torch.tensor(x, device=device) for x in (rows, starts, lengths))
+        new = torch.arange(int(lengths.max()), device=device)  # (T,)
+        place, self.real = starts[:, None] + new, new < lengths[:, None]  # (B,T) each
+        heads = self.rows[:, None, None] * J + torch.arange(J, device=device)  # (B,1,J)
+        self.into = (heads * capacity + place[..., None])[self.real].flatten()  # (L*J,)
+        self.span = int((starts + lengths).max())
+        hidden = torch.arange(self.span, device=device) > place[..., None]  # (B,T,S)
+        self.bias = self.keys[0].new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]  # (B,1,T,S)
+
+    def attend(self, layer, q, k, v, mask):
+        (B, H, T, C), J = q.shape, k.shape[1]
+        for held, new in (self.keys[layer], k), (self.values[layer], v):
+            held.view(-1, C).index_copy_(0, self.into, new.transpose(1, 2)[self.real].flatten(0, 1))
+        keys, values = (held[layer][self.rows, :, : self.span] for held in (self.keys, self.values))
+        q = q.reshape(B, J, -1, C)  # the heads that share keys, one after the other
+        own = attend_part(q, keys, values, self.bias.repeat(1, 1, H // J, 1))
+        return self.with_shared(layer, q, own).view(B, H, T, C)
 
 
 # -- 4. responses being written, on a GPU ------------------------------------------------------------------------------
@@ -265,9 +306,34 @@ class Arena:
         where = self.tiles, self.ranges, self.own, self.place
         return self.attend_ranges(*new, self.keys[layer], self.values[layer], *where)[:, :, None]
 
+    def reading(self, rows, starts, lengths, where):
+        """Cache of one pass over more tokens of some rows, whose own go on there; see ArenaReading."""
+        return ArenaReading(self, rows, starts, lengths, where)
+
     def keep(self, rows):
         """Give up all rows but these."""
         self.own = self.own[torch.tensor(rows, device=self.own.device)]
+
+
+class ArenaReading(Arena):
+    """SlotsReading in an arena: to its kernel each of the tokens is a row, which sees those of its row before it."""
+
+    def __init__(self, arena, rows, starts, lengths, where):
+        vars(self).update(vars(arena))
+        member = np.repeat(np.arange(len(rows)), lengths)  # (L,) of each token
+        number = np.concatenate([np.arange(n) for n in lengths])
+        self.own = arena.own[self.there(np.array(rows)[member])]
+        self.connect({i: where[b] for i, b in enumerate(member)})
+        self.set(np.array(starts)[member] + number)
+        self.token = self.there(member), self.there(number)  # (L,) each: where it stands in the pass
+
+    def attend(self, layer, q, k, v, mask):
+        for held, new in (self.keys[layer], k), (self.values[layer], v):  # before the kernel, which orders no rows
+            held[self.place] = new.transpose(1, 2)[self.token]
+        out = torch.zeros_like(q.transpose(1, 2))  # (B,T,H,C)
+        q, k, v = (x.transpose(1, 2)[self.token][:, :, None] for x in (q, k, v))  # (L,heads,1,C)
+        out[self.token] = super().attend(layer, q, k, v, mask)[:, :, 0]
+        return out.transpose(1, 2)
 
 
 def decoding_cache(model, rows, capacity, room):

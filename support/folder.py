@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from data import InputError, strangers
+from data import InputError, refuse_strangers
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "validation.jsonl")
 OWN = (*LOGS, "tensorboard", "checkpoints", "model", "adapter", "config.json")  # deleted in this order: what says whose
@@ -36,9 +36,8 @@ def keep_apart(out, inputs):
 
 def refuse_foreign(out, is_ours):
     """Raise InputError where a folder is not `is_ours` and holds anything."""
-    if not is_ours and (names := strangers(out, LEFTOVERS)):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise InputError(f"--out {out}: found {names[0]}{more}, which we did not write, expected a new or empty folder")
+    if not is_ours:
+        refuse_strangers(out, (*LEFTOVERS, "judge.cache"))  # which is kept, as it has cost money
 
 
 def lock(folder, wait=0.0):

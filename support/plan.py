@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import model as qwen
-from data import check_file
+from data import check_file, write_text
 from support.config import CommonConfig, option, parse, redefault, refuse
+from support.engine import SHARE
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
           "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
@@ -53,7 +54,9 @@ class Config:
     gradient_checkpointing: bool = redefault(CommonConfig, "gradient_checkpointing", False)
     train_vision: bool = redefault(CommonConfig, "train_vision", True)
     dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
-    budget: int = option(1 << 17, "rl: tokens of prompts and responses that sampling holds at a time, a GPU", least=1)
+    budget: int = option(
+        0, "rl: tokens of prompts and responses that sampling holds at a time, a GPU; 0: what memory allows", least=0
+    )
     latent: bool = option(False, "rl: latent actions of the paper's sizes: only their policy is trained")
     reference: bool = option(True, "rl: a KL term or a frozen sampler also holds the start model")
     out: str = option("", "write the plan to this file, too")
@@ -199,11 +202,19 @@ def plan(config):
     tokens = config.micro_batch * (config.response if config.stage == "rl" else config.prompt + config.response)
     head = tokens * text.hidden_size * 8 + (4 * text.vocab_size * text.hidden_size if config.full else 0)
     phases = {"learning": kept + 2 * x + block / 2 + head + 2 * 4 * 2048 * text.vocab_size}
+    held = 0  # tokens, by sampling
     if config.stage == "rl":
-        cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
-        phases["sampling"] = cache + (width * total if config.full else 0)  # whole weights, gathered or cast once
+        whole = width * total if config.full else 0  # weights, gathered or cast once
+        held, phases["sampling"] = sampling(config, text, layers, sum(parts.values()), whole, width)
     peak = sum(parts.values()) + max(phases.values())
-    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
+    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak, "held": held}
+
+
+def sampling(config, text, layers, taken, whole, width):
+    """Tokens that sampling holds, as engine.fitting chooses, and the bytes of these and of `whole` weights."""
+    token, one_row = 2 * text.num_key_value_heads * text.head_dim * layers * width, config.prompt + config.response
+    held = config.budget or max(int(SHARE * (config.memory * GB - taken - whole) / token), one_row)
+    return held, token * held + whole
 
 
 LATENT = {"K": 128, "inverse": 4, "merge": 2, "policy": 8}  # variants/latent, the paper's sizes
@@ -228,18 +239,18 @@ def latent_plan(config, text, total, layer, block, x, width):
     policy = LATENT["policy"]
     kept = policy * x + block if config.gradient_checkpointing else policy * block
     head = config.micro_batch * config.response * text.hidden_size * 8
-    layers = text.num_hidden_layers + policy
-    cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
-    phases = {"learning": kept + 2 * x + block / 2 + head + width * tuned, "sampling": cache + width * (tuned + rows)}
-    peak = sum(parts.values()) + max(phases.values())
-    return {"parameters": total + tuned + others, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
+    phases = {"learning": kept + 2 * x + block / 2 + head + width * tuned}
+    taken, layers = sum(parts.values()), text.num_hidden_layers + policy
+    held, phases["sampling"] = sampling(config, text, layers, taken, width * (tuned + rows), width)
+    found = {"parameters": total + tuned + others, "trained": tuned, "parts": parts, "phases": phases}
+    return {**found, "peak": taken + max(phases.values()), "held": held}
 
 
 def advice(config, result):
     """Levers that lower the peak, most useful first, as lines of text."""
     levers = []
     learning, sampling = result["phases"]["learning"], result["phases"].get("sampling", 0)
-    if sampling >= learning:
+    if config.budget and sampling >= learning:
         levers.append(f"--budget {config.budget // 2}: sampling holds fewer tokens at a time")
     if not config.gradient_checkpointing:
         levers.append("--gradient-checkpointing: keeps the inputs of blocks only, a third more time")
@@ -265,7 +276,8 @@ def report(config):
         f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"
     ]
     lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
-    lines += [f"  {size / GB:8.2f}  {name}: {PHASES[name]}" for name, size in result["phases"].items()]
+    phases = PHASES | {"sampling": f"{PHASES['sampling']}; {result['held']:,} tokens at a time"}
+    lines += [f"  {size / GB:8.2f}  {name}: {phases[name]}" for name, size in result["phases"].items()]
     fits = result["peak"] / GB <= config.memory
     verdict = f"{'fits' if fits else 'does not fit'} {config.memory:g} GB"
     lines.append(f"  {result['peak'] / GB:8.2f}  peak (the phases follow one another); {verdict}")
@@ -276,7 +288,7 @@ def table(config):
     """The four sizes in the paper's three stages as a Markdown table, each on the fewest GPUs that do."""
     config = dataclasses.replace(config, gradient_checkpointing=True)
     lines = [
-        f"GB a GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
+        f"GB on each GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
         f"tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; GPUs: the fewest, in "
         f"powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and sampling holds "
         "whole ones. Computed, not measured.\n",
@@ -302,8 +314,8 @@ def table(config):
 def main(argv=None):
     config = parse(Config, __doc__, argv)
     if config.out:
-        check_file(config.out, ".md")
+        check_file(config.out, "GB on each GPU")
     text = table(config) if config.model == "all" else report(config)
     print(text)
     if config.out:
-        Path(config.out).write_text(text + "\n")
+        write_text(config.out, text + "\n")

@@ -99,7 +99,8 @@ def load_step(qwen, folder, device, dtype):
             qwen.merge_lora(model)
     elif not config["full"]:
         targets = config["lora_targets"].split(",") if "," in config["lora_targets"] else config["lora_targets"]
-        qwen.add_lora(model, config["lora_rank"], config["lora_alpha"], targets or None)
+        alpha = config.get("lora_alpha", 2 * config["lora_rank"])  # once an option
+        qwen.add_lora(model, config["lora_rank"], alpha, targets or None)
 
     sums = state.get("shards") or [None]
     paths = [folder / shard_name(rank, len(sums)) for rank in range(len(sums))]

@@ -22,6 +22,11 @@ from helpers import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from small import ROOT, arguments, quiet, small_data, start
 
+import benchmarks.clevr
+import benchmarks.efficiency
+import benchmarks.gpu
+import benchmarks.rollout
+import benchmarks.train
 import data.benchmarks
 import data.check
 import data.clevr_policy
@@ -36,6 +41,7 @@ import evaluate
 import model as qwen
 import tiny.data
 import tiny.demo
+import tiny.pretrain
 import tiny.score
 import tiny.study
 import train_cpt
@@ -50,7 +56,8 @@ TRAINS = {"cpt": train_cpt, "sft": train_sft, "rl": train_rl}
 TRAINS |= {"gdpo": gdpo, "halves": halves, "icpo": icpo, "noisy": noisy, "opcd": opcd, "tis": tis}
 OTHERS = {f"data.{name}": getattr(data, name) for name in "benchmarks clevr_policy cot gta_policy inspect".split()}
 OTHERS |= {f"data.{name}": getattr(data, name) for name in "oracle override own check shop".split()}
-OTHERS |= {f"tiny.{name}": getattr(tiny, name) for name in "data demo score study".split()}
+OTHERS |= {f"tiny.{name}": getattr(tiny, name) for name in "data demo pretrain score study".split()}
+OTHERS |= {f"benchmarks.{name}": getattr(benchmarks, name) for name in "clevr efficiency gpu rollout train".split()}
 SECONDS, GIGABYTES = 20, 1  # a row may take so much, beside what the tests hold already
 
 

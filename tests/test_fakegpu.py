@@ -117,6 +117,39 @@ def test_sampling_writes_what_the_cpu_writes(folder, rules):
             assert max(abs(a - b) for a, b in zip(response.logprobs, right.logprobs)) < 1e-5
 
 
+class Told:
+    """Reads two results, the first with a picture, the second longer for some rows than for others."""
+
+    def __init__(self, reads):
+        self.reads = list(reads)
+
+    def reply(self, tokens, room):
+        return self.reads.pop(0) if self.reads else None
+
+    def end(self, tokens, finished):
+        return finished, []
+
+
+@pretend
+def test_dialogues_are_what_the_cpu_writes(folder):
+    """Results are read into the arena, where other rows' tokens lie beside them."""
+    from support.dialogue import following
+    from support.engine import sample
+
+    processor, prompts = prompts_of(folder)
+    reads = [
+        [following(processor, "no", [picture(56, 56)]), following(processor, "so " * (1 + 9 * p))] for p in range(4)
+    ]
+    how = dict(max_tokens=400, stop_ids=list(range(60)), banned_ids=processor.banned_ids, shared=[60] * 4)
+    write = lambda model: sample(model, prompts, 3, dialogue=lambda p: Told(reads[p]), **how)
+    expected = write(load(folder))
+    with pretended(quickly):
+        found = write(load(folder, GPU))
+    for right, response in zip(sum(expected, []), sum(found, [])):
+        assert response.tokens == right.tokens and len(right.reads) == 2 and right.finished
+        assert max(abs(a - b) for a, b in zip(response.logprobs, right.logprobs)) < 1e-5
+
+
 RUNS = {  # (script, flags)
     "cpt": ("train_cpt", {}),
     "sft": ("train_sft", {}),

@@ -10,7 +10,8 @@ import pytest
 
 from data import InputError
 from data.judge import RUBRIC, Judge, read_score
-from data.rewards import Failures, load, score
+from data.rewards import Failures, score
+from support.judging import load_rewards
 
 POLICIES = {"P": {"text": "Opened goods stay."}}
 ITEM = {"id": "i", "policy": "P", "question": "May {response} I?", "images": [], "answer": "No.", "boxed": False}
@@ -78,8 +79,8 @@ def test_what_gives_no_answer_is_not_sent(server):
 
 
 def test_nothing_is_sent_unless_it_is_asked_for(server):
-    found = load("accuracy", judge(server))
-    score(found, [""], ["No."], [ITEM], 5)
+    found = load_rewards("accuracy", 5, judge(server))
+    score(found, [""], ["No."], [ITEM])
     assert server.asked == []
 
 
@@ -144,7 +145,7 @@ def test_what_will_not_change_is_not_asked_again(server, status, capsys):
 
 def test_a_server_that_is_not_there_costs_the_rewards_only(capsys):
     dead = Judge("http://127.0.0.1:9/v1", "m", policies=POLICIES, retries=1, pause=0.01)
-    (row,) = score(load("judge=0.5,token_f1=0.5", dead), [""], ["No."], [ITEM], 5)
+    (row,) = score(load_rewards("judge=0.5,token_f1=0.5", 5, dead), [""], ["No."], [ITEM])
     assert math.isnan(row[0]) and row[1] == 1
     assert "reward judge: ConnectionRefusedError on item i" in capsys.readouterr().err
 

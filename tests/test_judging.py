@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import tiny_checkpoint
 from rl_bench import rl_folder, run
+from small import small_data, write_lines
 
+import evaluate
 import train_rl
 from data import InputError, rewards
 from support.config import parse
@@ -66,7 +69,7 @@ def test_what_a_function_does_costs_its_response_only(mine, name, capfd):
     """Each evil is followed by a response that is judged well; what is changed is a copy; all is told by kind."""
     order = [how for case in CASES for how in (case, "fine")]
     items = [{"id": how, "answer": "A", "images": ["p"]} for how in order]
-    found = rewards.score(load_rewards(name, 0.5), [""] * len(order), order, items, 0.5)
+    found = rewards.score(load_rewards(name, 0.5), [""] * len(order), order, items)
     for how, (value,) in zip(order, found):
         expected = CASES[how][0]
         assert value == expected if expected is not None else value != value, how
@@ -88,8 +91,27 @@ def test_modules_are_found_as_the_users_own_script_finds_them(mine):
     found = load_rewards("train_rl:theirs=0.5, sub/near.py:f, data.referral:recall, format=0.1", 5)
     assert [(name, weight) for name, _, weight in found] == [("theirs", 0.5), ("f", 1), ("recall", 1), ("format", 0.1)]
     item = {"answer": "x", "sections": [], "path": []}
-    row = rewards.score(found, [""], ["<think>a</think>\\boxed{x}"], [item], 5)[0]
+    row = rewards.score(found, [""], ["<think>a</think>\\boxed{x}"], [item])[0]
     assert row[:2] == [7.0, 2.0] and row[3] == 1.0
+
+
+def test_an_evaluation_survives_the_same_functions(mine, capsys):
+    """--reward means the same there: what fails counts as wrong, and is told of; the prompt is what was read."""
+    (mine / "wicked.py").write_text(
+        WICKED + "\ndef asked(prompt, response, item): return reward(prompt, prompt.split('apply ')[-1], item)\n"
+    )
+    tiny_checkpoint(mine / "model", layers=1)
+    small_data(mine / "data")
+    row = {"policy": "P1", "images": ["images/0.png"], "answer": "A"}
+    write_lines(mine / "data" / "test.jsonl", [{**row, "id": how, "question": f"apply {how} :"} for how in CASES])
+    words = ["--model", "model", "--data", "data", "--out", "eval", "--device", "cpu", "--max-response", "2"]
+    evaluate.main([*words, "--reward", "wicked:asked,format", "--reward-seconds", "0.5"])
+    records = {row["id"]: row for row in map(json.loads, (mine / "eval" / "no_policy.jsonl").open())}
+    assert {how: record["reward"]["asked"] for how, record in records.items()} == {
+        how: value for how, (value, _) in CASES.items()
+    }
+    assert all(record["correct"] == float(record["reward"]["asked"] is not None) for record in records.values())
+    assert "rewards that failed, and count as wrong: 1 x Died in asked, 2 x Hung in asked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -99,18 +121,25 @@ def test_modules_are_found_as_the_users_own_script_finds_them(mine):
         ("nowhere:f", "No module named 'nowhere'"),
         ("./nowhere.py:f", "No such file"),
         ("wicked:WORD", "is no function"),
+        ("wicked:Kind", "is no function"),
+        ("data.rewards:batch", "too many positional"),
+        ("data.rewards:nothing", "has no attribute"),
+        ("judge", "no --judge-url found"),
+        ("accuracy,accuracy", "twice"),
         ("wicked:two", "missing a required argument|too many positional"),
         ("broken:f", "ZeroDivisionError"),
         ("leaves:f", "SystemExit"),
         ("parse", "'parse'"),
         ("guarded", "'guarded'"),
         ("accuracy=much", "much"),
-        ("accuracy=inf", "inf"),
+        ("accuracy=inf", "weight inf"),
+        ("accuracy=nan", "weight nan"),
+        ("wicked:reward=-inf", "weight -inf"),
         ("wicked:reward, wicked.py:reward", "twice"),
     ],
 )
 def test_only_reward_functions_are_accepted(mine, text, line):
-    (mine / "wicked.py").write_text(WICKED + "\nWORD = 3\ndef two(a, b): pass\n")
+    (mine / "wicked.py").write_text(WICKED + "\nWORD = 3\nclass Kind: pass\ndef two(a, b): pass\n")
     (mine / "broken.py").write_text("1 / 0")
     (mine / "leaves.py").write_text("import sys; sys.exit()")
     with pytest.raises(InputError, match=line) as caught:
@@ -128,7 +157,7 @@ def test_a_batch_function_is_called_once_for_all(mine):
         "reward.batch = True\n"
     )
     found = load_rewards("many:reward", 5)
-    assert rewards.score(found, [""] * 2, ["a", "bc"], [{"id": "x"}] * 2, 5) == [[2.0], [3.0]]
+    assert rewards.score(found, [""] * 2, ["a", "bc"], [{"id": "x"}] * 2) == [[2.0], [3.0]]
 
 
 def test_its_process_ends_with_the_run(mine):

@@ -2,14 +2,12 @@
 
 import json
 import math
-import sys
 import time
 
 import pytest
 
-from data import InputError
 from data.dataset import target
-from data.rewards import Failures, accuracy, batch, exact_chain, format, guarded, load, parse, score, thoughts, token_f1
+from data.rewards import Failures, accuracy, batch, exact_chain, format, named, parse, score, thoughts, token_f1
 
 ITEM = {"answer": "Case 3", "cot": "Condition 1 asks: Is there a cube? The answer is yes, so the response is Case 3."}
 
@@ -142,7 +140,7 @@ def test_free_text_is_what_follows_the_thoughts():
 
 
 def test_calls_are_scored_by_name_and_arguments():
-    ((_, json_call, _),) = load("json_call")
+    json_call = named("json_call")
     item = {"id": "c", "answer": '{"name": "find", "arguments": {"a": 1, "b": "x"}}', "boxed": False}
     say = lambda **changes: json.dumps({"name": "find", "arguments": {"a": 1, "b": "x"}} | changes)
     assert json_call("", say(), item) == 1 and json_call("", say(arguments={"a": 1}), item) == 0.75
@@ -150,86 +148,20 @@ def test_calls_are_scored_by_name_and_arguments():
     assert json_call("", "\\boxed{%s}" % say(), item | {"boxed": True}) == 1
 
 
-WICKED = """
-import sys, time
-def good(prompt, response, item): return len(response)
-def raises(prompt, response, item): return item["nothing"]
-def leaves(prompt, response, item): sys.exit(0)
-def text(prompt, response, item): return "0.5"
-def nan(prompt, response, item): return float("nan")
-def edits(prompt, response, item): item["answer"] = "gone"; item["images"].append("x"); return 1
-def two(prompt, response): return 1
-def hangs(prompt, response, item):
-    while True:
-        try:
-            time.sleep(0.01)
-        except:
-            pass
-value = 3
-class Kind: pass
-"""
-
-
-@pytest.fixture
-def wicked(tmp_path):
-    (tmp_path / "wicked_rewards.py").write_text(WICKED)
-    return tmp_path / "wicked_rewards.py"
-
-
-@pytest.mark.parametrize("name", ["raises", "leaves", "text", "nan", "hangs"])
-def test_a_reward_that_misbehaves_costs_its_response_and_is_told_once(wicked, name, capsys, monkeypatch):
+@pytest.mark.parametrize("wrong", ["raises", "text", "none", "nan"])
+def test_a_reward_that_misbehaves_costs_its_response_and_is_told_once(wrong, capsys, monkeypatch):
+    """Those of the user's in a process of their own, in tests/test_judging.py."""
     monkeypatch.setattr("data.rewards.failures", Failures())
+
+    def bad(prompt, response, item):
+        return {"text": "0.5", "none": None, "nan": math.nan}[wrong]
+
     item = {"id": "i7", "answer": "x", "images": []}
-    start = time.monotonic()
-    found = score(load(f"{wicked}:{name}, {wicked}:good=0.5"), ["", ""], ["ab", "cde"], [item, item], 0.2)
-    assert time.monotonic() - start < 5
+    good = ("good", lambda prompt, response, item: len(response), 1.0)
+    found = score([("bad", bad, 1.0), good], ["", ""], ["ab", "cde"], [item, item])
     assert [[math.isnan(bad), good] for bad, good in found] == [[True, 2], [True, 3]]
     told = capsys.readouterr().err
-    assert (
-        told.count(f"reward {name}:") == 1 and "item i7" in told and (name != "raises" or "KeyError: 'nothing'" in told)
-    )
-
-
-def test_a_reward_gets_a_copy_of_the_item(wicked):
-    item = {"id": "i", "answer": "x", "images": []}
-    assert score(load(f"{wicked}:edits"), [""], [""], [item], 5) == [[1.0]]
-    assert item == {"id": "i", "answer": "x", "images": []}
-
-
-def test_rewards_are_found_by_name_module_and_file(wicked, monkeypatch):
-    """From anywhere, and with modules beside them that are called as ours are."""
-    monkeypatch.chdir(wicked.parent)
-    (wicked.parent / "evaluate.py").write_text("HOME = 'theirs'\n")
-    (wicked.parent / "mine.py").write_text("import evaluate\ndef f(p, r, i): return evaluate.HOME == 'theirs'\n")
-    for name in ("evaluate", "mine"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    found = load("accuracy=0.9, ./wicked_rewards.py:good=0.05, mine:f")
-    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    assert [(name, weight) for name, _, weight in found] == [("accuracy", 0.9), ("good", 0.05), ("f", 1.0)]
-    assert score(found, [""], ["\\boxed{x}"], [{"id": "i", "answer": "x"}], 5) == [[1, 9, 1]]
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("parse", "no attribute 'parse'"),
-        ("load", "no attribute 'load'"),
-        ("accuracy=nan", "weight nan"),
-        ("accuracy=inf", "weight inf"),
-        ("accuracy=much", "could not convert"),
-        ("judge", "no --judge-url found"),
-        ("accuracy,accuracy", "a name twice"),
-        ("nowhere:f", "nowhere"),
-        ("FILE:value", "value is no function"),
-        ("FILE:Kind", "Kind is no function"),
-        ("FILE:two", "too many positional arguments"),
-        ("FILE:none", "no attribute 'none'"),
-    ],
-)
-def test_what_is_no_reward_is_refused(wicked, text, says):
-    with pytest.raises(InputError, match=says) as error:
-        load(text.replace("FILE", str(wicked)))
-    assert "\n" not in str(error.value)
+    assert told.count("reward bad:") == 1 and "item i7" in told and (wrong != "raises" or "KeyError: 'raises'" in told)
 
 
 def test_a_batch_reward_is_called_once_with_all_of_them(monkeypatch, capsys):
@@ -246,8 +178,8 @@ def test_a_batch_reward_is_called_once_with_all_of_them(monkeypatch, capsys):
         return [1.0]
 
     items = [{"id": str(k), "answer": "x"} for k in range(3)]
-    found = score([("a", lengths, 1.0), ("b", short, 1.0)], [""] * 3, ["a", "", "abc"], items, 5)
+    found = score([("a", lengths, 1.0), ("b", short, 1.0)], [""] * 3, ["a", "", "abc"], items)
     assert calls == [3] and [row[0] for row in found][::2] == [1, 3] and math.isnan(found[1][0])
     assert all(math.isnan(row[1]) for row in found)
     assert "found 1 rewards, expected 3" in capsys.readouterr().err
-    assert guarded(lengths, "", "ab", items[0], 5) == 2
+    assert score([("a", lengths, 1.0)], [""], ["ab"], items[:1]) == [[2.0]]

@@ -1,5 +1,6 @@
 """The study's bookkeeping: what it averages, what it compares, and that it does nothing twice."""
 
+import hashlib
 import importlib
 import json
 import time
@@ -76,9 +77,10 @@ def test_what_is_done_is_not_done_again_and_time_ends_it(tmp_path, monkeypatch):
 
 def test_runs_of_another_base_are_not_taken_up(tmp_path):
     """Their rows would be averaged with those of this one."""
-    (tmp_path / "base.sha1").write_text("of another")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "base.sha1").write_text("of another")
     with pytest.raises(InputError, match="another base"):
-        study.main(["--out", str(tmp_path), "--results", str(tmp_path / "results"), "--hours", "1e-6"])
+        study.main(["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--hours", "1e-6"])
 
 
 def test_the_tables_and_figures_are_written(tmp_path):
@@ -117,7 +119,9 @@ def test_a_stopped_study_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "out" / "readers").mkdir(parents=True)  # a folder that an earlier call made
     old = [row("T4", 0, 0, "sft", 0.1, seconds=36.0), row("T4", 0, 0, "sft_grpo", 0.1, seconds=72.0)]
-    (tmp_path / "results" / "study.json").write_text(json.dumps({"rows": old}))
+    (tmp_path / "results" / "study.json").write_text(json.dumps({"poro_less_grpo": {}, "rows": old}))
+    base = hashlib.sha1((study.BASE / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "out" / "base.sha1").write_text(base)
     again = row("T4", 0, 0, "sft", 0.9, seconds=36.0)
     (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(again) + "\n")
     where = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--worlds", "T4", "--missing"]

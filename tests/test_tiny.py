@@ -339,7 +339,7 @@ def test_a_table_without_its_place_is_one_line(tmp_path):
 
 def test_the_demo_refuses_a_folder_that_holds_another_run(tmp_path):
     (tmp_path / "x").touch()
-    with pytest.raises(InputError, match="holds x, which we did not write"):
+    with pytest.raises(InputError, match="found x, which we did not write"):
         demo.main(["--out", str(tmp_path), "--model", str(BASE)])
 
 

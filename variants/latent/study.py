@@ -42,7 +42,7 @@ SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-batch 24 --schedu
 SFT = "--split sft.jsonl --batch-size 16 --micro-batch 16 --lr 3e-4 --steps 40"
 LATENT = "--batch-size 16 --micro-batch 16 --warmup 20 --keep-states"
 RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0"
-RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 30"
+RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 60"
 POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0 --steps 30"
 INVERSE = f"{LATENT} --codes 16 --inverse-blocks 2 --policy-blocks 3 --lr 3e-3"
 
