@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from helpers import randomize, tiny_checkpoint
 from rl_bench import Bench, draw, run
 from rl_bench import config as settings_of
-from small import arguments, quiet, small_data, write_lines
+from small import ROOT, arguments, quiet, small_data, write_lines
 
 import evaluate
 import model as qwen
@@ -387,3 +389,18 @@ def test_pairs_lack_what_text_has(tmp_path):
     }
     for row in read("rl.jsonl"):
         assert captions.judge("", row["answer"], row) == captions.truth(row["answer"], row) == 1.0
+
+
+def test_the_readme_shows_the_whole_seam():
+    """At most twenty lines of the core, each as it stands there; no other line of the core knows of actions."""
+    text = Path(latent.__file__).with_name("README.md").read_text()
+    shown = re.split(r"^(?=\w)", text.partition("```diff\n")[2].partition("```")[0], flags=re.M)[1:]
+    files = {part.split()[0]: [line[1:] for line in part.splitlines()[1:]] for part in shown}
+    assert sum(map(len, files.values())) <= 20
+    core = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]
+    for path in core:
+        lines, name = path.read_text().splitlines(), str(path.relative_to(ROOT))
+        assert set(files.get(name, [])) <= set(lines), name
+        hooks = [line for line in lines if re.search(r'latents|"Decoder"|"prepare"|\.actions|= load_weights\(', line)]
+        assert set(hooks) <= set(files.get(name, [])) or name in ("support/plan.py",), name
+    assert "latent" not in (ROOT / "model.py").read_text()
