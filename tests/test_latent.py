@@ -1,8 +1,10 @@
 """variants/latent: its losses by hand, its codes by their distribution, and what RL moves."""
 
+import io
 import json
 import math
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from support import chat, plan
 from support.engine import Rules, sample
 from support.runs import open_model
 from train_rl import Config
+from variants import opcd
 from variants.latent import actions, captions
 from variants.latent import train as latent
 
@@ -163,6 +166,28 @@ def test_other_stages_and_exports_refuse_latents(folder, tmp_path):
         with pytest.raises(InputError, match="expected") as error:
             work()
         assert "\n" not in str(error.value)
+
+
+def test_distances_between_distributions_are_over_codes(folder):
+    """variants/opcd.py asks for hidden states and a head: [u; h] and [W; 0] are the policy's; the rest stays."""
+    rows = run(folder, "opcd", method=opcd, steps=2, top_tokens=4, algorithm="opcd", group_size=2)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    before, after = (actions.load_pretrained(folder / name).state_dict() for name in ("model", "opcd/model"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("model.latents.policy.") for name in moved)
+
+
+def test_a_chat_answers_with_the_best_word_of_the_best_code(folder, monkeypatch, capsys):
+    """--chat knows only `logits`; it says what greedy sampling says."""
+    model, processor = actions.load_pretrained(folder / "model").eval(), Processor.from_pretrained(folder / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    limits = dict(adapter="", image=None, min_pixels=0, max_pixels=0, max_tokens=5)
+    chat.chat(qwen, SimpleNamespace(chat=str(folder / "model"), **limits))
+    prompt = processor.encode([{"role": "user", "content": "go"}], add_generation_prompt=True)
+    rules = dict(max_tokens=5, temperature=0.0, banned_ids=processor.banned_ids, stop_ids=processor.stop_ids)
+    ((response,),) = sample(model, [prompt], 1, **rules)
+    said = chat.terminal(processor.decode(response.tokens)).rstrip("\ufffd")  # half a character is not printed
+    assert said and capsys.readouterr().out.strip() == said.strip()
 
 
 # -- losses, by hand in float64 ----------------------------------------------------------------------------------------
@@ -343,6 +368,21 @@ def test_the_papers_depths_build_and_learn_on_small_widths(tmp_path):
     (-(logp * micro.A).mean()).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved and all(name.startswith("model.latents.policy.") for name in moved)
+
+
+def test_a_stage_goes_on_where_it_stopped_bit_for_bit(folder, stages, tmp_path):
+    """What a stage does not train is drawn by the seed again, and an epoch's kept batches come in the same order."""
+    for name in ("whole", "resumed"):
+        flags = dict(steps=3, micro_batch=4, codes=8, inverse_blocks=1, policy_blocks=2, keep_states=True)
+        words = arguments(folder / "plain", folder / "captions", tmp_path / name, save_every=2, **flags)
+        code, errors = quiet(latent.main, ["--stage", "1", *words])
+        assert code == 0, errors
+    for name in ("model", "checkpoints/step-00000003"):  # as if it had been killed in its last step
+        shutil.rmtree(tmp_path / "resumed" / name)
+    code, errors = quiet(latent.main, ["--stage", "1", *words, "--resume"])
+    assert code == 0 and "resumed after step 2" in errors
+    whole, resumed = (actions.load_pretrained(tmp_path / name / "model") for name in ("whole", "resumed"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
