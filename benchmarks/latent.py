@@ -6,7 +6,7 @@ The paper, 3B on A100s: rollout 1.13, update 0.86, step 1.08 times the time of w
 with the 3B's proportions (9 blocks, of codes 1 + 2 + 2, K = 128), fp32 on a CPU, all in one process, alternating, so
 that the ratios are of one run.
 
-    rollout   support.engine.sample: 2 queries of 300 tokens with a picture, 8 responses of 48 tokens each
+    rollout   support.engine.sample: 2 queries of 200 tokens with a picture, 4 responses of 48 tokens each
     update    GRPO's gradient of these and AdamW, as train_rl.py computes them: words with all parameters trained, words
               with the top 2 blocks, norm, embedding and head as the paper's token arms train, and codes
 
@@ -29,10 +29,10 @@ from support.engine import sample
 from tiny.report import provenance
 from variants.latent import actions
 
-SIZE = dict(width=256, layers=9, vocab=151_936, prompts=2, length=300, responses=8, tokens=48, policy=0)
+SIZE = dict(width=256, layers=9, vocab=151_936, prompts=2, length=200, responses=4, tokens=48, policy=0)
 QUICK = {**SIZE, "layers": 4, "vocab": 8_000, "tokens": 8, "length": 120}
 BLOCKS = 2  # of the policy, and of the top of the base: 8 of 36 at 3B
-REPEATS = 3
+REPEATS = 2
 
 
 def models(folder):
