@@ -24,7 +24,7 @@ import train_rl
 import train_sft
 from data import command
 from data.clevr_policy import write_jsonl
-from data.dataset import load_items, load_policies, target
+from data.dataset import load_items, load_policies
 from rollout import PolicyRollout
 from support.batching import collate
 from support.checkpoint import write_json
@@ -112,9 +112,7 @@ def chain_data(folder, seed):
             "id": item["id"],
             "policy": "",
             "question": f"{policies[item['policy']]['text']}\n\n<image>{item['question']}",
-            "answer": target(item),
-            "boxed": False,
-            "images": item["images"],
+            **{key: item[key] for key in ("answer", "cot", "images")},
         }
         for item in load_items(others, "sft.jsonl", policies)
     ]
