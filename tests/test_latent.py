@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize, tiny_checkpoint
+from helpers import picture, question, randomize, tiny_checkpoint
 from rl_bench import Bench, draw, run
 from rl_bench import config as settings_of
 from small import ROOT, arguments, quiet, small_data, write_lines
@@ -26,11 +26,12 @@ from data.clevr import ATTRIBUTES
 from model import Processor, load_pretrained, save_pretrained
 from rollout import Group, PolicyRollout, Responses
 from support import chat, plan
+from support.batching import collate
 from support.engine import Rules, sample
 from support.runs import open_model
 from train_rl import Config
 from variants import opcd
-from variants.latent import actions, captions
+from variants.latent import actions, captions, study
 from variants.latent import train as latent
 
 SIZES = dict(K=8, inverse=1, merge=2, policy=2)
@@ -370,6 +371,34 @@ def test_the_papers_depths_build_and_learn_on_small_widths(tmp_path):
     assert moved and all(name.startswith("model.latents.policy.") for name in moved)
 
 
+def test_a_code_sees_one_token_of_the_future(folder):
+    """a_t is read from place t + 1: the next token moves it, the one after does not."""
+    model, processor = actions.load_pretrained(folder / "model"), Processor.from_pretrained(folder / "model")
+    prompt = processor.encode([{"role": "user", "content": "go"}], add_generation_prompt=True)
+
+    def codes(*tokens):
+        batch = collate([prompt], [list(tokens)], pad_id=processor.pad_id)
+        return latent.code_logits(model, latent.look(model, batch, False))  # (3,K)
+
+    plain, next_one, later = codes(10, 11, 12), codes(20, 11, 12), codes(10, 11, 22)
+    assert not torch.allclose(plain[0], next_one[0]) and torch.equal(plain[:2], later[:2])
+    assert not torch.allclose(plain[2], later[2])
+
+
+def test_a_pair_without_its_picture_learns_the_same_tokens(folder):
+    """(3) and (4) hold states with and without the picture against each other, token by token."""
+    processor = Processor.from_pretrained(folder / "model")
+    ask = lambda text, *images: processor.encode(question(text, *images), add_generation_prompt=True)
+    prompts = [ask("one", picture(56, 56)), ask("two"), ask("three words", picture(84, 56))]
+    batch = collate(prompts, [[10, 11], [12], [13, 14, 15]], pad_id=processor.pad_id)
+    rows, tokens = latent.paired(batch, processor.image_pad_id)
+    blind = latent.without_pictures(batch, rows, processor)
+    assert rows.tolist() == [True, False, True] and tokens.tolist() == [True, True, False, True, True, True]
+    learned = lambda b: b.labels.flatten()[b.index].tolist()
+    assert learned(blind) == [10, 11, 13, 14, 15] and blind.pixel_values is None
+    assert torch.equal(blind.input_ids[0, : len(ask("one").input_ids)], ask("one").input_ids)
+
+
 def test_a_stage_goes_on_where_it_stopped_bit_for_bit(folder, stages, tmp_path):
     """What a stage does not train is drawn by the seed again, and an epoch's kept batches come in the same order."""
     for name in ("whole", "resumed"):
@@ -444,3 +473,12 @@ def test_the_readme_shows_the_whole_seam():
         hooks = [line for line in lines if re.search(r'latents|"Decoder"|"prepare"|\.actions|= load_weights\(', line)]
         assert set(hooks) <= set(files.get(name, [])) or name in ("support/plan.py",), name
     assert "latent" not in (ROOT / "model.py").read_text()
+
+
+def test_committed_tables_are_those_of_the_committed_seeds():
+    """Nothing in them is written by hand; what a seed lacks is called not run."""
+    seeds = json.loads((ROOT / "results" / "latent.json").read_text())["seeds"]
+    documents = [(ROOT / name).read_text() for name in ("results/latent.md", "variants/latent/README.md")]
+    for name, table in study.tables(seeds).items():
+        assert all(f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->" in text for text in documents), name
+    assert "not run" in study.tables([{"rows": {}}])["arms"]

@@ -278,7 +278,7 @@ def tables(seeds):
     reach += [["words, 6 likeliest", percent("words", "reach_top6"), "6", "", "", "", "", percent("words_rl", "judge")]]
     for name in ("codes", *ABLATIONS):
         cells = [percent(name, "reach"), plain(name, "words_in_reach")]
-        cells += [plain(name, "codes_used"), percent(name, "right"), percent(name, "right_shuffled")]
+        cells += [spread(seeds, name, "codes_used", 1), percent(name, "right"), percent(name, "right_shuffled")]
         reach.append(
             [ARMS[f"{name}_rl"].removesuffix(", RL"), *cells, percent(name, "clones"), percent(f"{name}_rl", "judge")]
         )
