@@ -202,18 +202,20 @@ def plan(config):
     tokens = config.micro_batch * (config.response if config.stage == "rl" else config.prompt + config.response)
     head = tokens * text.hidden_size * 8 + (4 * text.vocab_size * text.hidden_size if config.full else 0)
     phases = {"learning": kept + 2 * x + block / 2 + head + 2 * 4 * 2048 * text.vocab_size}
-    held = 0  # tokens, by sampling
+    held = 0
     if config.stage == "rl":
         whole = width * total if config.full else 0  # weights, gathered or cast once
-        held, phases["sampling"] = sampling(config, text, layers, sum(parts.values()), whole, width)
+        held, phases["sampling"] = sampling(config, text, layers, width, sum(parts.values()), whole)
     peak = sum(parts.values()) + max(phases.values())
     return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak, "held": held}
 
 
-def sampling(config, text, layers, taken, whole, width):
-    """Tokens that sampling holds, as engine.fitting chooses, and the bytes of these and of `whole` weights."""
-    token, one_row = 2 * text.num_key_value_heads * text.head_dim * layers * width, config.prompt + config.response
-    held = config.budget or max(int(SHARE * (config.memory * GB - taken - whole) / token), one_row)
+def sampling(config, text, layers, width, parts, whole):
+    """(tokens that sampling holds at a time, as engine.fitting chooses them; bytes of their keys and values, and
+    `whole`, of weights that it needs beside them). parts: bytes that are taken all the time."""
+    token = 2 * text.num_key_value_heads * text.head_dim * layers * width
+    free = config.memory * GB - parts - whole
+    held = config.budget or max(int(SHARE * free / token), config.prompt + config.response)
     return held, token * held + whole
 
 
@@ -239,11 +241,13 @@ def latent_plan(config, text, total, layer, block, x, width):
     policy = LATENT["policy"]
     kept = policy * x + block if config.gradient_checkpointing else policy * block
     head = config.micro_batch * config.response * text.hidden_size * 8
-    phases = {"learning": kept + 2 * x + block / 2 + head + width * tuned}
-    taken, layers = sum(parts.values()), text.num_hidden_layers + policy
-    held, phases["sampling"] = sampling(config, text, layers, taken, width * (tuned + rows), width)
-    found = {"parameters": total + tuned + others, "trained": tuned, "parts": parts, "phases": phases}
-    return {**found, "peak": taken + max(phases.values()), "held": held}
+    layers = text.num_hidden_layers + policy
+    whole = width * (tuned + rows)
+    held, sampled = sampling(config, text, layers, width, sum(parts.values()), whole)
+    phases = {"learning": kept + 2 * x + block / 2 + head + width * tuned, "sampling": sampled}
+    peak = sum(parts.values()) + max(phases.values())
+    sizes = {"parameters": total + tuned + others, "trained": tuned}
+    return {**sizes, "parts": parts, "phases": phases, "peak": peak, "held": held}
 
 
 def advice(config, result):

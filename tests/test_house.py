@@ -18,9 +18,8 @@ HOUSE = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 # checkpoint's own chat template.
 OPTIONAL = {"jinja2", "matplotlib", "tensorboard", "wandb", "pyarrow", "bert_score"}
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/GTA.md", "data/OWN.md")]
-DOCUMENTS += [
-    ROOT / folder / "README.md" for folder in ("data", "results", "benchmarks", "tiny/base", "variants/latent")
-]
+DOCUMENTED = ("data", "results", "benchmarks", "tiny/base", "tiny/tools_base", "variants/latent")
+DOCUMENTS += [ROOT / folder / "README.md" for folder in DOCUMENTED]
 per_file = pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(ROOT)))
 
 # A file may import what stands on its own level or below.

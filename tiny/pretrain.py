@@ -478,9 +478,10 @@ def with_tools(mixture, kept):
     ]
 
 
-FEW = [(0.3, "tool_recite", {"least": 3, "most": 8}), (0.7, "tools", {"least": 3, "most": 5})]
-SOME = [(0.1, "tool_recite", {"least": 4, "most": 14}), (0.9, "tools", {"least": 3, "most": 9})]
-MANY = [(0.04, "tool_recite", {"least": 6, "most": 14}), (0.96, "tools", {"least": 4, "most": 14})]
+PARTS = [(0.1, "which", {}), (0.04, "compare", {})]
+FEW = [*PARTS, (0.26, "tool_recite", {"least": 3, "most": 8}), (0.6, "tools", {"least": 3, "most": 5})]
+SOME = [*PARTS, (0.08, "tool_recite", {"least": 4, "most": 14}), (0.78, "tools", {"least": 3, "most": 9})]
+MANY = [*PARTS, (0.04, "tool_recite", {"least": 6, "most": 14}), (0.82, "tools", {"least": 4, "most": 14})]
 TOOL_PHASES = [
     (0.08, with_tools(FEW, 0.15), 1536, 0.006, 1.5e-3),
     (0.22, with_tools(SOME, 0.25), 1536, 0.006, 1.5e-3),
@@ -488,6 +489,8 @@ TOOL_PHASES = [
 ]
 TOOL_TESTS = {
     "recited": ("tool_recite", {"least": 6, "most": 14}),
+    "which": ("which", {"decisions": 1}),
+    "compare": ("compare", {"decisions": 1}),
     **{f"tools={n}": ("tools", {"least": n, "most": n, "single": True, "blind": 0}) for n in (4, 8, 14)},
     **{f"U={n}": ("apply", {"depth": n, "blind": 0}) for n in (3, 6)},
     "M, U=3": ("apply", {"depth": 3, "blind": 0, "crops": True}),
@@ -708,7 +711,7 @@ def draw_curve(out, tests):
     entries = [entry for entry in map(json.loads, open(out / "log.jsonl")) if entry["stage"] == "text"]
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
     for name in tests:
-        axis.plot([e["tokens"] / 1e6 for e in entries], [e[name] for e in entries], label=name)
+        axis.plot([e["tokens"] / 1e6 for e in entries], [e.get(name, math.nan) for e in entries], label=name)
     axis.set_xlabel("million tokens of text")
     axis.set_ylabel("queries answered exactly")
     axis.legend(fontsize=8, ncol=2)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError
+from data import InputError, write_text
 
 LOSS = (
     "Loss of rows with GRPO or PolicyRollout: DAPO's, the mean over a step's tokens, clipped at 0.2 and 0.28, no KL, "
@@ -184,8 +184,13 @@ def plotting():
 def keep(figure, path, rect=(0, 0, 1, 1), dpi=130):
     """Write a figure, its axes laid out within rect, and let go of it."""
     figure.tight_layout(rect=rect)
-    figure.savefig(path, dpi=dpi)
-    plotting().close(figure)
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(aside, dpi=dpi, format=Path(path).suffix[1:])
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+        plotting().close(figure)
 
 
 def lines_of(path):
@@ -213,7 +218,7 @@ def fill(path, blocks):
         if text.count(first) != 1 or text.count(last) != 1:
             raise InputError(f"{path}: found no place for table {name!r}, expected one {first.strip()} ... {last}")
         text = text[: text.index(first) + len(first)] + f"\n{block}\n\n" + text[text.index(last) :]
-    path.write_text(text)
+    write_text(path, text)
 
 
 def demo_table(results):
@@ -339,7 +344,7 @@ paper's figure with its own GRPO, for Qwen2.5-VL-7B on {theirs}: not the same ta
 Mean of five steps.</small></p>
 <h2>Queries, the chains they call for, and what each stage said</h2>{cases(out, results)}
 </body></html>"""
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     draw_demo(rows, out / "report.png", paper, theirs)
 
 
@@ -450,4 +455,55 @@ def draw_depths(worlds, path):
     axis.set_xticks(range(len(worlds)), worlds)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy without the policy in the prompt", fontsize=9)
+    keep(figure, path)
+
+
+def draw_field(worlds, names, path):
+    """The methods `names`, a line each, side by side in the worlds {label: rows}, as a PNG: a dot a run, their mean."""
+    worlds = {label: {row["name"]: row for row in rows} for label, rows in worlds.items()}
+    names = [name for name in names if any(name in rows for rows in worlds.values())]
+    if not names or not (pyplot := plotting()):
+        return
+    size = {"figsize": (4 + 3 * len(worlds), 0.21 * len(names) + 1.2), "sharex": True, "sharey": True}
+    figure, axes = pyplot.subplots(1, len(worlds), squeeze=False, **size)
+    for axis, (label, rows) in zip(axes[0], worlds.items()):
+        for place, name in enumerate(names):
+            if row := rows.get(name):
+                axis.plot(row["each"], [place] * row["runs"], "o", ms=4, mfc="none", mec=BLUE)
+                axis.plot(row["accuracy"], place, "|", ms=11, mew=2, color=INK)
+        if row := rows.get("in_context"):
+            axis.axvline(row["accuracy"], ls="dotted", color=INK)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", lw=0.3)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xlim(-0.02, 1.02)
+    axes[0, 0].set_xlabel("accuracy without P: runs, mean; dotted: P in the prompt, untrained", fontsize=8)
+    keep(figure, path)
+
+
+def draw_readers(readers, names, path):
+    """How much a method brings into the weights of bases that read policies more or less well, as a PNG.
+
+    readers: the rows of each base's world; names: the methods, a curve each, over the base's accuracy with P.
+    """
+    readers = [{row["name"]: row for row in rows} for rows in readers]
+    readers = sorted(
+        (rows for rows in readers if "in_context" in rows), key=lambda rows: rows["in_context"]["accuracy"]
+    )
+    if len(readers) < 2 or not (pyplot := plotting()):
+        return
+    figure, axis = pyplot.subplots(figsize=(6, 4.4))
+    axis.set_prop_cycle(color=pyplot.get_cmap("tab10").colors)
+    for name in names:
+        found = [(rows["in_context"]["accuracy"], rows[name]) for rows in readers if name in rows]
+        if found:
+            (line,) = axis.plot([x for x, _ in found], [row["accuracy"] for _, row in found], label=TITLES[name])
+            for x, row in found:
+                axis.plot([x] * row["runs"], row["each"], "o", ms=3, mfc="none", mec=line.get_color())
+    axis.plot([0, 1], [0, 1], ls="dotted", color=INK, label=TITLES["in_context"])
+    axis.set_xlabel("accuracy of the base with the policy in its prompt", fontsize=9)
+    axis.set_ylabel("accuracy without it, after training", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
     keep(figure, path)

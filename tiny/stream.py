@@ -386,6 +386,13 @@ class Stream:
         return getattr(self, kind)(*([depth] if depth else []), **more)
 
 
+def tool_query(words, weight, pictures):
+    """A Query of tiny.tools' words, <image> where a picture stands."""
+    parts = [PICTURE if word == tools.IMAGE else [tools.IDS[word]] for word in words]
+    spread = [[w if part is not PICTURE else 0.0] * len(part) for part, w in zip(parts, weight)]
+    return Query(flat(*parts), flat(*spread), pictures)
+
+
 class ToolStream(Stream):
     """The same, and dialogues with tools. What tools tell comes from the table; boxes and numbers are made up."""
 
@@ -423,16 +430,47 @@ class ToolStream(Stream):
                 words, weight = tools.lesson(
                     policy, facts, goal, profile, turns, rng.integers(len(turns)) if single else None
                 )
-                ids = []
-                for word in words:
-                    ids += PICTURE if word == tools.IMAGE else [tools.IDS[word]]
-                spread = [
-                    w for word, w in zip(words, weight) for w in ([0] * len(PICTURE) if word == tools.IMAGE else [w])
-                ]
-                queries.append(Query(ids, spread, numbers))
+                queries.append(tool_query(words, weight, numbers))
         if rng.random() < blind:
             return OPEN, (), None, [Query(q.ids, [w / 4 for w in q.weight], q.pictures) for q in queries[:1]]
         return prefix, (), None, queries
+
+    def which(self, each=3, decisions=8):
+        """Several pictures, and which of them show a thing: `with small cube 1 no 2 yes`, many times over."""
+        rng, queries = self.rng, []
+        while len(queries) < each:
+            facts, numbers = self.facts()
+            count = len(numbers)
+            if count == 1:
+                continue
+            words = [word for k in range(count) for word in ("image", str(k + 1), tools.IMAGE)]
+            words += ["check", ":", "<|im_end|>", "<|im_start|>", "assistant"]
+            weight = [0.0] * len(words)
+            for k in rng.integers(count, size=decisions):
+                things = facts["images"][k]["objects"]
+                phrase = tools.draw_phrase(rng, things[rng.integers(len(things))])
+                words, weight = [*words, "with", *phrase], weight + [0.0] * (1 + len(phrase))
+                for image in range(1, count + 1):
+                    words += [str(image), "yes" if tools.matching(facts, image, phrase) else "no"]
+                    weight += [0.0, 2.0]
+            queries.append(tool_query(words, weight, numbers))
+        return OPEN, (), None, queries
+
+    def compare(self, decisions=24):
+        """Numbers that lie near each other: `age 41 below 43 yes`, many times over."""
+        rng = self.rng
+        words, weight = ["check", ":", "<|im_end|>", "<|im_start|>", "assistant"], [0.0] * 5
+        for number, edge in zip(rng.integers(100, size=decisions), rng.integers(-6, 7, size=decisions)):
+            edge = int(np.clip(number + edge, 5, 94))
+            words += [
+                ("age", "credits")[rng.integers(2)],
+                str(number),
+                "below",
+                str(edge),
+                "yes" if number < edge else "no",
+            ]
+            weight += [0.0] * 4 + [2.0]
+        return OPEN, (), None, [tool_query(words, weight, [])]
 
     def tool_recite(self, least, most, each=6):
         """Sentences of a tool policy by their names."""

@@ -11,9 +11,10 @@ a study cut short still compares like with like. A finished run leaves its row i
 rows that results/study.json has and this study has not made again stay there. A weak reader is an early checkpoint of
 the base, with the same eyes (tiny.pretrain --keep-every); those that answer 20, 50 and 80 % of queries with the policy
 in the prompt are chosen once, and kept in <out>/readers.
-Writes results/study.json, the tables in results/README.md and three figures: the main rows, all rows, and what the two
-halves of PolicyRollout's groups earned during training; of tool policies results/tools.json and tools.md. A mean of
-four runs or more has its 95 % interval (Student's t); of fewer runs each is printed.
+Writes results/study.json, the tables in results/README.md and five figures: the main rows, all rows, what the two
+halves of PolicyRollout's groups earned during training, the field of 2026, and weak readers; of tool policies
+results/tools.json and tools.md. A mean of four runs or more has its 95 % interval (Student's t); of fewer runs each is
+printed.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import InputError, check_file, command, refuse_strangers
+from data import InputError, check_file, command, refuse_strangers, write_text
 from data.clevr_policy import write_json, write_jsonl
 from data.override import override
 from tiny import processes
@@ -42,7 +43,9 @@ from tiny.report import (
     PAPER,
     TITLES,
     draw_depths,
+    draw_field,
     draw_halves,
+    draw_readers,
     draw_study,
     fill,
     lines_of,
@@ -187,6 +190,8 @@ NEW = list(RUNS)[list(RUNS).index("grpo with its kl") :]  # of the second plan
 EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in [*HEAL[2:], *NEW]]
 TEN = "pidistill hdpo filtered rlsd srpo lld capo".split() + ["rlsd 4+4", "sdpg 4+4, b 1", "negatives not pushed down"]
 WEAK = [*CORE, "frozen sampler", "replay in RL", "poro 0+8", "grpo with its kl", *TEN]
+FIELD = [*CORE, "trimpi_paper", "trimpi", *NEW]  # of the figure of all methods
+CURVES = [*CORE, "frozen sampler", "pidistill", "filtered"]  # of the figure of weak readers
 LONGER = ["sft, as long as cpt and sft", "sft, as long, poro"]
 UNMASKED = ["cpt half masked, sft", "cpt unmasked, sft"]
 MAIN = ["in_context", *CORE, HEAL[2], "cpt_sft", "cpt_sft_grpo", "trimpi_paper"]  # of the table over depths
@@ -607,11 +612,11 @@ def merged(old, new):
 
 
 def write(rows, folder, made, name="study"):
-    """study.json, the tables of README.md and three figures, or tools.json and tools.md; made: the rows' provenance."""
+    """study.json, the tables of README.md and five figures, or tools.json and tools.md; made: the rows' provenance."""
     folder.mkdir(parents=True, exist_ok=True)
     worlds = summary(rows)
     kept = {"worlds": worlds, "poro_less_grpo": differences(rows), "correlations": correlations(rows), "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps({**made, **kept}, indent=1) + "\n")
+    write_text(folder / f"{name}.json", json.dumps({**made, **kept}, indent=1) + "\n")
     if name == "tools":
         fill(folder / "tools.md", {"worlds": tables(rows, made)["worlds"]})
         return
@@ -620,6 +625,12 @@ def write(rows, folder, made, name="study"):
     draw_depths(deep, folder / "study_depths.png")
     draw_study(worlds, folder / "study.png")
     draw_halves(rows, folder / "study_halves.png")
+    draw_field(
+        {label: found for label, found in deep.items() if label in ("T, N = 3", "T, N = 6")},
+        FIELD,
+        folder / "field.png",
+    )
+    draw_readers([worlds.get(world, []) for world in (*READERS, WIDE)], CURVES, folder / "readers.png")
 
 
 def main(argv=None):
@@ -649,7 +660,7 @@ def main(argv=None):
     plans, model = [part.strip() for part in (args.plan or plan).split(",")], Path(args.model or BASES[args.world])
     if set(plans) - set(PLANS):
         raise InputError(f"--plan {args.plan!r} found, expected some of {', '.join(PLANS)}, by commas")
-    if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or args.hours <= 0:
+    if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or not 0 < args.hours < 1e6:
         raise InputError(
             f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, "
             f"expected some of {', '.join(WORLDS)}, and numbers above 0"

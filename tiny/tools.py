@@ -105,7 +105,7 @@ def call_words(call):
     for k, (key, value) in enumerate(call["arguments"].items()):
         words += [","] * (k > 0)
         if key in STRINGS:
-            words += [f'"{key}": "', *value.split(), QUOTE]
+            words += [f'"{key}": "', *result_words(value), QUOTE]
         else:
             words += [f'"{key}":', *(box_words(value) if key == "bbox" else [str(value)])]
     return [*words, "}", "}", CALL[1]]
@@ -169,7 +169,7 @@ def decide(rule, profile):
 def draw_functions(rng, count):
     """`count` functions, none without what its policy may demand."""
     chosen = ["describe"]
-    for f in ("describe", *rng.permutation(FUNCTIONS)):
+    for f in ("describe", *rng.permutation(FUNCTIONS).tolist()):
         under = {need for need in (f, *NEEDS.get(f, ())) if need != "none"} - set(chosen)
         if len(chosen) + len(under) <= count:
             chosen += sorted(under)
@@ -237,12 +237,8 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
     things = facts["images"][image - 1]["objects"]
     goal = {"verb": verb, "image": image}
     if verb in ("add", "subtract"):
-        pair = rng.permutation(count)[:2] + 1
-        numbers = [facts["images"][k - 1]["number"] for k in pair]
-        if count < 2 or verb == "subtract" and numbers[0] == numbers[1]:
-            return None
-        flip = verb == "subtract" and numbers[0] < numbers[1]
-        return {"verb": verb, "images": [int(k) for k in (pair[::-1] if flip else pair)]}
+        most = facts["images"][image - 1]["number"] if verb == "subtract" else 49
+        goal["phrase"] = ["+" if verb == "add" else "-", str(rng.integers(most + 1))]
     if verb in ("locate", *KINDS):
         for _ in range(8):
             thing = things[rng.integers(len(things))]
@@ -272,8 +268,6 @@ def draw_goal(rng, policy, facts, verb, shown=0.4):
 def request_words(policy, goal, profile):
     words = ["account", profile["account"], "age", str(profile["age"]), "credits", str(profile["credits"])]
     words += ["apply", policy["name"], ":", goal["verb"], *goal.get("phrase", [])]
-    if "images" in goal:
-        return [*words, *map(str, goal["images"])]
     if "with" in goal:
         return [*words, "with", *goal["with"]]
     return [*words, "in", str(goal["image"])] if "image" in goal else words
@@ -298,13 +292,11 @@ def next_turn(policy, facts, goal, profile, calls):
         """What has to be called now so that f can be, and the chain that leads there."""
         need, words = policy["tools"][f]["needs"], []
         if need:
-            words += recite(f"{f} needs")
-            for k in goal["images"] if f == verb and "images" in goal else [image]:
-                ready = need == "none" or done(need, k)
-                words += [str(k)] * ("images" in goal) + ["yes" if ready else "no"]
-                if not ready:
-                    more, *found = reach(need, k)
-                    return [words + more, *found]
+            ready = need == "none" or done(need, image)
+            words += [*recite(f"{f} needs"), "yes" if ready else "no"]
+            if not ready:
+                more, *found = reach(need, image)
+                return [words + more, *found]
         return [words, f, image]
 
     last = calls[-1] if calls else ("none", None, None, None)
@@ -340,8 +332,8 @@ def next_turn(policy, facts, goal, profile, calls):
         located = [result for g, i, _, result in calls if (g, i) == ("locate", image) and result != "error"][-1]
         given["bbox"] = json.loads(located)
     if f in ("add", "subtract"):
-        values = [next(r for g, i, _, r in calls if (g, i) == ("read", k) and r != "error") for k in goal["images"]]
-        given["expression"] = f" {'+' if f == 'add' else '-'} ".join(values)
+        shown = next(r for g, i, _, r in calls if (g, i) == ("read", image) and r != "error")
+        given["expression"] = f"{shown} {' '.join(goal['phrase'])}"  # "[36] + 7": numbers that were read have brackets
     if f in RULED:
         words, value = decide(policy["arguments"][RULED[f]], profile)
         chain += [*recite(RULED[f]), *words]
@@ -367,8 +359,8 @@ def run(item, call, calls=()):
             raise ValueError("error")
         if f in ("add", "subtract"):
             a, sign, b = given["expression"].split()
-            value = int(a) + int(b) * {"+": 1, "-": -1}[sign]
-            return str(value) if 0 <= value <= 99 else "error"
+            value = json.loads(a)[0] + int(b) * {"+": 1, "-": -1}[sign]
+            return f"[{value}]" if 0 <= value <= 99 else "error"
         if f == "search":
             return "done"
         if type(given["image"]) is not int or given["image"] < 1:
@@ -377,7 +369,7 @@ def run(item, call, calls=()):
         if f == "describe":
             return " ".join(f"{' '.join(thing[kind] for kind in KINDS)} ." for thing in shown["objects"])
         if f == "read":
-            return str(shown["number"])
+            return f"[{shown['number']}]"
         if f in MADE:
             return "done"
         found = [thing for thing in shown["objects"] if "text" not in given or fits(thing, given["text"].split())]
@@ -527,25 +519,34 @@ def whole(item, turns):
     return {**item, "cot": "", "rules": rules, "calls": calls, "answer": turns[-1]["result"]}
 
 
-def draw_dialogue(policy, rng, facts, function):
-    """A request whose dialogue calls `function` for the first time somewhere -> (goal, profile, turns, that turn)."""
+def draw_dialogue(policy, rng, facts, function=None):
+    """A request whose dialogue calls `function` for the first time somewhere -> (goal, profile, turns, that turn).
+
+    Without a function: one of three to six turns, and its first. None where the pictures offer none.
+    """
     verbs = list(policy["tools"])
     for _ in range(20):
-        goal = draw_goal(rng, policy, facts, function if rng.random() < 0.5 else verbs[rng.integers(len(verbs))])
+        verb = function if function and rng.random() < 0.5 else verbs[rng.integers(len(verbs))]
+        goal = draw_goal(rng, policy, facts, verb)
         if goal:
-            profile = draw_profile(rng, policy["tools"][function]["rule"])
+            profile = draw_profile(rng, policy["tools"][function or verb]["rule"])
             turns = dialogue(policy, facts, goal, profile)
-            for k in fresh(turns):
-                if turns[k]["function"] == function:
-                    return goal, profile, turns, k
+            wanted = [k for k in fresh(turns) if turns[k]["function"] == function]
+            wanted = wanted if function else [0] * (3 <= len(turns) <= 6)
+            if wanted:
+                return goal, profile, turns, wanted[0]
     return None
 
 
 def hide(policy, share, rng):
-    """Ids of the sentences about a share of the functions, of those that no other function waits for."""
-    needed = {tool["needs"] for tool in policy["tools"].values()} | {policy["several"]}
-    free = [f for f in rng.permutation(list(policy["tools"])).tolist() if f not in needed]
-    chosen = free[: round(share * len(policy["tools"]))]
+    """Ids of the sentences about a share of the functions, of those that no other function waits for.
+
+    One that waits for another is always shown, so that SFT has dialogues of several calls.
+    """
+    needs = {f: tool["needs"] for f, tool in policy["tools"].items()}
+    free = [f for f in rng.permutation(list(needs)).tolist() if f not in {*needs.values(), policy["several"]}]
+    shown = [f for f in free if needs[f] not in (None, "none")][-1:]
+    chosen = [f for f in free if f not in shown][: round(share * len(needs))]
     return sorted(key for key in sentences(policy) if key.split()[0] in {*chosen, *[RULED.get(f) for f in chosen]})
 
 
@@ -598,8 +599,9 @@ def make_dataset(out, tools, policies, queries, sft, test, seed, leave_out=0.0, 
                 count = 0
                 while count < wanted:
                     facts, pictures = draw_facts(rng, [seed, 6], number, 0.06 * dialogues)
-                    made = draw_dialogue(policy, rng, facts, functions[count % len(functions)])
-                    if not made or dialogues and not 3 <= len(made[2]) <= 6:
+                    function = None if dialogues else functions[count % len(functions)]
+                    made = draw_dialogue(policy, rng, facts, function)
+                    if not made:
                         continue
                     names = [f"images/{number + k:06d}.png" for k in range(len(pictures))]
                     for path, image in zip(names, pictures):
@@ -607,7 +609,7 @@ def make_dataset(out, tools, policies, queries, sft, test, seed, leave_out=0.0, 
                     number, count = number + len(pictures), count + 1
                     goal, profile, turns, k = made
                     one = lambda k: make_item(policy, facts, names, goal, profile, turns, k)
-                    item = {"id": f"{name}-{split}-{count}", **(whole(one(0), turns) if dialogues else one(k))}
+                    item = {"id": f"{name}-{split}-{count}", **(whole(one(k), turns) if dialogues else one(k))}
                     files[split].append(item)
                     used = {rule for turn in turns[: None if dialogues else k + 1] for rule in turn["rules"]}
                     if split == "rl" and len(shown) < sft * (1 + 2 * (not dialogues)) and not used & set(hidden[name]):
