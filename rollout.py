@@ -86,7 +86,6 @@ class PolicyRollout:
         scaled = [self.scale(item) for item in items]  # each picture is decoded once, for x and for (P, x)
         x = [self.prompt(item) for item in scaled]
         P_x = [self.policy_prompt(*pair) for pair in zip(scaled, x)] if self.K or self.keep_policy_prompts else []
-
         aware = [False] * self.G + [True] * self.K
         plain_seeds, aware_seeds = [s[: self.G] for s in seeds], [s[self.G :] for s in seeds]
         if not self.K:
@@ -101,9 +100,9 @@ class PolicyRollout:
             shared = self.shared(items, P_x, [0] * len(x)) | self.dialogues(items * 2)
             both = sample(model, x + P_x, counts, seeds=plain_seeds + aware_seeds, **shared, **self.sampling)
             responses = [o + o_aware for o, o_aware in zip(both[: len(x)], both[len(x) :])]
-        return [
-            Group(item, prompt, policy_prompt, written, aware)
-            for item, prompt, policy_prompt, written in zip(items, x, P_x or [None] * len(x), responses)
+        return [  # with the items as they were given, without patches
+            Group(item["given"], prompt, policy_prompt, written, aware)
+            for item, prompt, policy_prompt, written in zip(scaled, x, P_x or [None] * len(x), responses)
         ]
 
     def policy_prompt(self, item, x):
@@ -182,7 +181,7 @@ class Sampler:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.tries = items, rewards, tries
         self.size = min(config.mini_batch or config.batch_size, config.batch_size) if tries else config.batch_size
-        self.scaled = Ahead(self.queries, lambda item: (item, rollout.scale(item)), run.workers)  # a draw ahead
+        self.scaled = Ahead(self.queries, rollout.scale, run.workers)  # a draw ahead
 
     def queries(self, number):
         """This rank's items of draw `number`: [(item,)]."""
@@ -199,8 +198,7 @@ class Sampler:
 
         def work():
             with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-                groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
-            groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
+                groups = rollout(self.model, queries, seeds)
             with run.phase("judge"):
                 return judge(groups, self.rewards, rollout.processor)
 

@@ -33,8 +33,12 @@ class Config(train_rl.Config):
 
 class WithGold(rollout.PolicyRollout):
     def __call__(self, model, items, seeds):
-        gold = lambda item: response_ids(self.processor, target(item)) if item.get("cot") else None
-        return super().__call__(model, [{**item, "gold": gold(item)} for item in items], seeds)
+        return super().__call__(model, list(map(self.with_gold, items)), seeds)
+
+    def with_gold(self, item):
+        given = item.get("given", item)
+        gold = response_ids(self.processor, target(given)) if given.get("cot") else None
+        return {**item, "given": {**given, "gold": gold}}
 
 
 class Learner(train_rl.Learner):
