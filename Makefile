@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 SEED   ?= 0
 CLEVR  ?=
 
-.PHONY: demo demo-real test study fault soak gpu clean
+.PHONY: demo demo-tools demo-real test study fault soak gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/ready            ## the whole method on the tiny base, with a report: runs/demo/report.html
 	$(PY) -m tiny.demo --out runs/demo --seed $(SEED) --overwrite
+
+demo-tools: $(VENV)/ready      ## the same on a policy of tools, with dialogues: runs/demo-tools/report.html
+	$(PY) -m tiny.demo --out runs/demo-tools --world tools --seed $(SEED) --overwrite
 
 demo-real: $(VENV)/ready       ## the same path on a folder in the official CLEVR layout: make demo-real CLEVR=FOLDER
 	$(PY) -m tiny.demo --out runs/demo-real --seed $(SEED) --clevr-root '$(CLEVR)' --overwrite

@@ -33,8 +33,9 @@ from rollout import PolicyRollout
 from support import folder
 from support.batching import lay_out, token_logprobs
 from support.checkpoint import not_finite, to_json, write_json
-from support.config import Judge, option, parse, redefault
-from support.judging import Judging, complaint, load_rewards
+from support.config import Judge, option, parse, redefault, refuse
+from support.dialogue import as_judged
+from support.judging import Judging, complaint, load_environment, load_rewards
 from support.runs import open_model
 from support.stock import generate, read_generation
 
@@ -54,6 +55,7 @@ class Config(Judge):
     recite: bool = option(False, "ask for the text of every section of every policy instead of the items")
     reward: str = option("", "rewards of train_rl.py to report, too; the first one tells right from wrong")
     reward_seconds: float = redefault(Judging, "reward_seconds", 5.0)
+    environment: str = redefault(Judging, "environment", "")
     media: str = option("", "folder that pictures may be read from, too")
     contrast: int = option(0, "items per section on which it is held against altered ones; 0: none", least=0)
     limit: int = option(0, "evaluate only this many items from the start; 0: all", least=0)
@@ -95,12 +97,16 @@ def group(records, key):
 
 
 def sections(items):
-    """{(policy, section)} that the chains of these items go through."""
-    return {(item["policy"], step["node"]) for item in items for step in item.get("path", [])}
+    """{(policy, section)} that the chains of these items go through, of a tree or of other rules."""
+    used = lambda item: [step["node"] for step in item.get("path", [])] + item.get("rules", [])
+    return {(item["policy"], section) for item in items for section in used(item)}
 
 
 def respond(model, rollout, items, policy_in_context, stock=None):
-    """Greedy responses, or by the settings `stock` -> [(text, its prompt, number of tokens, finished)]."""
+    """Greedy responses, or by the settings `stock` -> [(text, its prompt, its own tokens, finished)].
+
+    Of a dialogue, the text of its last turn, the tokens that it has written, and behind `finished` all of its turns.
+    """
     if stock:
         policies = [rollout.policy(item)[0] if policy_in_context else None for item in items]
         prompts = [rollout.prompt(item, policy) for item, policy in zip(items, policies)]
@@ -110,11 +116,11 @@ def respond(model, rollout, items, policy_in_context, stock=None):
             (rollout.processor.decode(tokens), prompt, len(tokens), finished)
             for prompt, (tokens, finished) in zip(prompts, answers)
         ]
-    answers = rollout.greedy(model, items, policy_in_context)
-    return [
-        (rollout.processor.decode(response.tokens), prompt, len(response.tokens), response.finished)
-        for prompt, response in answers
-    ]
+    found = []
+    for prompt, response in rollout.greedy(model, items, policy_in_context):
+        (text,), (item,) = as_judged(rollout.processor, [({}, response)])
+        found.append((text, prompt, int(response.written.sum()), response.finished, *item.values()))
+    return found
 
 
 def judge(text, item, policy):
@@ -132,7 +138,7 @@ def judge(text, item, policy):
         verdict["correct"] = verdict["exact"]
     if item.get("path"):
         verdict["referral"] = referral(text, item, policy)["score"]
-    if "cot" in item:
+    if item.get("cot"):
         verdict["exact_chain"] = rewards.exact_chain(text, item, policy)
     if "old_answer" in item:  # another policy stands in the prompt under this name: whom does the model follow?
         same = gta_score.exact if "tool" in verdict else rewards.accuracy
@@ -154,23 +160,27 @@ def evaluate(
     asked=(),
     progress=False,
     stock=None,
+    environment=None,
 ):
     """Answer every item and judge it -> (row, records).
 
     seen: {(policy, section)} of the training items (see sections), to score paths inside and outside of it apart.
     asked: [(name, function, weight)] of data.rewards, whose means are reported; the first says what is correct.
     stock: settings of support/stock.py, one prompt at a time; None: greedy.
+    environment: of data/tools.py, which makes responses dialogues.
     row: accuracy with its 95 % interval, the mean of every other verdict, the same by depth and by policy, seconds.
     """
     began, records, answered = time.perf_counter(), [], []
-    rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=max_prompt, max_tokens=max_response)
+    limits = dict(max_prompt=max_prompt, max_tokens=max_response)
+    rollout = PolicyRollout(processor, policies, 1, 0, environment=environment, **limits)
     order = sorted(range(len(items)), key=lambda i: items[i]["policy"])  # one policy's items share its prefix
     for start in tqdm(range(0, len(items), batch), desc="evaluate", disable=None if progress else True):
         part = [items[i] for i in order[start : start + batch]]
         answers = respond(model, rollout, part, policy_in_context, stock)
+        part = [item | ({"dialogue": answer[4]} if answer[4:] else {}) for item, answer in zip(part, answers)]
         prompts = [processor.decode(prompt.input_ids.tolist()) for _, prompt, *_ in answers] if asked else []
         given = rewards.score(asked, prompts, [text for text, *_ in answers], part) if asked else []
-        for k, (item, (text, prompt, length, finished)) in enumerate(zip(part, answers)):
+        for k, (item, (text, prompt, length, finished)) in enumerate(zip(part, (answer[:4] for answer in answers))):
             record = {
                 "id": item["id"],
                 "policy": item["policy"],
@@ -182,6 +192,8 @@ def evaluate(
                 "tokens": length,
                 "response": text,
             }
+            if "dialogue" in item:
+                record["turns"] = item["dialogue"]
             if asked:
                 record["reward"] = {name: x for (name, *_), x in zip(asked, given[k])}
                 record["correct"] = float(given[k][0] >= 1)
@@ -266,6 +278,7 @@ def main(argv=None):
     name = "recitation" if config.recite else "in_context" if config.policy_in_context else "no_policy"
     name = config.name or name
     check_out(config, name)
+    refuse(config.environment and config.stock_generation, "--environment", "no --stock-generation beside it")
     policies = load_policies(config.data, config.media)
     asked = load_rewards(config.reward, config.reward_seconds, judges.of(config, policies)) if config.reward else []
     items = (
@@ -291,6 +304,7 @@ def main(argv=None):
         asked=asked,
         progress=True,
         stock=read_generation(model.source) if config.stock_generation else None,
+        environment=load_environment(config.environment, config.reward_seconds),
     )
     if config.contrast:
         rollout = PolicyRollout(processor, policies, 1, 0, max_prompt=config.max_prompt)

@@ -205,29 +205,32 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, cos, sin, runs):
+    def forward(self, x, cos, sin):  # -> queries and keys (U, 2, H, C), values (U, H, C)
         qkv = rearrange(self.qkv(x), "u (three h c) -> u three h c", three=3, h=self.heads)
-        qk = rotate(qkv[:, :2].float(), cos[:, None, None], sin[:, None, None]).to(qkv.dtype)  # (U, 2, H, C)
-        outputs, start = [], 0
-        for count, length in runs:
-            here = slice(start, start + count * length)
-            q, k = rearrange(qk[here], "(g u) two h c -> two g h u c", g=count)  # each (count, H, length, C)
-            v = rearrange(qkv[here, 2], "(g u) h c -> g h u c", g=count)
-            outputs.append(rearrange(F.scaled_dot_product_attention(q, k, v), "g h u c -> (g u) (h c)"))
-            start = here.stop
-        return self.proj(torch.cat(outputs))  # (U, D)
+        return rotate(qkv[:, :2].float(), cos[:, None, None], sin[:, None, None]).to(qkv.dtype), qkv[:, 2]
 
 
 class VisionBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)
-        self.norm2 = RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm1, self.norm2 = (RMSNorm(config.hidden_size, eps=1e-6) for _ in range(2))
         self.attn = VisionAttention(config)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x, cos, sin, runs):
-        x = x + self.attn(self.norm1(x), cos, sin, runs)
+        outputs, sizes = [], [count * length for count, length in runs]
+        parts = [part.split(sizes) for part in self.before_attention(x, cos, sin)]
+        for (count, _), qk, v in zip(runs, *parts):
+            q, k = rearrange(qk, "(g u) two h c -> two g h u c", g=count)  # each (count, H, length, C)
+            y = F.scaled_dot_product_attention(q, k, rearrange(v, "(g u) h c -> g h u c", g=count))
+            outputs.append(rearrange(y, "g h u c -> (g u) (h c)"))
+        return self.after_attention(x, torch.cat(outputs))  # (U, D)
+
+    def before_attention(self, x, cos, sin):
+        return self.attn(self.norm1(x), cos, sin)
+
+    def after_attention(self, x, y):
+        x = x + self.attn.proj(y)
         return x + self.mlp(self.norm2(x))
 
 
@@ -240,8 +243,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, patches):  # (U, 1176) -> (U, D)
-        weight = self.proj.weight.flatten(1)  # (D, 1176)
-        return F.linear(patches.to(weight.dtype), weight)
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
 class Merger(nn.Module):
@@ -398,6 +400,7 @@ class Qwen25VL(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # the folder it was loaded from
+        self.compiled = False  # by training.compile_blocks
         self.vocabulary = config.vocab_size  # rows of the head that are tokens; RL learns from what can be sampled
         self.visual = VisionTower(config.vision)
         self.model = TextModel(config)
@@ -509,8 +512,7 @@ class Cache:
 
     def __init__(self):
         self.held = {}  # layer -> its keys and values, each (B, J, S, C)
-        self.length = 0
-        self.position = 0
+        self.length = self.position = 0
 
     def attend(self, layer, q, k, v, mask):
         """Append k, v (B, J, T, C), then attend with q (B, H, T, C) to all that is held; mask as in `attend` above."""

@@ -17,8 +17,9 @@ from data import InputError
 from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
-from support.batching import batches, lay_out, learned_hidden, rng
+from support.batching import Ahead, batches, lay_out, learned_hidden, rng
 from support.config import option
+from support.dialogue import Dialogues, as_judged
 from support.engine import common_length, sample
 from support.judging import MAX_FAILED, complaint
 from support.metrics import Means, is_right
@@ -29,7 +30,9 @@ class Sampling:
     """sampling"""
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    budget: int = option(1 << 17, "tokens of prompts and responses that sampling holds at a time", least=1)
+    budget: int = option(
+        0, "tokens of prompts and responses that sampling holds at a time; 0: what memory allows", least=0
+    )
 
 
 # -- 1. PolicyRollout --------------------------------------------------------------------------------------------------
@@ -53,6 +56,7 @@ class PolicyRollout:
     max_prompt: tokens; a longer prompt is an InputError. sampling: further arguments of `sample`.
     sampler: another model that writes the policy-aware half; a frozen one reads each policy once per run.
     keep_policy_prompts: groups carry (P, x) even where K = 0, for a teacher that reads it.
+    environment: of data/tools.py, which makes a dialogue of every response; what its tools answer is context.
     options: the run's config, for a variant's own flags. A variant overrides `policy_prompt`.
     """
 
@@ -66,11 +70,13 @@ class PolicyRollout:
         max_prompt=1 << 30,
         sampler=None,
         keep_policy_prompts=False,
+        environment=None,
         options=None,
         **sampling,
     ):
         self.processor, self.policies, self.G, self.K, self.max_prompt = processor, policies, G, K, max_prompt
         self.sampler, self.keep_policy_prompts, self.options = sampler, keep_policy_prompts, options
+        self.dialogues = Dialogues(environment, processor)
         self.sampling = {"stop_ids": processor.stop_ids, "banned_ids": processor.banned_ids, **sampling}
         self.prefixes = {}  # keys and values of policies; to be emptied when the weights move
         self.scaled = {}  # policies with their pictures scaled, and alone in a prompt: {name: (policy, Encoded)}
@@ -84,14 +90,15 @@ class PolicyRollout:
         aware = [False] * self.G + [True] * self.K
         plain_seeds, aware_seeds = [s[: self.G] for s in seeds], [s[self.G :] for s in seeds]
         if not self.K:
-            responses = sample(model, x, self.G, seeds=plain_seeds, **self.sampling)
+            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
         elif self.sampler:
-            plain = sample(model, x, self.G, seeds=plain_seeds, **self.sampling)
-            shared = self.shared(items, P_x)
+            plain = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
+            shared = self.shared(items, P_x) | self.dialogues(items)
             own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
             responses = [o + o_aware for o, o_aware in zip(plain, own)]
         else:  # the model writes both halves: one call keeps more rows busy
-            counts, shared = [self.G] * len(x) + [self.K] * len(x), self.shared(items, P_x, [0] * len(x))
+            counts = [self.G] * len(x) + [self.K] * len(x)
+            shared = self.shared(items, P_x, [0] * len(x)) | self.dialogues(items * 2)
             both = sample(model, x + P_x, counts, seeds=plain_seeds + aware_seeds, **shared, **self.sampling)
             responses = [o + o_aware for o, o_aware in zip(both[: len(x)], both[len(x) :])]
         return [
@@ -106,7 +113,7 @@ class PolicyRollout:
     def greedy(self, model, items, policy_in_prompt=False):
         """[(prompt, best Response)] to items, without the policies or with them in the prompt."""
         prompts = [self.prompt(item, self.policy(item)[0] if policy_in_prompt else None) for item in items]
-        shared = self.shared(items, prompts) if policy_in_prompt else {}
+        shared = (self.shared(items, prompts) if policy_in_prompt else {}) | self.dialogues(items)
         responses = sample(model, prompts, 1, **{**self.sampling, **shared, "prefixes": None, "temperature": 0.0})
         return [(prompt, response) for prompt, (response,) in zip(prompts, responses)]
 
@@ -114,7 +121,7 @@ class PolicyRollout:
 
     def prompt(self, item, policy=None):
         """The item's prompt as the model reads it, Encoded, with a policy in front where one is given."""
-        prompt = self.processor.encode(messages(item, policy), add_generation_prompt=True)
+        prompt = self.processor.encode(self.dialogues.chat(messages(item, policy)), add_generation_prompt=True)
         if len(prompt.input_ids) > self.max_prompt:
             found = f"found a prompt of {len(prompt.input_ids)} tokens, {prompt.image_tokens} of them of pictures"
             found += " (--max-pixels makes these smaller)" * bool(prompt.image_tokens)
@@ -126,14 +133,14 @@ class PolicyRollout:
         name = item["policy"]
         if name not in self.scaled:
             policy = self.scale(self.policies[name]) if name else None
-            alone = self.processor.encode(messages({"images": [], "question": ""}, policy))
+            alone = self.processor.encode(self.dialogues.chat(messages({"images": [], "question": ""}, policy)))
             self.scaled[name] = policy, alone
         return self.scaled[name]
 
     def scale(self, entry):
-        """An item or policy with its pictures decoded and scaled: (patches, grid) in place of each path."""
+        """An item or policy with its pictures decoded and scaled: (patches, grid) for each path; `given`: as it was."""
         pictures = [p if isinstance(p, tuple) else self.processor.images([qwen.open_image(p)]) for p in entry["images"]]
-        return {**entry, "images": pictures}
+        return {**entry, "images": pictures, "given": entry.get("given", entry)}
 
     def shared(self, items, prompts, before=()):
         """What `sample` reads once: the tokens that each prompt shares with its policy alone; `before`: of others."""
@@ -147,8 +154,7 @@ class PolicyRollout:
 def judge(groups, rewards, processor):
     """The groups with the rewards of their responses, (G+K,F) float64, NaN where one raised, hung or was no number."""
     prompts = [processor.decode(group.prompt.input_ids.tolist()) for group in groups for _ in group.responses]
-    texts = [processor.decode(response.tokens) for group in groups for response in group.responses]
-    items = [group.item for group in groups for _ in group.responses]
+    texts, items = as_judged(processor, [(group.item, o) for group in groups for o in group.responses])
     found = torch.tensor(score(rewards, prompts, texts, items), dtype=torch.float64)  # (B,F)
     parts = found.split([len(group.responses) for group in groups]) if groups else []
     return [replace(group, rewards=part) for group, part in zip(groups, parts)]
@@ -176,17 +182,25 @@ class Sampler:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.tries = items, rewards, tries
         self.size = min(config.mini_batch or config.batch_size, config.batch_size) if tries else config.batch_size
+        self.scaled = Ahead(self.queries, lambda item: (item, rollout.scale(item)), run.workers)  # a draw ahead
+
+    def queries(self, number):
+        """This rank's items of draw `number`: [(item,)]."""
+        share = dict(rank=self.run.rank, world=self.run.world, whole=True)
+        return [(self.items[i],) for i in batches(len(self.items), self.size, self.config.seed, number, **share)]
 
     def draw(self, number):
         """This rank's queries of draw `number`, sampled and judged -> [Group]."""
         config, run, rollout = self.config, self.run, self.rollout
-        mine = batches(len(self.items), self.size, config.seed, number, run.rank, run.world, whole=True)
         places = range(run.rank, self.size, run.world)  # in the draw: a query that comes twice has other responses
         seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
+        with run.phase("read"):
+            queries = run.together(lambda: self.scaled(number))
 
         def work():
             with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-                groups = rollout(self.model, [self.items[i] for i in mine], seeds)
+                groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
+            groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
             with run.phase("judge"):
                 return judge(groups, self.rewards, rollout.processor)
 
@@ -249,7 +263,7 @@ class Responses:
     """The responses of this rank's groups as tensors: B of them, of R tokens at most, in the order of the groups.
 
     places: of each group in the step, over all ranks. ids, aware, lengths (B,): group, was P in the prompt, tokens.
-    rewards (B,F) float64, NaN where one failed. mask (B,R): 1 where a response has a token.
+    rewards (B,F) float64, NaN where one failed. mask (B,R): 1 where a response has written a token, not read it.
     logp_sampler (B,R): log-probabilities when sampled, given (P, x) where aware; logp_old (B,R), once the learner has
     read them: of the model before its updates, given x. A, kept (B,), once it has given credit: advantages, and which
     are learned from.
@@ -263,11 +277,12 @@ class Responses:
         self.aware = torch.tensor([groups[g].aware[i] for g, i in self.rows], dtype=torch.bool)
         nothing = torch.zeros(0, n_rewards, dtype=torch.float64)  # of a rank that has no live group
         self.rewards = torch.cat([nothing, *(group.rewards for group in groups)])
-        self.lengths = torch.tensor([len(response.tokens) for response in self.list], dtype=torch.long)
-        mask = (torch.arange(max([1, *self.lengths.tolist()])) < self.lengths[:, None]).float()
+        mask = torch.zeros(len(self.list), max([1, *(len(response.tokens) for response in self.list)]))
         logp_sampler = torch.zeros_like(mask)
-        for row, response in zip(logp_sampler, self.list):
-            row[: len(response.tokens)] = torch.tensor(response.logprobs)
+        for row, logp, response in zip(mask, logp_sampler, self.list):
+            row[: len(response.tokens)] = response.written
+            logp[: len(response.tokens)] = torch.tensor(response.logprobs)
+        self.lengths = mask.sum(1).long()
         self.mask, self.logp_sampler = mask.to(device), logp_sampler.to(device)
         self.logp_old = self.A = self.kept = None
 
@@ -288,7 +303,7 @@ class MicroBatch:
 
     data: Responses
     rows: list  # which responses of the step
-    mask: torch.Tensor  # (b,R) 1 where a response has a token
+    mask: torch.Tensor  # (b,R) 1 where a response has written a token
     aware: torch.Tensor  # (b,1) bool: written with the policy in the prompt
     A: torch.Tensor  # (b,1) advantages
     logp_sampler: torch.Tensor  # (b,R) when sampled, given (P, x) where aware, else x
@@ -302,11 +317,13 @@ class MicroBatch:
         """log pi (b,R) of the responses given x, or given (P, x); entropies (b,R) and hidden states (L,D)."""
         groups = {}  # those of one prompt together: it is read once, and they follow it (batching.pack)
         for row in self.rows:
-            groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row].tokens)
+            groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row])
         members = [self.data.groups[g] for g in groups]
         prompts = [group.policy_prompt if with_policy else group.prompt for group in members]
         batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
+        if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
+            tokens = tokens.new_tensor(actions)  # these were drawn, and the words followed: model.Decoder
         how = dict(temperature=temperature, return_entropy=True, vocabulary=model.vocabulary)
         logp, entropy = linear_logprob(hidden, model.head_weight, tokens, **how)
         return self.spread(logp), self.spread(entropy), hidden

@@ -9,12 +9,11 @@ given x alone, so that what the policy in the prompt made likely becomes likely 
     python train_rl.py --model M --init runs/sft --data data/clevr --out runs/rl --group-size 5 --policy-rollouts 5
     torchrun --nproc_per_node 8 train_rl.py ...           the same gradients on any number of ranks
 
-The loop is `train`, at the end. A loss of your own is one more entry of LOSSES; another method is a file in variants/
-that overrides Learner.credit (what a response is worth), Learner.objective (the loss of a token) or
-PolicyRollout.policy_prompt (what the other half sees). Axes: model.py.
+A loss of your own is one more entry of LOSSES; another method is a file in variants/ that overrides Learner.credit
+(what a response is worth), Learner.objective (a token's loss) or PolicyRollout.policy_prompt (what the others see).
 
 Three log-probabilities of a response, everywhere: `logp` of the model now, `logp_old` of the model before the step's
-updates, both given x alone, and `logp_sampler` of whoever sampled it, given what it saw.
+updates, both given x alone, and `logp_sampler` of whoever sampled it, given what it saw. Axes: model.py.
 """
 
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from kernels.advantage import group_advantage
 from rollout import PolicyRollout, Sampler, Sampling
 from support.batching import whole_batches
 from support.config import VALIDATION_ITEMS, CommonConfig, Judge, option, parse, redefault, refuse
-from support.judging import Judging, complaint, load_rewards
+from support.judging import Judging, complaint, load_environment, load_rewards
 from support.metrics import Reporter, Reporting, Tally
 from train_sft import Replay
 from training import Run
@@ -277,6 +276,7 @@ def train(config, Learner=Learner, PolicyRollout=PolicyRollout):
         beta = loss.beta if config.beta is None else config.beta
         start, frozen = run.frozen_models(model, beta or Learner.needs_start, config.frozen_sampler)
         kinds = dict(sampler=frozen, keep_policy_prompts=Learner.needs_policy_prompts, options=config)
+        kinds["environment"] = load_environment(config.environment, config.reward_seconds)
         limits = dict(max_prompt=config.max_prompt, max_tokens=config.max_response, budget=config.budget)
         G, K = config.group_size, config.policy_rollouts
         rollout = PolicyRollout(processor, policies, G, K, temperature=config.temperature, **kinds, **limits)

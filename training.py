@@ -41,7 +41,7 @@ from data import InputError, check, command, lasting_output, plain
 from support import folder
 from support.batching import is_fsdp, rng
 from support.checkpoint import Checkpoints, cut_logs, not_finite, to_json, trainable, write_json
-from support.runs import locate, run_config
+from support.runs import load_weights, locate, run_config
 from support.sharding import shard, unsharded, whole
 
 # -- 1. what a run does to a model -------------------------------------------------------------------------------------
@@ -85,9 +85,12 @@ def put_back(model, weights):
 def compile_blocks(model, backend="inductor"):
     """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
 
-    Attention stays as it is: what its caches hold, and who reads it, changes from step to step.
+    Attention stays as it is: what its caches hold, and who reads it, changes from step to step, and which patches of a
+    picture attend to one another from size to size. The number of tokens or patches is left open. On a GPU a step of
+    sampling becomes a CUDA graph (support/cache.py).
     """
-    for block in model.model.layers:
+    model.compiled = True
+    for block in [*model.model.layers, *model.visual.blocks]:
         for part in "before_attention", "after_attention":
             setattr(block, part, torch.compile(getattr(block, part), backend=backend, dynamic=True))
 
@@ -389,20 +392,22 @@ class Run:
         exact = config.full and not (frozen and self.fsdp)  # an adapter is merged before it is rounded
         # sharded: only shapes now; shard() then reads each rank's rows, and merges an adapter's into them
         device = "meta" if self.fsdp else self.device
-        model = qwen.load_pretrained(base, device, torch.float32 if exact else self.dtype)
+        model = load_weights(qwen, base, device, torch.float32 if exact else self.dtype)
         if adapter and not self.fsdp:
             qwen.load_adapter(model, adapter)
             if config.full:
                 _dissolve_lora(model)
         elif not config.full and not frozen:
             targets = config.lora_targets.split(",") if "," in config.lora_targets else config.lora_targets
-            qwen.add_lora(model, config.lora_rank, config.lora_alpha, targets or None)
+            qwen.add_lora(model, config.lora_rank, 2 * config.lora_rank, targets or None)
         if not frozen:
             self.parameters = sum(p.numel() for p in model.parameters())
         if frozen:
             model.requires_grad_(False)
         elif config.full:
             qwen.set_trainable(model, vision=config.train_vision)
+        if not frozen and hasattr(model, "prepare"):
+            model.prepare(self)
         if frozen and exact:
             round_matrices(model, self.dtype)
         if config.gradient_checkpointing and not frozen:

@@ -24,7 +24,7 @@ PLACES = ("user", "system")  # where a policy stands: first in the first user tu
 # What an item may hold; the second line is for the tools of ClevrPolicy and GTAPolicy. Other keys are for rewards of
 # the user's own, and are named by data.check, as a misspelt one has no effect.
 KEYS = {"id", "policy", "images", "question", "answer", "cot", "kind", "system", "messages", "boxed", "_at"}
-KEYS |= {"scene", "path", "old_answer", "profile", "history", "mode"}
+KEYS |= {"scene", "path", "old_answer", "profile", "history", "mode", "rules", "function", "goal", "facts", "calls"}
 
 
 def clip(text, most=80):

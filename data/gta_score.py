@@ -15,7 +15,7 @@ import re
 from collections import Counter
 
 from data import InputError
-from data.rewards import said
+from data.rewards import accuracy, said
 
 EXACT = ("image", "position", "color", "k", "top1")
 SIMILAR = ("text", "attribute", "query", "command", "annotation", "keywords", "instruction")
@@ -211,9 +211,14 @@ def _no_constant(name):
 
 
 def read_call(text):
-    """{"name", "arguments"} from JSON text, or None: anything else, more keys, a key twice, NaN, or too long."""
+    """{"name", "arguments"} from JSON text, or None: anything else, more keys, a key twice, NaN, or too long.
+
+    It may stand in <tool_call></tool_call>, as Qwen writes it.
+    """
     if text is None or len(text) > LONGEST:
         return None
+    if text.startswith("<tool_call>") and text.endswith("</tool_call>"):
+        text = text[len("<tool_call>") : -len("</tool_call>")]
     try:
         found = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -237,8 +242,13 @@ def compare(found, gold, similarity=token_f1):
 
 
 def parts(response, item, similarity=token_f1):
-    """{"tool", "arguments", "call", "exact"} of a response, to be logged apart."""
-    tool_score, arguments_score = compare(read_call(said(response, item)), json.loads(item["answer"]), similarity)
+    """{"tool", "arguments", "call", "exact"} of a response, to be logged apart; all or nothing where no call is due."""
+    gold = read_call(item["answer"])
+    if gold is None:
+        return dict.fromkeys(
+            ("tool", "arguments", "call", "exact"), accuracy(prompt=None, response=response, item=item)
+        )
+    tool_score, arguments_score = compare(read_call(said(response, item)), gold, similarity)
     return {
         "tool": tool_score,
         "arguments": arguments_score,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kernels.logprob import linear_logprob
+from support.config import refuse
 
 # -- 1. which items ---------------------------------------------------------------------------------------------------
 
@@ -131,48 +132,61 @@ def collate(prompts=(), targets=(), learn=None, *, pad_id):
         input_ids[b, : len(row)] = row
         attention_mask[b, : len(row)] = 1
         labels[b, : len(row) - 1] = torch.where(counts[1:], row[1:], -100)  # position t predicts token t + 1
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    grids = [p.grid_thw for p in prompts if p.pixel_values is not None]
-    return Batch(
-        input_ids,
-        attention_mask,
-        labels,
-        (labels != -100).flatten().nonzero().squeeze(1),
-        torch.cat(pixels) if pixels else None,
-        torch.cat(grids) if grids else None,
-    )
+    learned = (labels != -100).flatten().nonzero().squeeze(1)
+    return Batch(input_ids, attention_mask, labels, learned, *pictures_of(prompts))
+
+
+def tokens_of(response):
+    """Token ids (R,) of a response, which of them it has written, bool (R,), and what pictures it has read, [Encoded].
+
+    response: token ids, all of them written, or an engine.Response, which may have read results of tools.
+    """
+    tokens = torch.as_tensor(getattr(response, "tokens", response), dtype=torch.long)
+    if not (reads := getattr(response, "reads", ())):
+        return tokens, torch.ones_like(tokens, dtype=torch.bool), []
+    return tokens, response.written, [read for _, read in reads if read.grid_thw is not None]
+
+
+def pictures_of(members):
+    """Patches and grids of the pictures of these Encoded, one after the other; (None, None) without any."""
+    members = [each for each in members if each.pixel_values is not None]
+    if not members:
+        return None, None
+    return torch.cat([each.pixel_values for each in members]), torch.cat([each.grid_thw for each in members])
 
 
 def pack(model, prompts, responses, pad_id):
     """Rows [prompt, response, response, ...]: the prompt is read once, each response sees it and itself (exact).
 
-    prompts: Encoded each; responses: [[token ids]], those of each prompt. A response starts with the prompt's last
-    token, which predicts its first, so that every place predicts one token; positions restart after the prompt.
+    prompts: Encoded each; responses: [[response]], those of each prompt, see `tokens_of`. A response starts with the
+    prompt's last token, which predicts its first, so that every place predicts one token; positions restart after the
+    prompt.
     """
+    responses = [[tokens_of(response) for response in group] for group in responses]
     shared = [prompt.input_ids[:-1] for prompt in prompts]
-    length = max(len(s) + sum(map(len, group)) for s, group in zip(shared, responses))
+    length = max(len(s) + sum(len(tokens) for tokens, *_ in group) for s, group in zip(shared, responses))
     input_ids, labels = torch.full((len(prompts), length), pad_id), torch.full((len(prompts), length), -100)
     part = torch.full_like(input_ids, -1)
-    position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+    position_ids, read = torch.zeros(3, *input_ids.shape, dtype=torch.long), []
     for b, (prompt, group) in enumerate(zip(prompts, responses)):
         places, delta = model.positions(prompt.input_ids[None], None, prompt.grid_thw)
         stop = len(shared[b])
         input_ids[b, :stop], part[b, :stop], position_ids[:, b, :stop] = shared[b], 0, places[:, 0, :-1]
-        for number, tokens in enumerate(map(torch.as_tensor, group), 1):
+        read.append(prompt)
+        for number, (tokens, written, pictures) in enumerate(group, 1):
             here = slice(stop, stop + len(tokens))
             input_ids[b, here] = torch.cat([prompt.input_ids[-1:], tokens[:-1]])
-            labels[b, here], part[b, here] = tokens, number
-            position_ids[:, b, here] = len(shared[b]) + delta + torch.arange(len(tokens))
+            labels[b, here], part[b, here] = tokens.masked_fill(~written, -100), number
+            places, _ = model.positions(input_ids[b : b + 1, here], None, pictures_of(pictures)[1])
+            position_ids[:, b, here] = len(shared[b]) + delta + places[:, 0]
+            read += pictures
             stop = here.stop
-    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    grids = [prompt.grid_thw for prompt in prompts if prompt.pixel_values is not None]
     return Batch(
         input_ids,
         (part >= 0).long(),
         labels,
         (labels != -100).flatten().nonzero()[:, 0],
-        torch.cat(pixels) if pixels else None,
-        torch.cat(grids) if grids else None,
+        *pictures_of(read),
         position_ids,
         part,
     )
@@ -182,8 +196,9 @@ def packing_pays(model, prompts, responses, most=1 << 14):
     """Are responses packed after one prompt (dense mask) cheaper to read than one by one (causal), in operations?"""
     c = model.config
     per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
-    packed = [len(prompt.input_ids) + sum(map(len, group)) for prompt, group in zip(prompts, responses)]
-    alone = [len(prompt.input_ids) + len(tokens) for prompt, group in zip(prompts, responses) for tokens in group]
+    lengths = [[len(getattr(response, "tokens", response)) for response in group] for group in responses]
+    packed = [len(prompt.input_ids) + sum(group) for prompt, group in zip(prompts, lengths)]
+    alone = [len(prompt.input_ids) + length for prompt, group in zip(prompts, lengths) for length in group]
     cost = lambda lengths, dense: sum(t * (per_token + dense * t) for t in lengths)
     return max(packed) <= most and cost(packed, dense=2) < cost(alone, dense=1)
 
@@ -192,7 +207,12 @@ def lay_out(model, prompts, responses, pad_id):
     """All responses as one Batch: packed after their prompts where that pays, else one per row."""
     if prompts and packing_pays(model, prompts, responses):
         return pack(model, prompts, responses, pad_id)
-    rows = [(prompt, tokens) for prompt, group in zip(prompts, responses) for tokens in group]
+    rows = []
+    for prompt, group in zip(prompts, responses):
+        for tokens, written, pictures in map(tokens_of, group):
+            pixels, grids = pictures_of([prompt, *pictures])
+            learn = torch.cat([torch.zeros_like(prompt.input_ids, dtype=torch.bool), written])
+            rows.append((dataclasses.replace(prompt, pixel_values=pixels, grid_thw=grids), tokens, learn))
     return collate(*zip(*rows), pad_id=pad_id)
 
 
@@ -217,5 +237,6 @@ def learned_hidden(model, batch):
 
 def token_logprobs(model, batch, *, temperature=1.0, entropy=False):
     """log p of the batch's learned tokens -> (L,) float32, in the order of batch.index, and entropies (L,) | None."""
+    refuse(hasattr(model, "Decoder"), "a model that draws actions", "one that draws words, whose probability is asked")
     hidden, targets = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
     return linear_logprob(hidden, model.head_weight, targets, temperature=temperature, return_entropy=entropy)

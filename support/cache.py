@@ -13,6 +13,7 @@ The caches follow the protocol of model.Cache. Axes: model.py; B is also the row
 """
 
 import math
+import sys
 import weakref
 from importlib.util import find_spec
 
@@ -21,6 +22,7 @@ import torch
 from einops import rearrange
 
 import model as qwen
+from data import plain
 
 # -- 1. parts of attention ---------------------------------------------------------------------------------------------
 
@@ -167,24 +169,99 @@ class Slots:
         values.view(-1, k.shape[-1]).index_copy_(0, self.into, v.view(-1, k.shape[-1]))
         (B, H, _, C), J = q.shape, k.shape[1]
         q = q.view(B, J, H // J, C)
-        outs = q.new_zeros(self.levels, B, J, H // J, C)  # of each level: own tokens, prompt, prefix
-        lses = q.new_full((self.levels, B, J, H // J, 1), -torch.inf, dtype=torch.float)
-        outs[0], lses[0] = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
+        own = attend_part(q, keys[:, :, : self.span], values[:, :, : self.span], self.bias)
+        return self.with_shared(layer, q, own).view(B, H, 1, C)
+
+    def with_shared(self, layer, q, own):
+        """Attention (B,J,T,C) of q (B,J,T,C), T queries per row, to its prompt and prefix as well; own: to its own."""
+        B, J, T, C = q.shape
+        outs = q.new_zeros(self.levels, B, J, T, C)  # of each level: own tokens, prompt, prefix
+        lses = q.new_full((self.levels, B, J, T, 1), -torch.inf, dtype=torch.float)
+        outs[0], lses[0] = own
         for level, segment, rows, readers, real in self.readers:
             prompts = len(segment.lengths)
-            asked = q[rows].view(prompts, -1, J, H // J, C).transpose(1, 2).reshape(prompts, J, -1, C)  # rows by prompt
+            asked = q[rows].view(prompts, -1, J, T, C).transpose(1, 2).reshape(prompts, J, -1, C)  # rows by prompt
             parts = attend_part(asked, segment.keys[layer], segment.values[layer], segment.bias)
             for into, part in zip((outs, lses), parts):
-                part = part.unflatten(2, (-1, H // J)).transpose(1, 2).flatten(0, 1)  # (rows of all, J, H/J, C or 1)
+                part = part.unflatten(2, (-1, T)).transpose(1, 2).flatten(0, 1)  # (rows of all, J, T, C or 1)
                 into[level, readers] = part if real is None else part[real]
-        return join(outs, lses).view(B, H, 1, C)
+        return join(outs, lses)
+
+    def reading(self, rows, starts, lengths, where):
+        """Cache of one pass over more tokens of some rows, whose own go on there; see SlotsReading."""
+        return SlotsReading(self, rows, starts, lengths, where)
 
     def keep(self, rows):
         """Give up all slots but these."""
         keep_rows(self, rows)
 
+    def step(self, read, *inputs):
+        return read(*inputs)
+
+
+class SlotsReading(Slots):
+    """Cache of one pass over tokens that rows are given to read, say what a tool has answered.
+
+    rows: which slots; starts: tokens that each holds; lengths: tokens that it reads, padded in the pass to the longest;
+    where: (segment, index in it) that each sees.
+    """
+
+    def __init__(self, slots, rows, starts, lengths, where):
+        self.keys, self.values, self.length = slots.keys, slots.values, 0
+        self.connect(dict(enumerate(where)))
+        _, J, capacity, _ = self.keys[0].shape
+        device = self.keys[0].device
+        self.rows, starts, lengths = (torch.tensor(x, device=device) for x in (rows, starts, lengths))
+        new = torch.arange(int(lengths.max()), device=device)  # (T,)
+        place, self.real = starts[:, None] + new, new < lengths[:, None]  # (B,T) each
+        heads = self.rows[:, None, None] * J + torch.arange(J, device=device)  # (B,1,J)
+        self.into = (heads * capacity + place[..., None])[self.real].flatten()  # (L*J,)
+        self.span = int((starts + lengths).max())
+        hidden = torch.arange(self.span, device=device) > place[..., None]  # (B,T,S)
+        self.bias = self.keys[0].new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]  # (B,1,T,S)
+
+    def attend(self, layer, q, k, v, mask):
+        (B, H, T, C), J = q.shape, k.shape[1]
+        for held, new in (self.keys[layer], k), (self.values[layer], v):
+            held.view(-1, C).index_copy_(0, self.into, new.transpose(1, 2)[self.real].flatten(0, 1))
+        keys, values = (held[layer][self.rows, :, : self.span] for held in (self.keys, self.values))
+        q = q.reshape(B, J, -1, C)  # the heads that share keys, one after the other
+        own = attend_part(q, keys, values, self.bias.repeat(1, 1, H // J, 1))
+        return self.with_shared(layer, q, own).view(B, H, T, C)
+
 
 # -- 4. responses being written, on a GPU ------------------------------------------------------------------------------
+
+PLAIN_STEPS = 3  # before one is recorded: kernels are compiled and loaded, and workspaces made, outside of a graph
+
+
+class Replayed:
+    """read(*inputs) -> tensor, recorded after some plain calls as one CUDA graph: from then on the host asks for the
+    inputs' copies and one launch, not for eight hundred.
+
+    All that `read` touches beside its inputs has to stay where it is, and no number in it may come from the host.
+    The tensor is overwritten by the next call. What cannot be recorded goes on in plain calls.
+    """
+
+    def __init__(self, read):
+        self.read, self.calls, self.graph = read, 0, None
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == PLAIN_STEPS + 1:
+            self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL watches from another
+                    self.output = self.read(*self.inputs)
+                self.graph = graph
+            except RuntimeError as error:
+                print(f"warning: decoding without a CUDA graph ({plain(error)})", file=sys.stderr, flush=True)
+        if self.graph is None:
+            return self.read(*inputs)
+        for held, x in zip(self.inputs, inputs):
+            held.copy_(x)
+        self.graph.replay()
+        return self.output
 
 
 class Arena:
@@ -192,6 +269,7 @@ class Arena:
 
     The first rows * capacity tokens are the rows' own. Behind them lie the segments that rows read, copied there once,
     each as long as the Segment is referred to anywhere. Where room is short, the arena grows, layer by layer.
+    All that a step reads stays where it is until the arena grows or gives up rows: so steps can be replayed.
     """
 
     def __init__(self, model, rows, capacity, room):
@@ -202,6 +280,8 @@ class Arena:
         self.keys, self.values = ([like.new_empty(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.attend_ranges, self.length, self.taken = attend_ranges, 0, rows * capacity
         self.own = torch.arange(rows, device=like.device, dtype=torch.int32) * capacity
+        self.place, self.tiles, self.ranges = torch.empty_like(self.own), None, None
+        self.replays, self.replayed = model.compiled, None
         self.held = weakref.WeakKeyDictionary()  # {Segment: where its prompts start, and its last one ends}
         cores = torch.cuda.get_device_properties(like.device).multi_processor_count
         enough = lambda N: -(-rows // N) * config.num_key_value_heads >= 2 * cores  # programs for all multiprocessors
@@ -228,7 +308,10 @@ class Arena:
                     seen.setdefault(one, []).append(n)
             for place, (one, readers) in zip(into, seen.items()):
                 place[:] = *one, readers[0], readers[-1] + 1
-        self.tiles, self.ranges = (self.there(x) for x in (tiles, ranges))
+        if self.tiles is None:
+            self.tiles, self.ranges = (self.there(x) for x in (tiles, ranges))
+        self.tiles.copy_(torch.from_numpy(tiles), non_blocking=True)
+        self.ranges.copy_(torch.from_numpy(ranges), non_blocking=True)
 
     def range(self, segment, index):
         if segment not in self.held:
@@ -249,13 +332,14 @@ class Arena:
         for arena, new in (self.keys, segment.keys), (self.values, segment.values):
             for layer, x in enumerate(new):
                 if start + size > S:
+                    self.replayed = None
                     arena[layer] = torch.cat([arena[layer], x.new_empty(start + size - S + S // 8, *x.shape[1::2])])
                 arena[layer][start : start + size] = x.transpose(1, 2).flatten(0, 1)[real]
         self.held[segment] = (start + np.cumsum([0, *segment.lengths])).tolist()
 
     def set(self, place):
         """Before a step: how many tokens (B,) each row has written; its new one goes behind them."""
-        self.place = self.own + self.there(place.astype(np.int32))
+        torch.add(self.own, self.there(place.astype(np.int32)), out=self.place)
 
     def there(self, x):
         return torch.from_numpy(x).to(self.own.device, non_blocking=True)
@@ -265,9 +349,40 @@ class Arena:
         where = self.tiles, self.ranges, self.own, self.place
         return self.attend_ranges(*new, self.keys[layer], self.values[layer], *where)[:, :, None]
 
+    def reading(self, rows, starts, lengths, where):
+        """Cache of one pass over more tokens of some rows, whose own go on there; see ArenaReading."""
+        return ArenaReading(self, rows, starts, lengths, where)
+
     def keep(self, rows):
         """Give up all rows but these."""
         self.own = self.own[torch.tensor(rows, device=self.own.device)]
+        self.place, self.tiles, self.replayed = torch.empty_like(self.own), None, None
+
+    def step(self, read, *inputs):
+        """read(*inputs), a step of the model with this cache; replayed where that is wanted."""
+        self.replayed = self.replayed or Replayed(read)
+        return (self.replayed if self.replays else read)(*inputs)
+
+
+class ArenaReading(Arena):
+    """SlotsReading in an arena: to its kernel each of the tokens is a row, which sees those of its row before it."""
+
+    def __init__(self, arena, rows, starts, lengths, where):
+        vars(self).update(vars(arena))
+        member = np.repeat(np.arange(len(rows)), lengths)  # (L,) of each token
+        number = np.concatenate([np.arange(n) for n in lengths])
+        self.own = arena.own[self.there(np.array(rows)[member])]
+        self.connect({i: where[b] for i, b in enumerate(member)})
+        self.set(np.array(starts)[member] + number)
+        self.token = self.there(member), self.there(number)  # (L,) each: where it stands in the pass
+
+    def attend(self, layer, q, k, v, mask):
+        for held, new in (self.keys[layer], k), (self.values[layer], v):  # before the kernel, which orders no rows
+            held[self.place] = new.transpose(1, 2)[self.token]
+        out = torch.zeros_like(q.transpose(1, 2))  # (B,T,H,C)
+        q, k, v = (x.transpose(1, 2)[self.token][:, :, None] for x in (q, k, v))  # (L,heads,1,C)
+        out[self.token] = super().attend(layer, q, k, v, mask)[:, :, 0]
+        return out.transpose(1, 2)
 
 
 def decoding_cache(model, rows, capacity, room):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
+from support.config import refuse
 from support.files import find_folder, read_json, shown, write_json
 from support.layouts import pictures_to_save
 from support.runs import locate, open_model, recorded_base
@@ -91,6 +92,7 @@ def export(qwen, path, out, adapter=""):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: found something there, expected a new folder")
     model, source = open_model(qwen, path, dtype=None, adapter=adapter)
+    refuse(hasattr(model, "Decoder"), f"latent actions in {path}", "a model that transformers and vLLM can run")
     processor = qwen.Processor.from_pretrained(source)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:

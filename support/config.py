@@ -63,8 +63,7 @@ class Update:
 
     full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
     train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
-    lora_rank: int = option(8, "rank of the adapter", least=1)
-    lora_alpha: float = option(16.0, "scale of the adapter: alpha / rank multiplies B A x", above=0)
+    lora_rank: int = option(8, "rank of the adapter; its alpha is twice that: B A x counts double", least=1)
     lora_targets: str = option("", "layers with an adapter: names by commas or a regex; empty: all of the text blocks")
     lr: float = option(1e-5, "peak learning rate", above=0, most=1)
     warmup: int = option(0, "steps of linear warm-up", least=0)

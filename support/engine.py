@@ -4,13 +4,14 @@
     2. Prompts           pictures encoded once, prefixes that several prompts share
     3. sample            rows that write responses; when one ends, its row takes the next that waits
 
-What is drawn depends on the prompt and on the response's seed alone, not on what else is sampled. Keys and values
-live in support/cache.py.
+A response may be a dialogue (support/dialogue.py), which where a turn ends may give the row a tool's result to read;
+then it writes on. What is drawn depends on the prompt and on the response's seed alone, not on what else is sampled.
+Keys and values live in support/cache.py.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -148,9 +149,20 @@ def common_length(prompt, start):
 
 @dataclass
 class Response:
-    tokens: list  # up to and with the stop token
-    logprobs: list  # of each token, under the distribution it was drawn from
-    finished: bool  # False: cut at max_tokens
+    tokens: list  # up to and with the stop token; of a dialogue, the results that it has read among them
+    logprobs: list  # of each token, under the distribution it was drawn from; 0 of what was read
+    finished: bool  # False: cut at max_tokens, or by its dialogue's limits
+    reads: list = field(default_factory=list)  # [(place in tokens, Encoded)]: results, which it has not written
+    turns: list | None = None  # [{"role", "text"}] of a dialogue
+    actions: list | None = None  # what was drawn for each token, in an action space other than words
+
+    @property
+    def written(self):
+        """Which tokens it has written, bool (R,)."""
+        mask = torch.ones(len(self.tokens), dtype=torch.bool)
+        for place, read in self.reads:
+            mask[place : place + len(read.input_ids)] = False
+        return mask
 
 
 @torch.no_grad()
@@ -170,6 +182,7 @@ def sample(
     budget=0,
     shared=None,
     prefixes=None,
+    dialogue=None,
 ):
     """n responses to each prompt -> [[Response]], in the order of the prompts.
 
@@ -180,6 +193,8 @@ def sample(
     budget: tokens of prompts and responses held at a time, 0: as many as suit the device; what does not fit waits.
     shared: [int], how many tokens at each prompt's start (its policy) are read once for all prompts that begin so.
     prefixes: a dict that keeps those for later calls; empty it when the weights change.
+    dialogue: dialogue(p) is a new one for a response to prompt p; its reply(tokens of a turn, room) is what the row
+      reads next, an Encoded of at most `room` tokens, or None where the response ends.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
     seeds = seeds or [[(p << 32) + i for i in range(count)] for p, count in enumerate(counts)]
@@ -189,9 +204,10 @@ def sample(
             f"max_tokens {max_tokens}, temperature {temperature}; expected one seed per response, a positive length, "
             "no negative temperature"
         )
-    decoder = Decoder(
+    decoder = getattr(model, "Decoder", Decoder)(
         model, prompts, seeds, max_tokens, budget or fitting(model), shared, {} if prefixes is None else prefixes
     )
+    decoder.dialogue = dialogue or (lambda p: None)
     ids = [torch.tensor(list(given), dtype=torch.long, device=decoder.device) for given in (stop_ids, banned_ids)]
     rules = Rules(temperature, top_k, top_p, min_tokens, *ids)
     with prepacked(model):
@@ -218,10 +234,13 @@ class Row:
 
     prompt: int
     number: int  # among the responses to its prompt
-    position: int  # of its first token
+    position: int  # of its first token; after pictures among its tokens, less by what these take less than tokens
     uniforms: np.ndarray  # (max_tokens,) float64
     tokens: list
     logprobs: list
+    dialogue: object  # None: the response is its first turn
+    reads: list = field(default_factory=list)
+    turn: int = 0  # where it began, among the tokens
 
 
 class Decoder:
@@ -272,7 +291,7 @@ class Decoder:
         self.read_prompts(list(dict.fromkeys(p for p, _ in jobs if p not in self.ready)))
         for r, (p, i) in zip(free, jobs):
             _, _, self.hidden[r], position = self.ready[p]
-            self.rows[r] = Row(p, i, position, uniforms(self.seeds[p][i], self.max_tokens), [], [])
+            self.rows[r] = Row(p, i, position, uniforms(self.seeds[p][i], self.max_tokens), [], [], self.dialogue(p))
         self.connect()
 
     def read_prompts(self, new):
@@ -341,29 +360,74 @@ class Decoder:
             (row.uniforms[len(row.tokens)], len(row.tokens)) if row else (0.0, self.max_tokens) for row in self.rows
         ]
         u, used = torch.tensor(state, dtype=torch.float64).T.to(self.device, non_blocking=True)  # (B,) each
-        logits = self.model.logits(self.hidden)  # (B,V)
-        tokens, logps = rules.draw(logits.float(), u, used)
+        tokens, logps = self.choose(rules, u, used)
         drawn = torch.stack([tokens.double(), logps]).tolist()
+        replies = {}  # {row: what it reads next}
         for r, (row, token, logp) in enumerate(zip(self.rows, map(int, drawn[0]), drawn[1])):
             if row:
                 row.tokens.append(token)
                 row.logprobs.append(logp)
-                if token in stops or len(row.tokens) == self.max_tokens:
+                if token in stops and (reply := self.reply(row)):
+                    replies[r] = reply
+                elif token in stops or len(row.tokens) == self.max_tokens:
                     self.end(r, token in stops)
         if any(self.rows):
             longest = max(len(row.tokens) for row in self.rows if row)
             place = np.array([len(row.tokens) if row else longest for row in self.rows]) - 1  # where the token belongs
             self.slots.set(place)
             position = np.array([row.position if row else 0 for row in self.rows]) + place
-            position_ids = (
-                torch.from_numpy(position).to(self.device, non_blocking=True).expand(3, -1)[..., None]
-            )  # (3,B,1)
-            self.hidden = self.model(tokens[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
+            position = torch.from_numpy(position).to(self.device, non_blocking=True)  # (B,)
+            self.hidden = self.slots.step(self.read_tokens, tokens, position)
+        waiting = sorted(replies, key=lambda r: -len(replies[r].input_ids))
+        while waiting:
+            most = max(1, PREFILL // len(replies[waiting[0]].input_ids))
+            self.read_replies({r: replies[r] for r in waiting[:most]})
+            waiting = waiting[most:]
+
+    def reply(self, row):
+        """What the row reads next, Encoded, where a turn of it has ended; None where the response has."""
+        room = self.max_tokens - len(row.tokens) - 1  # it writes at least one token more
+        return row.dialogue and row.dialogue.reply(row.tokens[row.turn :], room)
+
+    def read_replies(self, replies):
+        """Read what some rows are told, {row: Encoded}, in one pass, into their own keys and values."""
+        members, read = [self.rows[r] for r in replies], list(replies.values())
+        lengths = [len(reply.input_ids) for reply in read]
+        ids = torch.zeros(len(read), max(lengths), dtype=torch.long)  # (B,T)
+        for into, reply in zip(ids, read):
+            into[: len(reply.input_ids)] = reply.input_ids
+        grids = [reply.grid_thw for reply in read if reply.grid_thw is not None]
+        real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        position_ids, delta = self.model.positions(ids, real, torch.cat(grids) if grids else None)
+        starts = [len(row.tokens) for row in members]
+        position_ids = position_ids + torch.tensor([row.position + n for row, n in zip(members, starts)])[:, None]
+        embeds = self.pictures.encode([i for reply in read for _, i in self.pictures.key(reply)[1]])
+        where = [self.ready[row.prompt][:2] for row in members]
+        cache = self.slots.reading(list(replies), starts, lengths, where)
+        inputs = ids.to(self.device), position_ids.to(self.device)
+        x = self.model(inputs[0], position_ids=inputs[1], cache=cache, image_embeds=embeds)  # (B,T,D)
+        for b, (r, row) in enumerate(zip(replies, members)):
+            self.hidden[r] = x[b, lengths[b] - 1]
+            row.reads.append((starts[b], read[b]))
+            row.tokens += read[b].input_ids.tolist()
+            row.logprobs += [0.0] * lengths[b]
+            row.position, row.turn = row.position + int(delta[b]), len(row.tokens)
+
+    def choose(self, rules, u, used):
+        """The next token of each row and the log-probability of what was drawn, here itself; (B,) each."""
+        return rules.draw(self.model.logits(self.hidden).float(), u, used)  # of logits (B,V)
+
+    def read_tokens(self, tokens, position):
+        """The model reads a token of each row, tokens (B,) at position (B,) -> hidden states (B,D)."""
+        return self.model(tokens[:, None], position_ids=position.expand(3, -1)[..., None], cache=self.slots)[:, 0]
 
     def end(self, r, finished):
         """Row r is free; forget its prompt after the last response to it."""
         row = self.rows[r]
-        self.responses[row.prompt][row.number] = Response(row.tokens, row.logprobs, finished)
+        turns = None
+        if row.dialogue:
+            finished, turns = row.dialogue.end(row.tokens[row.turn :], finished)
+        self.responses[row.prompt][row.number] = Response(row.tokens, row.logprobs, finished, row.reads, turns)
         self.rows[r] = None
         self.left[row.prompt] -= 1
         if not self.left[row.prompt]:

@@ -1,4 +1,4 @@
-"""Reward functions of the user's, each in a process of its own: whatever one does wrong costs that response only.
+"""Rewards and environments of the user's, each in a process of its own: what one does wrong costs a response at most.
 
 A function that raises, exits, hangs (in C code, too), forks or changes its item is told so in the log; the process of
 one that hangs or dies is ended, and the next response starts another. It finds modules as the user's own script would:
@@ -6,6 +6,8 @@ from its file's folder and the current one, where `import evaluate` is not our e
 data/rewards.py run in this process. No part of the method.
 """
 
+import base64
+import importlib
 import json
 import math
 import os
@@ -15,10 +17,14 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import Pipe
 from pathlib import Path
 
+from PIL import Image
+
 from data import InputError, rewards
+from data.tools import TURNS
 from support.config import option
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +41,10 @@ class Judging:
         "with weights: names of data.rewards, FILE.py:function or module:function; a function of one's own is "
         "reward(prompt: str, response: str, item: dict) -> float",
     )
-    reward_seconds: float = option(5.0, "seconds after which a reward function is given up", above=0)
+    reward_seconds: float = option(5.0, "seconds after which a reward function, or a tool, is given up", above=0)
+    environment: str = option(
+        "", "what makes each response a dialogue (data/TOOLS.md): FILE.py:name or module:name; empty: one turn"
+    )
     overlong: int = option(0, "tokens before --max-response over which the reward falls by 1; 0: none", least=0)
 
 
@@ -75,6 +84,43 @@ def complaint():
     return ", ".join(f"{n} x {kind} in {name}" for (name, kind), n in sorted(rewards.failures.counts.items()))
 
 
+def load_environment(text, seconds):
+    """The environment that "FILE.py:name" or "module:name" names; None for "". seconds: for a step of a user's own."""
+    if not text:
+        return None
+    module, _, name = text.rpartition(":")
+    ours = (ROOT / f"{module.replace('.', '/')}.py").exists() and module.startswith(("data.", "tiny."))
+    if ours and hasattr(found := importlib.import_module(module), name):
+        return getattr(found, name)
+    if not module or ours:
+        raise InputError(f"--environment {text!r}: found no such name, expected FILE.py:name or module:name")
+    return RemoteEnvironment(module, name, seconds)
+
+
+class RemoteEnvironment:
+    """An environment in another process. It keeps its dialogues; a new process gets their turns once more."""
+
+    def __init__(self, module, name, seconds):
+        self.remote, self.numbers = Remote(module, name, seconds, "environment"), count()
+        self.system, self.turns = self.remote.told["system"], self.remote.told["turns"] or TURNS
+
+    def __call__(self, item):
+        return RemoteDialogue(self.remote, next(self.numbers), item)
+
+
+class RemoteDialogue:
+    def __init__(self, remote, number, item):
+        self.remote, self.number, self.item, self.texts = remote, number, item, []
+
+    def step(self, text):
+        result = self.remote(self.number, self.item, self.texts, text)
+        self.texts.append(text)  # one that failed is not given to the next process again
+        if not isinstance(result, dict):
+            return result
+        pictures = [Image.frombytes("RGB", tuple(size), base64.b64decode(rgb)) for size, rgb in result["pictures"]]
+        return result["text"], pictures
+
+
 class RewardFailed(Exception):
     """kind: name of the exception, or Hung or Died; trace: the traceback there, lines."""
 
@@ -84,10 +130,13 @@ class RewardFailed(Exception):
 
 
 class Remote:
-    """A reward function in another process: call it as if it were here. Raises RewardFailed."""
+    """A reward function, or an environment's dialogues, in another process: call it as if it were here.
 
-    def __init__(self, module, name, seconds):
-        self.module, self.__name__, self.seconds, self.number = module, name, seconds, 0
+    told: what its process says of it: is it @batch, or what an environment has set. Raises RewardFailed.
+    """
+
+    def __init__(self, module, name, seconds, kind="reward"):
+        self.module, self.__name__, self.seconds, self.kind, self.number = module, name, seconds, kind, 0
         self.start()
 
     def start(self):
@@ -98,18 +147,20 @@ class Remote:
         ours = [path for path in map(os.path.abspath, sys.path) if path not in theirs]
         self.connection, other = Pipe()
         worker = [sys.executable, Path(__file__).with_name("reward_worker.py"), str(other.fileno())]
-        worker += [json.dumps([*first, *theirs, *ours, str(ROOT)]), self.module, self.__name__]
+        worker += [json.dumps([*first, *theirs, *ours, str(ROOT)]), self.module, self.__name__, self.kind]
         self.process = subprocess.Popen(
             worker, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()], start_new_session=True
         )
         other.close()
         self.end = weakref.finalize(self, end, self.process, self.connection)  # also when this process exits
         try:
-            self.batch = self.answer(0, IMPORT_SECONDS)
+            self.told = self.answer(0, IMPORT_SECONDS)
+            self.batch = self.told is True
         except RewardFailed as error:
-            place = f"--reward {self.module}:{self.__name__}: {''.join(error.trace).strip().splitlines()[-1]}"
-            form = "reward(prompt, response, item) -> float of FILE.py:function or module:function"
-            raise InputError(f"{place}; expected a function {form}") from None
+            place = f"--{self.kind} {self.module}:{self.__name__}: {''.join(error.trace).strip().splitlines()[-1]}"
+            form = {"reward": "reward(prompt, response, item) -> float", "environment": "environment(item) -> dialogue"}
+            expected = f"a function {form[self.kind]} of FILE.py:function or module:function"
+            raise InputError(f"{place}; expected {expected}") from None
 
     def __call__(self, *inputs):
         if not self.end.alive:

@@ -12,7 +12,9 @@ metrics.jsonl holds one row per step: means over all ranks and updates; what was
     entropy, kl                     of the learned tokens
     clipped_low, clipped_high       share of the learned standard tokens whose ratio, as the loss takes it, is clipped;
     clipped_..._aware               of the policy-aware ones
-    length, length_max, truncated   of responses in tokens; share that --max-response cut
+    length, length_max, truncated   of responses in tokens that they have written; share that --max-response cut, or
+                                    their environment's limit of turns
+    turns, calls, calls_failed      of dialogues, per response: its turns, results of tools, and how many were errors
     failed                          share of rewards that raised, hung or were no number
     rollout_train_difference        |log pi of the trainer - of the sampler|, tokens of standard responses. Only the
                                     sampler bans vision tokens: their probability is in it, none to speak of in a
@@ -29,8 +31,10 @@ import torch
 
 from data import InputError
 from data.rewards import score
+from data.tools import failed
 from support.batching import batches
 from support.config import option
+from support.dialogue import as_judged
 
 SAMPLES_EVERY = 10  # steps between whole groups in samples.jsonl
 
@@ -110,7 +114,8 @@ class Reporter:
         run, config, lengths = self.run, self.config, data.lengths.double()
         named = " ".join(f"reward/{name}" for name, *_ in self.rewards)
         means = Means(
-            f"reward {named} accuracy accuracy_aware reward_standard reward_aware dead_groups length truncated"
+            f"reward {named} accuracy accuracy_aware reward_standard reward_aware dead_groups length truncated "
+            "turns calls calls_failed"
         )
         judged = ~data.rewards.isnan().any(1)  # (B,)
         means.add("reward", rewards, judged)
@@ -123,6 +128,10 @@ class Reporter:
         means.add("dead_groups", torch.tensor(dead, dtype=torch.double))
         means.add("length", lengths)
         means.add("truncated", torch.tensor([float(not response.finished) for response in data.list]))
+        for turns in filter(None, (response.turns for response in data.list)):
+            results = [failed(turn) for turn in turns if turn["role"] == "tool"]
+            for name, n in zip(("turns", "calls", "calls_failed"), (len(results) + 1, len(results), sum(results))):
+                means.count(name, n, 1)
         told, learned = means.over(run), tally.over(run)
         several = {"length_max": run.max(max([0, *data.lengths.tolist()])), **drawn}
         metrics = {"loss": learned.pop("loss"), "grad_norm": learned.pop("grad_norm"), **told, **learned, **several}
@@ -144,11 +153,19 @@ class Reporter:
         rows = []
         for i, response in enumerate(group.responses):
             row = {"text": processor.decode(response.tokens), "aware": group.aware[i], "finished": response.finished}
+            row |= {"turns": [dict(turn) for turn in response.turns]} if response.turns else {}
             row |= {"right": float(data.rewards[i, 0]) >= 1, "reward": float(rewards[i]), "advantage": float(data.A[i])}
             if i in tally.first and len(now):
                 moved = (now[i] - tally.first[i])[: len(response.tokens)]
-                row["tokens"] = [processor.decode([token]) for token in response.tokens]
-                row["moved"] = [round(x, 4) for x in moved.tolist()]
+                tokens = [processor.decode([token]) for token in response.tokens]
+                ends = [
+                    0,
+                    *(end for place, read in response.reads for end in (place, place + len(read.input_ids))),
+                    None,
+                ]
+                for part, start, end in zip(row.get("turns", [row]), ends, ends[1:]):  # a turn, a result, a turn, ...
+                    part["tokens"] = tokens[start:end]
+                    part["moved"] = [round(x, 4) for x in moved[start:end].tolist()]
             rows.append(row)
         item = {key: item[key] for key in ("id", "policy", "question", "answer")}
         return {"step": step, **item, "responses": rows}
@@ -158,10 +175,10 @@ class Reporter:
         mine = items[self.run.rank :: self.run.world]
         with self.run.phase("validate"), self.run.gathered(model):
             answers = self.rollout.greedy(model, mine, policy_in_prompt)
-        decode = self.rollout.processor.decode
-        prompts = [decode(prompt.input_ids.tolist()) for prompt, _ in answers]
-        texts = [decode(response.tokens) for _, response in answers]
-        found = score(self.rewards[:1], prompts, texts, mine)
+        prompts = [self.rollout.processor.decode(prompt.input_ids.tolist()) for prompt, _ in answers]
+        pairs = [(item, response) for item, (_, response) in zip(mine, answers)]
+        texts, seen = as_judged(self.rollout.processor, pairs)
+        found = score(self.rewards[:1], prompts, texts, seen)
         return self.run.sum(float(sum(row[0] == 1 for row in found))) / len(items)
 
     def does_the_policy_help(self, items):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import model as qwen
 from data import check_file, write_text
-from support.config import CommonConfig, option, parse, redefault
+from support.config import CommonConfig, option, parse, redefault, refuse
+from support.engine import SHARE
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
           "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
@@ -53,7 +54,10 @@ class Config:
     gradient_checkpointing: bool = redefault(CommonConfig, "gradient_checkpointing", False)
     train_vision: bool = redefault(CommonConfig, "train_vision", True)
     dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
-    budget: int = option(1 << 17, "rl: tokens of prompts and responses that sampling holds at a time, a GPU", least=1)
+    budget: int = option(
+        0, "rl: tokens of prompts and responses that sampling holds at a time, a GPU; 0: what memory allows", least=0
+    )
+    latent: bool = option(False, "rl: latent actions of the paper's sizes: only their policy is trained")
     reference: bool = option(True, "rl: a KL term or a frozen sampler also holds the start model")
     out: str = option("", "write the plan to this file, too")
 
@@ -163,11 +167,15 @@ def counted(*values):
 
 def plan(config):
     """{part: bytes} a GPU, the largest phase of a step, and what a smaller setting of each lever would give."""
-    same = dict(stage="", gpus=1, memory=1, gradient_checkpointing=False, budget=1, reference=False, out="")
+    same = dict(
+        stage="", gpus=1, memory=1, gradient_checkpointing=False, budget=1, latent=False, reference=False, out=""
+    )
     values = dataclasses.astuple(dataclasses.replace(config, **same))
     text, total, vision, layer, adapter, block, x, tower = counted(*values)
     root = total - layer * text.num_hidden_layers - (0 if config.train_vision else vision)
     width, half = (2, 2) if config.dtype == "bfloat16" else (4, 0)
+    if config.latent:
+        return latent_plan(config, text, total, layer, block, x, width)
     sharded = config.full and config.gpus > 1
     ranks = config.gpus if sharded else 1
     if config.full:
@@ -194,24 +202,67 @@ def plan(config):
     tokens = config.micro_batch * (config.response if config.stage == "rl" else config.prompt + config.response)
     head = tokens * text.hidden_size * 8 + (4 * text.vocab_size * text.hidden_size if config.full else 0)
     phases = {"learning": kept + 2 * x + block / 2 + head + 2 * 4 * 2048 * text.vocab_size}
+    held = 0
     if config.stage == "rl":
-        cache = 2 * text.num_key_value_heads * text.head_dim * layers * width * config.budget
-        phases["sampling"] = cache + (width * total if config.full else 0)  # whole weights, gathered or cast once
+        whole = width * total if config.full else 0  # weights, gathered or cast once
+        held, phases["sampling"] = sampling(config, text, layers, width, sum(parts.values()), whole)
     peak = sum(parts.values()) + max(phases.values())
-    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak}
+    return {"parameters": total, "trained": tuned, "parts": parts, "phases": phases, "peak": peak, "held": held}
+
+
+def sampling(config, text, layers, width, parts, whole):
+    """(tokens that sampling holds at a time, as engine.fitting chooses them; bytes of their keys and values, and
+    `whole`, of weights that it needs beside them). parts: bytes that are taken all the time."""
+    token = 2 * text.num_key_value_heads * text.head_dim * layers * width
+    free = config.memory * GB - parts - whole
+    held = config.budget or max(int(SHARE * free / token), config.prompt + config.response)
+    return held, token * held + whole
+
+
+LATENT = {"K": 128, "inverse": 4, "merge": 2, "policy": 8}  # variants/latent, the paper's sizes
+
+
+def latent_sizes(text, layer):
+    """Parameters of the policy and of all other latents; layer: those of a text block."""
+    D, K = text.hidden_size, LATENT["K"]
+    reader = lambda blocks: blocks * layer + D + K * D  # a norm and a head above its blocks
+    merge, mlp = 5 * D * text.intermediate_size, D * (D // 2) * 2 + D // 2 + D
+    return reader(LATENT["policy"]), reader(LATENT["inverse"]) + K * D + LATENT["merge"] * merge + 4 * mlp
+
+
+def latent_plan(config, text, total, layer, block, x, width):
+    """`plan` of RL with latent actions: all but the policy is frozen, and nothing is sharded."""
+    refuse(config.stage != "rl" or not config.full, "--latent with another stage or --no-full", "--stage rl, --full")
+    tuned, others = latent_sizes(text, layer)
+    rows = (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size  # stay fp32
+    frozen = width * (total - rows + others) + 4 * rows
+    parts = {"frozen weights (matrices in the compute dtype)": frozen, "policy, gradient, AdamW (fp32)": 16 * tuned}
+    parts["start model"] = frozen + width * tuned if config.reference else 0
+    policy = LATENT["policy"]
+    kept = policy * x + block if config.gradient_checkpointing else policy * block
+    head = config.micro_batch * config.response * text.hidden_size * 8
+    layers = text.num_hidden_layers + policy
+    whole = width * (tuned + rows)
+    held, sampled = sampling(config, text, layers, width, sum(parts.values()), whole)
+    phases = {"learning": kept + 2 * x + block / 2 + head + width * tuned, "sampling": sampled}
+    peak = sum(parts.values()) + max(phases.values())
+    sizes = {"parameters": total + tuned + others, "trained": tuned}
+    return {**sizes, "parts": parts, "phases": phases, "peak": peak, "held": held}
 
 
 def advice(config, result):
     """Levers that lower the peak, most useful first, as lines of text."""
     levers = []
     learning, sampling = result["phases"]["learning"], result["phases"].get("sampling", 0)
-    if sampling >= learning:
+    if config.budget and sampling >= learning:
         levers.append(f"--budget {config.budget // 2}: sampling holds fewer tokens at a time")
     if not config.gradient_checkpointing:
         levers.append("--gradient-checkpointing: keeps the inputs of blocks only, a third more time")
     if config.micro_batch > 1:
         levers.append(f"--micro-batch {config.micro_batch // 2}: the same result, smaller passes")
-    if config.full:
+    if config.latent and config.reference:
+        levers.append("--no-reference: a loss without KL, such as dapo")
+    if config.full and not config.latent:
         levers += [
             f"--gpus {2 * config.gpus}: shards weights, gradients and AdamW further",
             "--no-train-vision: no gradients there",
@@ -223,13 +274,14 @@ def advice(config, result):
 def report(config):
     """The plan as lines of text."""
     result = plan(config)
-    how = "full" if config.full else f"LoRA r {config.lora_rank}"
+    how = "latent actions" if config.latent else "full" if config.full else f"LoRA r {config.lora_rank}"
     lines = [
         f"{config.model}, {config.stage}, {how}, {config.gpus} GPUs: "
         f"{result['parameters'] / GB:.2f} B parameters, {result['trained'] / GB:.3f} B trained; GB on each GPU"
     ]
     lines += [f"  {size / GB:8.2f}  {name}" for name, size in result["parts"].items()]
-    lines += [f"  {size / GB:8.2f}  {name}: {PHASES[name]}" for name, size in result["phases"].items()]
+    phases = PHASES | {"sampling": f"{PHASES['sampling']}; {result['held']:,} tokens at a time"}
+    lines += [f"  {size / GB:8.2f}  {name}: {phases[name]}" for name, size in result["phases"].items()]
     fits = result["peak"] / GB <= config.memory
     verdict = f"{'fits' if fits else 'does not fit'} {config.memory:g} GB"
     lines.append(f"  {result['peak'] / GB:8.2f}  peak (the phases follow one another); {verdict}")

@@ -13,7 +13,7 @@ import torch
 
 from data import InputError
 from support.checkpoint import checksum, shard_name
-from support.files import TensorFile, find_folder, read, read_json
+from support.files import TensorFile, find_folder, read, read_json, weight_files
 
 
 def locate(path, hub="download"):
@@ -29,6 +29,13 @@ def locate(path, hub="download"):
     if "base" in run_config(folder):
         raise InputError(f"{path}: found a run that has not ended, expected its model/ or adapter/ (see --resume)")
     return str(path if hub == "download" else find_folder(path, hub)), None
+
+
+def load_weights(qwen, base, device, dtype):
+    """The model of a folder or hub id, with the latent actions that its files hold, if any."""
+    if any(".latents." in name for file in weight_files(find_folder(base)) for name in file.entries):
+        from variants.latent import actions as qwen
+    return qwen.load_pretrained(base, device, dtype)
 
 
 def run_config(folder):
@@ -60,7 +67,7 @@ def open_model(qwen, path, device="cpu", dtype=torch.float32, adapter=""):
         model = load_step(qwen, Path(path), device, dtype)
     else:
         base, own = locate(path)
-        model = qwen.load_pretrained(base, device, dtype or stored_dtype(find_folder(base)))
+        model = load_weights(qwen, base, device, dtype or stored_dtype(find_folder(base)))
         adapter = adapter or own
     if adapter:
         qwen.load_adapter(model, adapter)
@@ -70,7 +77,7 @@ def open_model(qwen, path, device="cpu", dtype=torch.float32, adapter=""):
 
 def stored_dtype(folder):
     """The type in which a checkpoint holds its embedding."""
-    from support.files import DTYPES, weight_files
+    from support.files import DTYPES
 
     for file in weight_files(folder):
         for name, entry in file.entries.items():
@@ -85,14 +92,15 @@ def load_step(qwen, folder, device, dtype):
     config = read(state, "config", dict, folder / "state.json")
     base = recorded_base(run)
     adapter = config.get("adapter") or (locate(config["init"], hub="")[1] if config.get("init") else None)
-    model = qwen.load_pretrained(base, device, dtype or stored_dtype(find_folder(base)))
+    model = load_weights(qwen, base, device, dtype or stored_dtype(find_folder(base)))
     if adapter:
         qwen.load_adapter(model, adapter)
         if config["full"]:
             qwen.merge_lora(model)
     elif not config["full"]:
         targets = config["lora_targets"].split(",") if "," in config["lora_targets"] else config["lora_targets"]
-        qwen.add_lora(model, config["lora_rank"], config["lora_alpha"], targets or None)
+        alpha = config.get("lora_alpha", 2 * config["lora_rank"])  # once an option
+        qwen.add_lora(model, config["lora_rank"], alpha, targets or None)
 
     sums = state.get("shards") or [None]
     paths = [folder / shard_name(rank, len(sums)) for rank in range(len(sums))]

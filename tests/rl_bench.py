@@ -64,7 +64,7 @@ class Bench:
 
     def __init__(self, config, rank=0, world=1, common=None):
         self.config, self.rank, self.world, self.common = config, rank, world, common
-        self.device, self.fsdp, self.gradients = torch.device("cpu"), False, []
+        self.device, self.fsdp, self.workers, self.gradients = torch.device("cpu"), False, 0, []
 
     def sum(self, x):
         if self.world == 1:
@@ -74,6 +74,9 @@ class Bench:
         values = list(self.common["values"])
         self.common["barrier"].wait()
         return [sum(parts) for parts in zip(*values)] if isinstance(x, list) else sum(values)
+
+    def together(self, work):
+        return work()
 
     def autocast(self):
         return nullcontext()
@@ -97,7 +100,7 @@ class Bench:
         return 0.0
 
 
-def draw(folder):
+def draw(folder, load_pretrained=load_pretrained):
     """Four groups of 2 + 2 on pictures, drawn from a model a little away from the one that learns: ratios differ.
 
     -> (the model that learns, the one that drew, groups, processor)

@@ -63,6 +63,9 @@ class Seeds:
     def __init__(self):
         self.asked = []
 
+    def scale(self, item):
+        return item
+
     def __call__(self, model, items, seeds):
         self.asked += [(item, *row) for item, row in zip(items, seeds)]
         return []
@@ -86,7 +89,7 @@ def test_a_query_that_comes_twice_has_fresh_responses_on_any_number_of_ranks(fol
 
 def test_dynamic_sampling_draws_a_mini_batch_at_a_time(folder):
     """As EasyR1 does: with 20 tries of a third of the batch a run ends at 15 % live groups instead of 5 %."""
-    size = lambda tries, **flags: Sampler(config(folder, batch_size=12, **flags), *[None] * 5, tries).size
+    size = lambda tries, **flags: Sampler(config(folder, batch_size=12, **flags), Bench(None), *[None] * 4, tries).size
     assert (
         size(20, mini_batch=4) == 4 and size(20, mini_batch=0) == 12 and size(20) == 12 and size(0, mini_batch=4) == 12
     )

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_checkpoint
@@ -14,6 +15,8 @@ from small import ROOT, arguments, metrics, quiet, small_data, start_ranks
 import train_cpt
 from support import plan
 from support.config import parse
+from support.engine import fitting
+from train_rl import Config
 
 MICRO = 4
 
@@ -47,6 +50,23 @@ def test_lora_holds_frozen_weights_once_and_sixteen_bytes_a_trained_parameter():
 def test_a_plan_of_the_official_model_downloads_nothing(monkeypatch):
     monkeypatch.setattr(plan.qwen, "find_folder", lambda name: pytest.fail(f"asked for {name}"))
     assert sum(p.numel() for p in plan.architecture("Qwen/Qwen2.5-VL-7B-Instruct").parameters()) == COUNTS["7B"]
+
+
+@pytest.mark.parametrize("words", ["--no-full", "--full --gpus 4 --gradient-checkpointing"])
+def test_without_a_budget_the_plan_says_what_sampling_will_choose(monkeypatch, words):
+    """Of a card that holds the plan's parts and whole weights, engine.fitting takes what the plan says; it fits."""
+    text = plan.architecture("7B").config
+    result = planned("--model", "7B", *words.split())
+    taken = sum(result["parts"].values()) + ("--full" in words) * 2 * COUNTS["7B"]
+    free = lambda *_: (int(80e9 - taken), int(80e9))
+    for name, value in dict(mem_get_info=free, memory_reserved=lambda *_: 5, memory_allocated=lambda *_: 5).items():
+        monkeypatch.setattr(plan.torch.cuda, name, value)
+    weight = SimpleNamespace(is_cuda=True, device="cuda", element_size=lambda: 2)
+    assert result["held"] == pytest.approx(fitting(SimpleNamespace(head_weight=weight, config=text)), abs=1)
+    assert parse(Config, "", ["--model", "m", "--data", "d", "--out", "o"]).budget == 0  # RL leaves the choice to it
+    assert result["peak"] <= 80e9
+    assert planned("--model", "7B", *words.split(), "--budget", 1000)["held"] == 1000
+    assert planned("--model", "7B", *words.split(), "--memory", 1)["held"] == 4096 + 2048  # one row, whether it fits
 
 
 def growth(folder, ranks):

@@ -12,11 +12,12 @@ import torch
 from rl_bench import READ, REWARDS, Bench, config, distance, draw, gradients, reader_folder, rl_folder, run
 from small import write_lines
 
+import rollout
 import train_rl
 from data import InputError
-from data.dataset import load_policies
+from data.dataset import load_items, load_policies
 from rollout import PolicyRollout, Responses, Sampler
-from support import batching
+from support import batching, pictures
 from support.engine import sample
 from train_rl import LOSSES
 from training import Run
@@ -206,6 +207,25 @@ def test_rows_that_pad_the_embedding_have_no_probability_in_rl(folder, drawn):
     assert torch.allclose(micro.spread(exact.gather(1, tokens[:, None])[:, 0]).float(), logp, atol=1e-5)
     (gradient,) = torch.autograd.grad(logp.sum(), [model.head_weight])
     assert not gradient[processor.vocabulary :].any() and gradient[: processor.vocabulary].abs().sum() > 0
+
+
+def test_pictures_are_read_a_draw_ahead_and_change_nothing(folder, drawn, monkeypatch):
+    """In threads while the draw before is being written, each once; groups keep the items, not their patches."""
+    model, _, _, processor = drawn
+    policies, opened = load_policies(folder / "data"), []
+    items = load_items(folder / "data", "rl.jsonl", policies)[:4]
+    monkeypatch.setattr(rollout, "judge", lambda groups, *_: groups)
+    monkeypatch.setattr(rollout.qwen, "open_image", lambda path: opened.append(path) or pictures.open_image(path))
+    found, counts = [], []
+    for workers in 0, 2:
+        bench, kinds = Bench(config(folder, batch_size=2)), dict(max_tokens=4, stop_ids=list(range(60)))
+        bench.workers = workers
+        sampler = Sampler(bench.config, bench, model, PolicyRollout(processor, policies, 1, 1, **kinds), items, [], 0)
+        found.append([[(group.item, group.responses) for group in sampler.draw(number)] for number in range(2)])
+        ahead = [future.result() for future in sampler.scaled.futures.get(2, [])]  # of a third draw
+        counts.append(len(opened) - sum(len(item["images"]) for item, _ in ahead))
+    assert found[0] == found[1] and isinstance(found[0][0][0][0]["images"][0], str)
+    assert len(ahead) == 2 and counts[1] == 2 * counts[0]
 
 
 def judged(groups, accuracies):

@@ -95,14 +95,17 @@ def test_the_tables_and_figures_are_written(tmp_path):
     ]
     plain = [row("T4", 4, 0, "sft_grpo", 0.9, curve_accuracy=[0.9], curve_accuracy_aware=[0.0])]  # has no such half
     made = {"hardware": "2 cores", "torch": "2", "commit": "abc"}
-    study.write(ROWS + curves + plain, tmp_path, made)
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("study", "study_depths", "study_halves"))
+    readers = [row(world, 0, 0, name, 0.5) for world in study.READERS for name in ("in_context", "sft")]
+    wide = [row(study.WIDE, 0, 0, "rlsd", 0.5)]
+    study.write(ROWS + curves + plain + readers + wide, tmp_path, made)
+    figures = ("study", "study_depths", "study_halves", "field", "readers")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in figures)
     text, kept = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "study.json").read_text())
     assert f"{study.LESS}: +50.0 (40, 50, 60), 3 pairs." in text
     assert "| SFT + PolicyRollout (`sft_poro`) | 100.0 | 1 | 200 |" in text and "commit abc" in text
     assert text.count(study.LOSS) == 3  # once for each table
     assert kept["correlations"] == {"runs": 4, "aware_half": pytest.approx(1), "gap": pytest.approx(1)}
-    assert len(kept["rows"]) == len(ROWS) + 5 and kept["worlds"]["T4"][0]["name"] == "sft_grpo"  # in the order of RUNS
+    assert len(kept["rows"]) == len(ROWS) + 12 and kept["worlds"]["T4"][0]["name"] == "sft_grpo"  # in the order of RUNS
     study.main(["--results", str(tmp_path), "--tables"])  # the same from what was kept, with its provenance
     assert (tmp_path / "README.md").read_text() == text and json.loads((tmp_path / "study.json").read_text()) == kept
 
@@ -120,7 +123,7 @@ def test_a_stopped_study_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "out" / "readers").mkdir(parents=True)  # a folder that an earlier call made
     old = [row("T4", 0, 0, "sft", 0.1, seconds=36.0), row("T4", 0, 0, "sft_grpo", 0.1, seconds=72.0)]
     (tmp_path / "results" / "study.json").write_text(json.dumps({"poro_less_grpo": {}, "rows": old}))
-    base = hashlib.sha1((study.BASE / "model.safetensors").read_bytes()).hexdigest()
+    base = hashlib.sha1((study.BASES["clevr"] / "model.safetensors").read_bytes()).hexdigest()
     (tmp_path / "out" / "base.sha1").write_text(base)
     again = row("T4", 0, 0, "sft", 0.9, seconds=36.0)
     (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(again) + "\n")

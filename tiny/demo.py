@@ -1,13 +1,15 @@
 """The whole method on the tiny base, in minutes: one policy that the model never saw, with and without the stages.
 
     python -m tiny.demo --out runs/demo --seed 0        (make demo SEED=0)
+    python -m tiny.demo --out runs/demo-tools --world tools --seed 0        (make demo-tools SEED=0)
     python -m tiny.demo --tables                        write README's table and figure again from results/demo
 
 A third of the policy's sections never occurs in the SFT data. Every stage is one of the scripts that users run, two at
 a time; every row answers the same unseen pictures without the policy in the prompt. Writes results.json, report.html
 and report.png. The rows follow the paper's ablation. `trimpi` is ours in two points: it learns its CPT items in
 response form, and the base, which still follows policies, samples its policy-aware half; `trimpi_paper` is as the paper
-has it.
+has it. In the world of tools a query is one turn of a dialogue, its answer a tool call (tiny/tools.py), and the reward
+that of GTAPolicy: half for the tool and its version, half for the arguments.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "tiny" / "base"
+BASES = {"clevr": ROOT / "tiny" / "base", "tools": ROOT / "tiny" / "tools_base"}
+BASE = BASES["clevr"]
 
 COMMON = "--full --no-train-vision --warmup 5 --max-prompt 2000 --max-response 200 --overwrite".split()
 LEARN = "--batch-size 16 --micro-batch 16 --beta2 0.98"
@@ -52,7 +55,19 @@ RUNS = {
 ROWS = ("in_context no_policy sft cpt_response_sft sft_grpo sft_poro cpt_response_sft_grpo trimpi trimpi_paper").split()
 OURS = (*RUNS, *"data others eval *.log *.draft-* results.json report.html report.png".split())  # what --out holds
 OWN = "--queries 400 --sft 24 --test 200 --leave-out 0.34".split()
-OTHERS = "--policies 12 --queries 24 --sft 24 --test 1 --cpt applied".split()  # to keep in practice on
+OTHERS = "--policies 12 --queries 24 --sft 24 --test 1".split()  # to keep in practice on
+KINDS = "applied,document,response"  # of CPT items
+CALLS = ["--reward", "data.gta_score:call=0.9,format=0.1"]  # what RL rewards in the world of tools
+
+
+def runs_of(world):
+    """RUNS; calls take longer than decisions: in the world of tools fewer steps of RL, and no control of `trimpi`."""
+    if world == "clevr":
+        return RUNS
+    fewer = lambda script: [*CALLS, "--steps", "60"] if script == "train_rl" else []
+    runs = {name: (script, before, [*flags, *fewer(script)]) for name, (script, before, flags) in RUNS.items()}
+    del runs["cpt_response_sft_grpo"]
+    return runs
 
 
 def call(arguments, log):
@@ -72,17 +87,18 @@ def steps_done(run):
         return 0
 
 
-def train(name, out, base, data, replay, seed, slot):
+def train(name, out, base, data, replay, seed, slot, world):
     """One run with its progress bar -> seconds."""
-    script, before, flags = RUNS[name]
+    script, before, flags = runs_of(world)[name]
     folder, began = out / name, time.time()
     start = ["--init", out / before] if before else []
     extra = ["--replay", replay] if script != "train_rl" else []
+    extra += ["--max-response", 1000] if script == "train_cpt" else []  # a response-form item names all sections
     paths = ["--model", base, *start, "--data", data, "--out", folder, *extra]
-    total = int(flags[flags.index("--steps") + 1])
+    total = int(flags[-flags[::-1].index("--steps")])
     with tqdm(total=total, desc=f"{name:21}", unit="step", position=slot, leave=True, disable=None) as bar:
         with ThreadPoolExecutor(1) as one:
-            work = one.submit(call, [f"{script}.py", *paths, *COMMON, *flags, "--seed", seed], out / f"{name}.log")
+            work = one.submit(call, [f"{script}.py", *COMMON, *paths, *flags, "--seed", seed], out / f"{name}.log")
             while not work.done():
                 bar.update(steps_done(folder) - bar.n)
                 time.sleep(0.3)
@@ -98,12 +114,13 @@ def evaluate(row, out, model, data):
     call(["evaluate.py", *paths, "--name", row, "--max-response", 200, *aware], out / f"{row}.eval.log")
 
 
-def run_all(out, base, data, replay, seed):
+def run_all(out, base, data, replay, seed, world):
     """Every run after the one it starts from, two at a time, each followed by its evaluation -> {name: seconds}."""
-    seconds, waiting, finished, slots = {}, list(RUNS), set(), [0, 1]
+    runs = runs_of(world)
+    seconds, waiting, finished, slots = {}, list(runs), set(), [0, 1]
 
     def one(name, slot):
-        seconds[name] = train(name, out, base, data, replay, seed, slot)
+        seconds[name] = train(name, out, base, data, replay, seed, slot, world)
         if name in ROWS:
             evaluate(name, out, out / name, data)
         return name, slot
@@ -114,7 +131,7 @@ def run_all(out, base, data, replay, seed):
             work.result()
         going = []
         while waiting or going:
-            ready = [name for name in waiting if RUNS[name][1] is None or RUNS[name][1] in finished]
+            ready = [name for name in waiting if runs[name][1] is None or runs[name][1] in finished]
             while ready and slots:
                 waiting.remove(ready[0])
                 going.append(pool.submit(one, ready.pop(0), slots.pop(0)))
@@ -127,8 +144,11 @@ def run_all(out, base, data, replay, seed):
     return seconds
 
 
-def draw_data(out, depth, seed, clevr_root):
-    """The policy with its queries, and other policies for replay -> their two folders; drawn at the same time."""
+def draw_data(out, shape, seed, clevr_root):
+    """The policy with its queries, and other policies for replay -> their two folders; drawn at the same time.
+
+    shape: the command that draws them, as a list, and its flags that say how large a policy is.
+    """
     data, replay = out / "data", out / "others"
     own = OWN
     if clevr_root:
@@ -138,9 +158,8 @@ def draw_data(out, depth, seed, clevr_root):
         train, test = len(scenes("train")), len(scenes("val"))
         own = ["--clevr-root", Path(clevr_root).resolve()]
         own += ["--queries", train, "--sft", max(1, train // 2), "--test", test]
-    draw = ["-m", "tiny.data", "--depth", depth]
-    own = [*draw, "--out", data, "--seed", seed, "--cpt", "applied,document,response", *own]
-    others = [*draw, "--out", replay, "--seed", seed + 1000, *OTHERS]
+    own = ["-m", *shape, "--out", data, "--seed", seed, *own]
+    others = ["-m", *shape, "--out", replay, "--seed", seed + 1000, *OTHERS]
     with ThreadPoolExecutor(2) as pool:
         for work in [pool.submit(call, own, out / "data.log"), pool.submit(call, others, out / "others.log")]:
             work.result()
@@ -161,8 +180,10 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--out", default="runs/demo", metavar="DIR", help="folder of all runs and the report (default runs/demo)")
-    add("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    add("--world", choices=BASES, default="clevr", help="decisions about pictures, or calls of tools (default clevr)")
+    add("--model", metavar="DIR", help="the base (default tiny/base, in the world of tools tiny/tools_base)")
     add("--depth", type=int, default=3, help="layers of the policy (default 3)")
+    add("--tools", type=int, default=8, help="tools of the policy in the world of tools (default 8)")
     add("--seed", type=int, default=0, help="draws the policy, the scenes and the training (default 0)")
     add("--clevr-root", metavar="FOLDER", help="pictures of a folder in the official CLEVR layout instead of our own")
     add("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -170,33 +191,32 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.tables:
         return write_tables()
-    out, began = Path(args.out).resolve(), time.time()
-    if not Path(args.model, "model.safetensors").is_file():
-        raise InputError(
-            f"{args.model}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)"
-        )
+    out, base, began = Path(args.out).resolve(), Path(args.model or BASES[args.world]).resolve(), time.time()
+    if not (base / "model.safetensors").is_file():
+        raise InputError(f"{base}: found no checkpoint, expected the tiny base (python -m tiny.pretrain makes it)")
     if claim(out, "tiny.demo", OURS, fresh=args.overwrite):
         raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
 
-    print(
-        f"drawing a policy of {args.depth} layers, its pictures, and policies to replay (seed {args.seed})", flush=True
-    )
+    size = {"tools": args.tools} if args.world == "tools" else {"depth": args.depth}
+    ((unit, count),) = size.items()
+    shape = ["tiny.tools", "--tools", count] if unit == "tools" else ["tiny.data", "--depth", count, "--cpt", KINDS]
+    print(f"drawing a policy ({unit} {count}), its pictures, and policies to replay (seed {args.seed})", flush=True)
     with processes.ended_together():
-        data, replay = draw_data(out, args.depth, args.seed, args.clevr_root)
-        seconds = run_all(out, Path(args.model).resolve(), data, replay, args.seed)
+        data, replay = draw_data(out, shape, args.seed, args.clevr_root)
+        seconds = run_all(out, base, data, replay, args.seed, args.world)
     found = {row["name"]: row for row in json.loads((out / "eval" / "results.json").read_text())["rows"]}
     policy = json.loads((data / "policies.json").read_text())[0]
     hidden = data / "left_out.json"
     kept = lambda row: {key: value for key, value in found[row].items() if key not in ("by_policy", "model")}
     results = {
         "seed": args.seed,
-        "depth": args.depth,
+        **size,
         "policy": policy["name"],
         "text": policy["text"],
         "seconds": round(time.time() - began),
         **provenance(),
         "left_out": json.loads(hidden.read_text())[policy["name"]] if hidden.exists() else [],
-        "rows": [{**kept(row), "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
+        "rows": [{**kept(row), "train_seconds": round(seconds.get(row, 0))} for row in ROWS if row in found],
     }
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_report(out, results)

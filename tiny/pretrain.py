@@ -3,6 +3,7 @@
     python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
     python -m tiny.pretrain --out runs/weak --vision tiny/base --pictures 12000 --text-steps 1400 --keep-every 25
                                                                   weak readers with the eyes of a finished base
+    python -m tiny.pretrain --out runs/tools --world tools --pictures 24000        goes on from tiny/base: tool policies
 
     1. pictures   96,000 scenes with the object that each pixel shows
     2. vision     size, colour, material and shape of every patch's object; full pictures and crops
@@ -13,6 +14,9 @@
 From random weights, most of such a training is spent learning to look a name up. Here the weights start as the circuit
 that does it (previous token -> matching token -> copy), and a few hundred steps finish it. Muon moves the matrices,
 AdamW the rest.
+
+With --world tools stages 2 and 4 are the finished base (--vision): its words, and more, get the tool policies of
+tiny/tools.py as a second task beside the first.
 
 Axes: model.py; B is also pictures.
 """
@@ -37,7 +41,8 @@ from data import InputError, claim, command
 from data.clevr import ATTRIBUTES, COLORS, MATERIALS, RADIUS, SHAPES, SIZES
 from data.clevr_policy import CROP as MARGIN
 from model import Config, Qwen25VL, arrange, load_pretrained, save_pretrained
-from tiny.stream import Stream, crops_by_value, rows
+from tiny import tools
+from tiny.stream import Stream, ToolStream, crops_by_value, rows
 from tiny.world import ACTIONS, CROP, ID, NODES, POLICIES, SIDE, TOKENS, pictures, write_tokenizer
 
 HELD = 2000  # pictures that training never sees
@@ -461,17 +466,75 @@ TESTS = {
     **{f"M, U={n}": ("apply", {"depth": n, "blind": 0, "crops": True}) for n in (2, 3, 4, 6)},
 }
 
+# Tool policies beside ClevrPolicy: short ones first; the share of ClevrPolicy rises to a half.
+KEPT = [(share, kind, more) for share, kind, more in WHOLE if kind in ("check", "apply", "recite", "walk", "name_crop")]
 
-def stream(out, seed, held=False):
+
+def with_tools(mixture, kept):
+    """A mixture of tool policies whose share of ClevrPolicy's tokens is `kept`."""
+    whole = sum(share for share, *_ in KEPT)
+    return [(share * (1 - kept), *rest) for share, *rest in mixture] + [
+        (share * kept / whole, *rest) for share, *rest in KEPT
+    ]
+
+
+PARTS = [(0.1, "which", {}), (0.04, "compare", {})]
+FEW = [*PARTS, (0.26, "tool_recite", {"least": 3, "most": 8}), (0.6, "tools", {"least": 3, "most": 5})]
+SOME = [*PARTS, (0.08, "tool_recite", {"least": 4, "most": 14}), (0.78, "tools", {"least": 3, "most": 9})]
+MANY = [*PARTS, (0.04, "tool_recite", {"least": 6, "most": 14}), (0.82, "tools", {"least": 4, "most": 14})]
+TOOL_PHASES = [
+    (0.08, with_tools(FEW, 0.15), 1536, 0.006, 1.5e-3),
+    (0.22, with_tools(SOME, 0.25), 1536, 0.006, 1.5e-3),
+    (0.7, with_tools(MANY, 0.5), 1536, 0.006, 1.5e-3),
+]
+TOOL_TESTS = {
+    "recited": ("tool_recite", {"least": 6, "most": 14}),
+    "which": ("which", {"decisions": 1}),
+    "compare": ("compare", {"decisions": 1}),
+    **{f"tools={n}": ("tools", {"least": n, "most": n, "single": True, "blind": 0}) for n in (4, 8, 14)},
+    **{f"U={n}": ("apply", {"depth": n, "blind": 0}) for n in (3, 6)},
+    "M, U=3": ("apply", {"depth": 3, "blind": 0, "crops": True}),
+}
+WORLDS = {  # what a base learns: (tokens, stream, phases, tests)
+    "clevr": (TOKENS, Stream, PHASES, TESTS),
+    "tools": (tools.ALL_TOKENS, ToolStream, TOOL_PHASES, TOOL_TESTS),
+}
+
+
+def config(world):
+    return Config.from_json({**CONFIG, "vocab_size": len(WORLDS[world][0])})
+
+
+def stream(out, seed, world="clevr", held=False):
     """The text stream over the training pictures, or over those held out."""
     table, clean = np.load(out / "pictures" / "table.npy"), np.load(out / "clean.npy")
     which = np.arange(len(table) - HELD, len(table)) if held else np.arange(len(table) - HELD)
-    return Stream(seed, table[which], crops_by_value(table, clean, which), first=int(which[0]))
+    return WORLDS[world][1](seed, table[which], crops_by_value(table, clean, which), first=int(which[0]))
 
 
-def draw(out, seed, mixture, count, length, queue):
+@torch.no_grad()
+def grown(base, seed):
+    """The tool world's model with a finished base's weights; functions begin as names of nodes, tools as actions, both
+    moved a little, other new words at random, and numbers that are near lie near."""
+    model, old = Qwen25VL(config("tools")), load_pretrained(base).float().state_dict()
+    g, table = torch.Generator().manual_seed(seed), old.pop("model.embed_tokens.weight")
+    new = torch.randn(len(tools.ALL_TOKENS), WIDTH, generator=g) * table.std()
+    new[: len(table)] = table
+    for words, like in ((tools.FUNCTIONS, NODES), (tools.RULED.values(), NODES[14:]), (tools.TOOLS, ACTIONS)):
+        for word, name in zip(words, like):
+            if word not in ID:
+                new[tools.IDS[word]] = table[ID[name]] + 0.2 * new[tools.IDS[word]]
+    waves = torch.randn(2, 4, WIDTH, generator=g) * table.std() / 2
+    for number, word in enumerate(tools.NUMBERS):
+        phase = torch.tensor([number / 100 * math.pi * k for k in (1, 2, 4, 8)])
+        new[tools.IDS[word]] = 0.5 * new[tools.IDS[word]] + phase.cos() @ waves[0] + phase.sin() @ waves[1]
+    model.load_state_dict({**old, "model.embed_tokens.weight": new}, strict=False)
+    return model
+
+
+def draw(out, seed, world, mixture, count, length, queue):
     """A process of its own that packs rows ahead of the training."""
-    source = stream(out, seed)
+    source = stream(out, seed, world)
     while True:
         queue.put(rows(source, mixture, count, length))
 
@@ -519,8 +582,9 @@ def exact(model, source, full, crop, tests, count):
     """Share of queries whose every word is predicted, per test: what greedy answers would get exactly right."""
     scores = {}
     for name, (kind, arguments) in tests.items():
-        length = 1024 if arguments.get("depth") == 6 or arguments.get("crops") else 512
-        batch = rows(source, [(1, kind, arguments)], max(1, count * 512 // length), length)
+        length = 1024 if arguments.get("depth") == 6 or arguments.get("crops") or "least" in arguments else 512
+        count_rows = max(1, count * 512 // length) * (4 if "least" in arguments else 1)  # one turn of few dialogues
+        batch = rows(source, [(1, kind, arguments)], count_rows, length)
         logits, target, _, on = predict(model, batch, full, crop)
         row = on.nonzero()[:, 0].numpy()
         query = row * 10**6 + batch[1][on] * 1000 + batch[2][on]
@@ -529,11 +593,11 @@ def exact(model, source, full, crop, tests, count):
     return scores
 
 
-def train_text(rank, world, out, steps, batch, seed, keep_every):
-    """One of `world` processes of one thread each: its rows, the mean of all gradients, the same update."""
+def train_text(rank, ranks, out, world, steps, batch, seed, keep_every):
+    """One of `ranks` processes of one thread each: its rows, the mean of all gradients, the same update."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=world)
-    model = Qwen25VL(Config.from_json(CONFIG))
+    dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=ranks)
+    model, (_, _, phases, tests) = Qwen25VL(config(world)), WORLDS[world]
     restore(out / "words.pt", model, ())
     model.visual.requires_grad_(False)
     model.visual.merger.requires_grad_(True)
@@ -545,23 +609,23 @@ def train_text(rank, world, out, steps, batch, seed, keep_every):
     full, crop = (
         np.load(out / f"{name}.npy", mmap_mode="r") for name in ("full", "crop")
     )  # one copy for all processes
-    held, queue, worker, now = stream(out, 7, held=True), mp.get_context("spawn").Queue(6), None, None
-    ends = np.cumsum([round(share * steps) for share, *_ in PHASES])
+    held, queue, worker, now = stream(out, 7, world, held=True), mp.get_context("spawn").Queue(6), None, None
+    ends = np.cumsum([round(share * steps) for share, *_ in phases])
     for step in range(first, steps):
-        phase = min(int(np.searchsorted(ends, step, side="right")), len(PHASES) - 1)
-        _, mixture, length, *rates = PHASES[phase]
+        phase = min(int(np.searchsorted(ends, step, side="right")), len(phases) - 1)
+        _, mixture, length, *rates = phases[phase]
         if phase != now:
             if worker:
                 worker.terminate()
             now, queue = phase, mp.get_context("spawn").Queue(6)
             worker = mp.get_context("spawn").Process(
                 target=draw,
-                args=(out, seed + 1000 * step + rank, mixture, max(1, batch // world // length), length, queue),
+                args=(out, seed + 1000 * step + rank, world, mixture, max(1, batch // ranks // length), length, queue),
                 daemon=True,
             )
             worker.start()
         factor = min(
-            1, (step - (ends[phase - 1] if phase else 0) + 1) / 30, 2.06 * (1 - step / steps) / PHASES[-1][0] + 0.03
+            1, (step - (ends[phase - 1] if phase else 0) + 1) / 30, 2.06 * (1 - step / steps) / phases[-1][0] + 0.03
         )
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
@@ -572,14 +636,16 @@ def train_text(rank, world, out, steps, batch, seed, keep_every):
         trained = [*matrices, *rest]
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in trained])
         dist.all_reduce(flat)
-        for p, part in zip(trained, (flat / world).split([p.numel() for p in trained])):
+        for p, part in zip(trained, (flat / ranks).split([p.numel() for p in trained])):
             p.grad = part.view_as(p)
         nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if rank == 0 and step % 50 == 49:
+            log(out, {"stage": "loss", "step": step + 1, "loss": round(loss.item(), 4)})
         if rank == 0 and step % 200 == 199:
-            scores = exact(model, held, full, crop, TESTS, 6)
+            scores = exact(model, held, full, crop, tests, 6)
             log(
                 out,
                 {
@@ -592,9 +658,9 @@ def train_text(rank, world, out, steps, batch, seed, keep_every):
             )
             save(out / "text.pt", model, step + 1, optimizers)
         if rank == 0 and keep_every and (step + 1) % keep_every == 0:
-            publish(copy.deepcopy(model), out / f"base-{step + 1}")
+            publish(copy.deepcopy(model), out / f"base-{step + 1}", world)
     if rank == 0:
-        log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, TESTS, 12)})
+        log(out, {"stage": "end", "step": steps, **exact(model, held, full, crop, tests, 12)})
         save(out / "text.pt", model, steps, optimizers)
     dist.barrier()
     worker.terminate()
@@ -629,13 +695,13 @@ def restore(path, model, optimizers):
     return kept["step"]
 
 
-def publish(model, folder):
+def publish(model, folder, world):
     """The checkpoint in the hub's layout, bf16, with its tokenizer and processor files."""
     save_pretrained(model.to(torch.bfloat16), folder)
-    write_tokenizer(Path(folder))
+    (tools.write_words if world == "tools" else write_tokenizer)(Path(folder))
 
 
-def draw_curve(out):
+def draw_curve(out, tests):
     """curve.png: exact answers of every test over the tokens of the text stage."""
     import matplotlib
 
@@ -644,8 +710,8 @@ def draw_curve(out):
 
     entries = [entry for entry in map(json.loads, open(out / "log.jsonl")) if entry["stage"] == "text"]
     figure, axis = pyplot.subplots(figsize=(8, 4.5))
-    for name in TESTS:
-        axis.plot([e["tokens"] / 1e6 for e in entries], [e[name] for e in entries], label=name)
+    for name in tests:
+        axis.plot([e["tokens"] / 1e6 for e in entries], [e.get(name, math.nan) for e in entries], label=name)
     axis.set_xlabel("million tokens of text")
     axis.set_ylabel("queries answered exactly")
     axis.legend(fontsize=8, ncol=2)
@@ -665,7 +731,9 @@ def main(argv=None):
     add("--batch", type=int, default=8192, help="tokens of an update, over all processes (default 8192)")
     add("--processes", type=int, default=2, help="processes of one thread each (default 2)")
     add("--seed", type=int, default=1, help="of the pictures, the weights and the stream (default 1)")
-    add("--vision", metavar="DIR", help="take the vision tower of this finished base instead of training one")
+    add("--world", choices=WORLDS, default="clevr", help="tools: go on from a finished base, with tool policies")
+    vision = "take the vision tower of this finished base instead of training one (default with tools: tiny/base)"
+    add("--vision", metavar="DIR", help=vision)
     add("--keep-every", type=int, default=0, metavar="N", help="also keep base-N, base-2N, ... of the text stage")
     args = parser.parse_args(argv)
     positive = min(args.vision_steps, args.text_steps, args.processes) >= 1
@@ -676,32 +744,38 @@ def main(argv=None):
         )
     out = Path(args.out)
     claim(out, "tiny.pretrain", OURS)
-    world = pictures(out / "pictures", args.pictures, args.seed, args.processes)
+    if args.world == "tools":
+        args.vision = args.vision or str(Path(__file__).resolve().parent / "base")
+    drawn = pictures(out / "pictures", args.pictures, args.seed, args.processes)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.processes)
-    model = Qwen25VL(Config.from_json(CONFIG))
+    model = Qwen25VL(config(args.world))
     initialise(model)
-    if args.vision:
+    if args.world == "tools":
+        model = grown(args.vision, args.seed)
+        save(out / "words.pt", model)
+    elif args.vision:
         tower = load_pretrained(args.vision).visual.state_dict()
         tower = {
             name: p for name, p in tower.items() if "merger.mlp" not in name
         }  # it speaks to a model that has learnt
         model.visual.load_state_dict(tower, strict=False)
     else:
-        train_vision(model, world, out, args.vision_steps)
+        train_vision(model, drawn, out, args.vision_steps)
     done, steps = out / "features.done", args.vision or str(args.vision_steps)
     if not done.exists() or done.read_text() != steps:
-        write_features(model, world, out)
+        write_features(model, drawn, out)
         done.write_text(steps)
     if not (out / "words.pt").exists():
         directions, picture = prepare(model, args.seed)
-        train_merger(model, world, np.load(out / "full.npy", mmap_mode="r"), directions, picture, out, 240)
+        train_merger(model, drawn, np.load(out / "full.npy", mmap_mode="r"), directions, picture, out, 240)
         save(out / "words.pt", model)
     (out / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(train_text, (args.processes, out, args.text_steps, args.batch, args.seed, args.keep_every), args.processes)
+    arguments = args.processes, out, args.world, args.text_steps, args.batch, args.seed, args.keep_every
+    mp.spawn(train_text, arguments, args.processes)
     model.load_state_dict(torch.load(out / "text.pt", weights_only=True)["model"])
-    publish(model, out / "base")
-    draw_curve(out)
+    publish(model, out / "base", args.world)
+    draw_curve(out, WORLDS[args.world][3])
     print(out / "base")
 
 

@@ -36,6 +36,14 @@ PAPER = {  # accuracy % at N = 6, text policies, Qwen2.5-VL-7B (arXiv 2510.09474
     "cpt_sft_grpo": 55.90,
     "trimpi_paper": 65.85,  # PoRo-GRPO; its PoRo-DAPO has 77.80
 }
+GTA = {  # the same for GTAPolicy: mean of tool and argument scores
+    "in_context": 21.51,
+    "sft": 54.50,
+    "cpt_sft": 65.47,
+    "sft_dapo": 72.43,
+    "cpt_sft_grpo": 79.33,
+    "trimpi_paper": 81.06,
+}
 TITLES = {  # rows of the demo and of the study, in words
     "in_context": "policy in the prompt, untrained",
     "no_policy": "untrained, without the policy",
@@ -226,7 +234,7 @@ def demo_table(results):
     return markdown_table([*head, "exact chains", "paper, 7B, N = 6"], lines) + f"\n\n{LOSS}"
 
 
-def bars(rows):
+def bars(rows, paper):
     """Accuracy with its interval as SVG: all paths, and beneath them the paths with sections that SFT never showed."""
     left, right, step = 18, 432, 54
     x, high = lambda share: left + share * (right - left), step * len(rows)
@@ -243,8 +251,8 @@ def bars(rows):
         out.append(f'<line x1="{ends[0]}" x2="{ends[1]}" y1="{y + 9}" y2="{y + 9}" stroke="{INK}" stroke-width="1.5"/>')
         unseen = (row.get("unseen") or {}).get("accuracy")
         out.append("" if unseen is None else bar(y + 19, unseen, 8, PALE))
-        if row["name"] in PAPER:
-            at = f'cx="{x(PAPER[row["name"]] / 100)}" cy="{y + 9}"'
+        if row["name"] in paper:
+            at = f'cx="{x(paper[row["name"]] / 100)}" cy="{y + 9}"'
             out.append(f'<circle {at} r="4.5" fill="#fff" stroke="{RED}" stroke-width="2.5"/>')
         out.append(f'<text x="{right + 8}" y="{y + 14}">{accuracy:.2f}</text>')
     return "\n".join([*out, "</svg>"])
@@ -271,33 +279,35 @@ def curve(title, rows):
 
 
 def cases(out, results, count=4):
-    """Some test pictures with every row's response and the path that it should have taken, unseen sections first."""
+    """Some test queries with every row's response and the chain that it should have had, unseen sections first."""
     items = {item["id"]: item for item in lines_of(out / "data" / "test.jsonl")}
     names = [row["name"] for row in results["rows"]]
-    said = {name: {r["id"]: r for r in lines_of(out / "eval" / f"{name}.jsonl")} for name in names}
-    first, code = next(iter(said.values())), lambda text: f"<br><code>{html.escape(text)}</code>"
+    answers = {name: {r["id"]: r for r in lines_of(out / "eval" / f"{name}.jsonl")} for name in names}
+    first, code = next(iter(answers.values())), lambda text: f"<br><code>{html.escape(text)}</code>"
     order = sorted(first, key=lambda key: (bool(first[key].get("seen", True)), key))
     parts = []
     for key in dict.fromkeys(order[: count // 2] + order[-(count - count // 2) :]):
         item = items[key]
-        picture = base64.b64encode((out / "data" / item["images"][0]).read_bytes()).decode()
+        encoded = [base64.b64encode((out / "data" / name).read_bytes()).decode() for name in item["images"]]
         kind = "a section that SFT never showed" if not first[key].get("seen", True) else "sections that SFT showed"
-        lines = [f"<div><b>{html.escape(item['answer'])}</b> <small>{kind}</small>{code(item['cot'])}"]
-        for name, responses in said.items():
+        said = [f"{turn['role']}: {turn['content']}" for turn in item.get("messages", [])]  # the dialogue so far
+        lines = ["<div>", *[code(turn) for turn in said], "<br>" * bool(said)]
+        lines.append(f"<b>{html.escape(item['answer'])}</b> <small>{kind}</small>{code(item['cot'])}")
+        for name, responses in answers.items():
             text, mark = responses[key]["response"], "right" if responses[key]["correct"] else "wrong"
             text = text if len(text) < 400 else text[:380] + " …"
             lines.append(f'<p><small>{TITLES[name]}: <span class="{mark}">{mark}</span></small>{code(text)}</p>')
-        shown = f'<img alt="test picture" src="data:image/png;base64,{picture}">'
+        shown = "".join(f'<img alt="test picture" src="data:image/png;base64,{picture}">' for picture in encoded)
         parts.append(f'<section class="case">{shown}{"".join(lines)}</div></section>')
     return "\n".join(parts)
 
 
-def table(rows):
+def table(rows, figures):
     heads = ("", "accuracy", "95 % interval", "paths SFT showed", "never shown", "exact chains", "n", "paper")
     share, lines = lambda x: "–" if x is None else f"{x:.3f}", []
     for row in rows:
         sides = [share((row.get(side) or {}).get("accuracy")) for side in ("seen", "unseen")]
-        interval, paper = " – ".join(map(share, row["interval"])), PAPER.get(row["name"])
+        interval, paper = " – ".join(map(share, row["interval"])), figures.get(row["name"])
         cells = [TITLES[row["name"]], share(row["accuracy"]), interval, *sides, f"{row['exact_chain']:.2f}", row["n"]]
         lines.append([*cells, share(paper and paper / 100)])
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in line)}</tr>" for line in lines)
@@ -309,33 +319,36 @@ def write_report(out, results):
     out, rows = Path(out), results["rows"]
     rl = {TITLES[row["name"]]: lines_of(out / row["name"] / "metrics.jsonl") for row in rows}
     rl = {title: metrics for title, metrics in rl.items() if metrics and "reward" in metrics[0]}
-    names = ("seed", "policy", "depth", "seconds", "hardware", "torch", "commit", "text")
+    names = ("seed", "policy", "seconds", "hardware", "torch", "commit", "text")
     safe = {name: html.escape(str(results[name])) for name in names}
+    size = f"{results['tools']} tools" if "tools" in results else f"{results['depth']} layers"
+    unseen = "turns of dialogues" if "tools" in results else "pictures"
+    paper, theirs = (GTA, "GTAPolicy") if "tools" in results else (PAPER, "its own policies of six layers")
     left_out = html.escape(", ".join(map(str, results["left_out"]))) or "(none)"
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>TriMPI on a tiny base</title><style>{STYLE}</style></head><body>
 <h1>TriMPI on a tiny base: one policy, without it in the prompt</h1>
-<p>Seed {safe["seed"]}: policy {safe["policy"]} of {safe["depth"]} layers, {rows[0]["n"]} unseen pictures, greedy
+<p>Seed {safe["seed"]}: policy {safe["policy"]} of {size}, {rows[0]["n"]} unseen {unseen}, greedy
 answers, {safe["seconds"]} seconds on {safe["hardware"]}, torch {safe["torch"]}, commit {safe["commit"]}. No SFT item
 meets the sections {left_out}.</p>
 <p><code>{safe["text"]}</code></p>
-<h2>Accuracy</h2>{bars(rows)}
+<h2>Accuracy</h2>{bars(rows, paper)}
 <p><small>Bar: all paths, with a 95 % interval. Pale bar: paths with a section that no SFT item met. Circle: the
-paper's figure with its own GRPO, for Qwen2.5-VL-7B on its own policies of six layers: not the same task.</small></p>
+paper's figure with its own GRPO, for Qwen2.5-VL-7B on {theirs}: not the same task.</small></p>
 <p><small>{html.escape(LOSS)}</small></p>
-{table(rows)}<p><small>{html.escape(OURS)}</small></p>
+{table(rows, paper)}<p><small>{html.escape(OURS)}</small></p>
 <h2>Share of right responses while RL runs</h2>
 <div class="curves">{"".join(curve(*run) for run in rl.items())}</div>
 <p><small>Blue: responses to the query alone. Red: responses with the policy in the prompt (PolicyRollout's other half).
 Mean of five steps.</small></p>
-<h2>Pictures, the paths they call for, and what each stage said</h2>{cases(out, results)}
+<h2>Queries, the chains they call for, and what each stage said</h2>{cases(out, results)}
 </body></html>"""
     write_text(out / "report.html", page)
-    draw_demo(rows, out / "report.png")
+    draw_demo(rows, out / "report.png", paper, theirs)
 
 
-def draw_demo(rows, path):
+def draw_demo(rows, path, paper=PAPER, theirs="six layers"):
     """The demo's rows as bars, as a PNG."""
     if not (pyplot := plotting()):
         return
@@ -346,8 +359,8 @@ def draw_demo(rows, path):
     axis.barh(place, accuracy, 0.5, xerr=errors, color=BLUE, ecolor=INK, label="all paths")
     unseen = [(row.get("unseen") or {}).get("accuracy") or 0 for row in rows]
     axis.barh(place + 0.36, unseen, 0.2, color=PALE, label="paths with a section that SFT never showed")
-    paper = [(PAPER[row["name"]] / 100, k) for k, row in enumerate(rows) if row["name"] in PAPER]
-    axis.plot(*zip(*paper), "o", mfc="white", mec=RED, label="the paper, 7B, six layers, GRPO")
+    theirs_at = [(paper[row["name"]] / 100, k) for k, row in enumerate(rows) if row["name"] in paper]
+    axis.plot(*zip(*theirs_at), "o", mfc="white", mec=RED, label=f"the paper, 7B, {theirs}, GRPO")
     axis.set_yticks(place, [TITLES[row["name"]] for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.02)
@@ -442,4 +455,55 @@ def draw_depths(worlds, path):
     axis.set_xticks(range(len(worlds)), worlds)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy without the policy in the prompt", fontsize=9)
+    keep(figure, path)
+
+
+def draw_field(worlds, names, path):
+    """The methods `names`, a line each, side by side in the worlds {label: rows}, as a PNG: a dot a run, their mean."""
+    worlds = {label: {row["name"]: row for row in rows} for label, rows in worlds.items()}
+    names = [name for name in names if any(name in rows for rows in worlds.values())]
+    if not names or not (pyplot := plotting()):
+        return
+    size = {"figsize": (4 + 3 * len(worlds), 0.21 * len(names) + 1.2), "sharex": True, "sharey": True}
+    figure, axes = pyplot.subplots(1, len(worlds), squeeze=False, **size)
+    for axis, (label, rows) in zip(axes[0], worlds.items()):
+        for place, name in enumerate(names):
+            if row := rows.get(name):
+                axis.plot(row["each"], [place] * row["runs"], "o", ms=4, mfc="none", mec=BLUE)
+                axis.plot(row["accuracy"], place, "|", ms=11, mew=2, color=INK)
+        if row := rows.get("in_context"):
+            axis.axvline(row["accuracy"], ls="dotted", color=INK)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", lw=0.3)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xlim(-0.02, 1.02)
+    axes[0, 0].set_xlabel("accuracy without P: runs, mean; dotted: P in the prompt, untrained", fontsize=8)
+    keep(figure, path)
+
+
+def draw_readers(readers, names, path):
+    """How much a method brings into the weights of bases that read policies more or less well, as a PNG.
+
+    readers: the rows of each base's world; names: the methods, a curve each, over the base's accuracy with P.
+    """
+    readers = [{row["name"]: row for row in rows} for rows in readers]
+    readers = sorted(
+        (rows for rows in readers if "in_context" in rows), key=lambda rows: rows["in_context"]["accuracy"]
+    )
+    if len(readers) < 2 or not (pyplot := plotting()):
+        return
+    figure, axis = pyplot.subplots(figsize=(6, 4.4))
+    axis.set_prop_cycle(color=pyplot.get_cmap("tab10").colors)
+    for name in names:
+        found = [(rows["in_context"]["accuracy"], rows[name]) for rows in readers if name in rows]
+        if found:
+            (line,) = axis.plot([x for x, _ in found], [row["accuracy"] for _, row in found], label=TITLES[name])
+            for x, row in found:
+                axis.plot([x] * row["runs"], row["each"], "o", ms=3, mfc="none", mec=line.get_color())
+    axis.plot([0, 1], [0, 1], ls="dotted", color=INK, label=TITLES["in_context"])
+    axis.set_xlabel("accuracy of the base with the policy in its prompt", fontsize=9)
+    axis.set_ylabel("accuracy without it, after training", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
     keep(figure, path)

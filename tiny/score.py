@@ -1,6 +1,7 @@
 """How well does the base follow policies that it never read? Greedy answers, the policy in the prompt, unseen pictures.
 
     python -m tiny.score --out runs/score           20 policies of 48 pictures for every depth and variant: minutes
+    python -m tiny.score --world tools              20 policies of 4, 8, 14 tools, too, and 48 turns of dialogues each
 
 And at N = 3: the policy missing; every query's picture exchanged for one that calls for another answer (right answers
 would then have to come from elsewhere); scenes in which no object hides another, from another distance, in other light;
@@ -18,7 +19,8 @@ from data import InputError, claim, command
 from data.clevr_policy import make_dataset, read_clevr, sample_scenes, write_json
 from data.dataset import load_items, load_policies
 from evaluate import evaluate, load, wilson
-from tiny.demo import BASE
+from tiny import tools
+from tiny.demo import BASES
 from tiny.report import markdown_table, provenance
 from tiny.world import LOOK, OBJECTS, SIDE, Terse
 
@@ -31,6 +33,7 @@ AIMS = {
     "M, N = 3": 0.96,
     "M, N = 4": 0.90,
 }
+TOOLS = {4: 0.95, 8: 0.93, 14: 0.90}  # the same by number of tools
 FOLDER = 10  # policies drawn at once: their names differ
 
 
@@ -59,32 +62,53 @@ class Scores:
 
     def ask(self, name, scenes, depth, variant="T", change=None, queries=None, **how):
         """One row: new policies over these scenes, in folders that are deleted again; change: of the items."""
-        right, n, worst = 0, 0, 1.0
+
+        def make(data, number, first):
+            size = {"queries": 1, "sft": 1, "test": queries or self.queries, "size": (SIDE, SIDE)}
+            kind = {"depth": depth, "variant": variant, "policies": number, "style": Terse()}
+            make_dataset(data, scenes, **kind, **size, seed=self.seed + 100 * depth + first)
+
+        self.row(name, make, AIMS.get(name), change, **how)
+
+    def call(self, name, count, **how):
+        """One row: turns of dialogues under new policies of so many tools."""
+
+        def make(data, number, first):
+            tools.make_dataset(data, count, number, 1, 1, self.queries, self.seed + 100 * count + first)
+
+        self.row(name, make, TOOLS[count] if not how else None, **how)
+
+    def row(self, name, make, aim, change=None, **how):
+        """Answers to data that make(folder, policies, number of the first) writes; change: of the items."""
+        right, n, worst, parts = 0, 0, 1.0, {}
         for first in range(0, self.policies, FOLDER):
             with tempfile.TemporaryDirectory() as folder:
                 data = Path(folder) / "data"
-                number, seed = min(FOLDER, self.policies - first), self.seed + 100 * depth + first
-                size = {"queries": 1, "sft": 1, "test": queries or self.queries, "size": (SIDE, SIDE)}
-                kind = {"depth": depth, "variant": variant, "policies": number, "style": Terse()}
-                make_dataset(data, scenes, **kind, **size, seed=seed)
+                make(data, min(FOLDER, self.policies - first), first)
                 policies = load_policies(data)
                 items = load_items(data, "test.jsonl", policies)
                 items = change(items) if change else items
                 how = {"policy_in_context": True, "max_response": 200, **how}
                 row, _ = evaluate(self.model, self.processor, items, policies, **how)
             right, n = right + round(row["accuracy"] * row["n"]), n + row["n"]
+            for part in ("tool", "arguments"):
+                if part in row:
+                    parts[part] = parts.get(part, 0) + row[part] * row["n"]
             worst = min([worst, *[one["accuracy"] for one in row["by_policy"].values()]])
         row = {"name": name, "accuracy": right / n, "interval": wilson(right, n), "n": n, "policies": self.policies}
-        self.rows.append({**row, "worst_policy": worst, "aim": AIMS.get(name)})
+        parts = {part: total / n for part, total in parts.items()}
+        self.rows.append({**row, "worst_policy": worst, "aim": aim, **parts})
+        print(f"{name}: {row['accuracy']:.3f}", flush=True)
 
 
 def markdown(rows, about):
-    lines = []
+    lines, called = [], [part for part in ("tool", "arguments") if any(part in row for row in rows)]
     for row in rows:
         low, high = row["interval"]
         shares = [f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", f"{row['worst_policy']:.2f}"]
+        shares += [f"{row[part]:.3f}" if part in row else "–" for part in called]
         lines.append([row["name"], *shares, row["policies"], row["n"], row["aim"] or "–"])
-    head = ["", "exact answers", "95 % interval", "worst policy", "policies", "n", "aim"]
+    head = ["", "exact answers", "95 % interval", "worst policy", *called, "policies", "n", "aim"]
     return f"# Scores of the tiny base\n\n{about}\n\n{markdown_table(head, lines)}\n"
 
 
@@ -93,7 +117,8 @@ def main(argv=None):
         prog="python -m tiny.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    add("--world", choices=BASES, default="clevr", help="tools: rows of tool policies, too (default clevr)")
+    add("--model", metavar="DIR", help="the base (default tiny/base, in the world of tools tiny/tools_base)")
     add("--out", default="runs/score", metavar="DIR", help="folder of scores.json and scores.md (default runs/score)")
     add("--policies", type=int, default=20, help="new policies per row (default 20)")
     add("--queries", type=int, default=48, help="pictures per policy (default 48)")
@@ -102,7 +127,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.policies, args.queries) < 1:
         raise InputError(f"found {args.policies} policies, {args.queries} queries, expected one of each at least")
-    out, scores = Path(args.out), Scores(args.model, args.policies, args.queries, args.seed)
+    model = args.model or BASES[args.world]
+    out, scores = Path(args.out), Scores(model, args.policies, args.queries, args.seed)
     claim(out, "tiny.score", ("scores.json", "scores.md"))
     count = max(1000, 2 * FOLDER * args.queries)
     usual, seed = scenes_of(args.seed, count), args.seed + 1
@@ -120,12 +146,17 @@ def main(argv=None):
         blender = read_clevr(args.clevr_root)
         most = {"queries": min(args.queries, len(blender["test"]))}
         rows.append(("N = 3, Blender's pictures", blender, 3, "T", most))
+    if args.world == "tools":
+        for count in TOOLS:
+            scores.call(f"{count} tools", count)
+        scores.call("8 tools, without the policy", 8, policy_in_context=False)
+        rows = rows[: len(AIMS)]
     for name, scenes, depth, variant, how in tqdm(rows, desc="score", unit="row", disable=None):
         scores.ask(name, scenes, depth, variant, **how)
-        print(f"{name}: {scores.rows[-1]['accuracy']:.3f}", flush=True)
     made = provenance()
     about = (
-        f"Written by `python -m tiny.score --policies {args.policies} --queries {args.queries} --seed {args.seed}`; "
+        f"Written by `python -m tiny.score --world {args.world} --policies {args.policies} --queries {args.queries} "
+        f"--seed {args.seed}`; "
         f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}."
     )
     write_json(out / "scores.json", {"about": about, "rows": scores.rows})

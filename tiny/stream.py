@@ -9,6 +9,7 @@ prefix and itself only, as if it stood there alone. What is asked:
     check       a picture: is there a ...? many times over
     describe    a picture: its objects, one after the other
     pairs, copy key-value lists and repeated pieces: the seed of looking up
+    tools       a policy of tools, a request with pictures: the whole dialogue, tools' results given (ToolStream)
 
 Axes: model.py; a picture is 4 x 4 image tokens, a crop 2 x 2.
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from data.clevr import CODE_BITS, COLORS, MATERIALS, SHAPES, SIZES
 from data.clevr_policy import grow
+from tiny import tools
 from tiny.world import ACTIONS, ID, KINDS, NODES, POLICIES
 
 COLUMN = {"shape": 0, "color": 1, "size": 2, "material": 3}  # of the pictures' attribute table
@@ -382,6 +384,103 @@ class Stream:
 
     def group(self, kind, depth=0, **more):
         return getattr(self, kind)(*([depth] if depth else []), **more)
+
+
+def tool_query(words, weight, pictures):
+    """A Query of tiny.tools' words, <image> where a picture stands."""
+    parts = [PICTURE if word == tools.IMAGE else [tools.IDS[word]] for word in words]
+    spread = [[w if part is not PICTURE else 0.0] * len(part) for part, w in zip(parts, weight)]
+    return Query(flat(*parts), flat(*spread), pictures)
+
+
+class ToolStream(Stream):
+    """The same, and dialogues with tools. What tools tell comes from the table; boxes and numbers are made up."""
+
+    def facts(self):
+        """Pictures that a request is about: one, two or three, as numbers of features and as tools see them."""
+        rng, names = self.rng, {kind: [word for k, word in VALUES if k == kind] for kind in KINDS}
+        chosen, images = rng.integers(len(self.table), size=rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2))).tolist(), []
+        for s in chosen:
+            seen, objects = self.match[:, s, : self.count[s]], []  # (values, objects)
+            for thing in range(self.count[s]):
+                words = [VALUES[v][1] for v in np.flatnonzero(seen[:, thing])]
+                left, top = rng.integers(80, size=2).tolist()
+                right, bottom = left + int(rng.integers(5, 20)), top + int(rng.integers(5, 20))
+                objects.append({**dict(zip(names, words)), "box": [left, top, right, bottom]})
+            images.append({"objects": objects, "number": int(rng.integers(50))})
+        fails = [int(rng.integers(3))] if rng.random() < 0.08 else []
+        return {"images": images, "fails": fails}, [self.first + s for s in chosen]
+
+    def tool_policy(self, least, most):
+        policy = tools.draw_policy(self.rng, int(self.rng.integers(least, most + 1)))
+        return policy, [*OPEN, *[tools.IDS[word] for word in tools.policy_words(policy)]]
+
+    def tools(self, least, most, each=4, single=False, blind=0.02):
+        """Requests under a policy of `least` to `most` tools; single: only one turn of each dialogue is learnt."""
+        rng, queries = self.rng, []
+        policy, prefix = self.tool_policy(least, most)
+        verbs = list(policy["tools"])
+        while len(queries) < each:
+            facts, numbers = self.facts()
+            verb = verbs[rng.integers(len(verbs))]
+            goal = tools.draw_goal(rng, policy, facts, verb)
+            if goal:
+                profile = tools.draw_profile(rng, policy["tools"][verb]["rule"])
+                turns = tools.dialogue(policy, facts, goal, profile)
+                words, weight = tools.lesson(
+                    policy, facts, goal, profile, turns, rng.integers(len(turns)) if single else None
+                )
+                queries.append(tool_query(words, weight, numbers))
+        if rng.random() < blind:
+            return OPEN, (), None, [Query(q.ids, [w / 4 for w in q.weight], q.pictures) for q in queries[:1]]
+        return prefix, (), None, queries
+
+    def which(self, each=3, decisions=8):
+        """Several pictures, and which of them show a thing: `with small cube 1 no 2 yes`, many times over."""
+        rng, queries = self.rng, []
+        while len(queries) < each:
+            facts, numbers = self.facts()
+            count = len(numbers)
+            if count == 1:
+                continue
+            words = [word for k in range(count) for word in ("image", str(k + 1), tools.IMAGE)]
+            words += ["check", ":", "<|im_end|>", "<|im_start|>", "assistant"]
+            weight = [0.0] * len(words)
+            for k in rng.integers(count, size=decisions):
+                things = facts["images"][k]["objects"]
+                phrase = tools.draw_phrase(rng, things[rng.integers(len(things))])
+                words, weight = [*words, "with", *phrase], weight + [0.0] * (1 + len(phrase))
+                for image in range(1, count + 1):
+                    words += [str(image), "yes" if tools.matching(facts, image, phrase) else "no"]
+                    weight += [0.0, 2.0]
+            queries.append(tool_query(words, weight, numbers))
+        return OPEN, (), None, queries
+
+    def compare(self, decisions=24):
+        """Numbers that lie near each other: `age 41 below 43 yes`, many times over."""
+        rng = self.rng
+        words, weight = ["check", ":", "<|im_end|>", "<|im_start|>", "assistant"], [0.0] * 5
+        for number, edge in zip(rng.integers(100, size=decisions), rng.integers(-6, 7, size=decisions)):
+            edge = int(np.clip(number + edge, 5, 94))
+            words += [
+                ("age", "credits")[rng.integers(2)],
+                str(number),
+                "below",
+                str(edge),
+                "yes" if number < edge else "no",
+            ]
+            weight += [0.0] * 4 + [2.0]
+        return OPEN, (), None, [tool_query(words, weight, [])]
+
+    def tool_recite(self, least, most, each=6):
+        """Sentences of a tool policy by their names."""
+        policy, prefix = self.tool_policy(least, most)
+        said, queries = tools.sentences(policy), []
+        for key in self.rng.permutation(list(said))[:each].tolist():
+            head = [tools.IDS[word] for word in ("recite", policy["name"], ":", *key.split())] + TURN
+            ids = [tools.IDS[word] for word in (*said[key], ".")]
+            queries.append(Query(head + ids + END, [0] * len(head) + [1, 3] + [1] * (len(ids) - 2) + [0.5]))
+        return prefix, (), None, queries
 
 
 # -- 3. rows -----------------------------------------------------------------------------------------------------------

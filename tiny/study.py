@@ -2,6 +2,7 @@
 
     python -m tiny.study --out runs/study --hours 6           stop it at any time; the same command goes on
     python -m tiny.study --out runs/study --plan field --weak runs/weak          the rivals of 2026, and weak readers
+    python -m tiny.study --out runs/study-tools --world tools                    tool policies: results/tools.md
     python -m tiny.study --out runs/study --missing           train nothing; which rows are missing, and their hours
     python -m tiny.study --tables                             write tables and figures again from results/study.json
 
@@ -10,9 +11,10 @@ a study cut short still compares like with like. A finished run leaves its row i
 rows that results/study.json has and this study has not made again stay there. A weak reader is an early checkpoint of
 the base, with the same eyes (tiny.pretrain --keep-every); those that answer 20, 50 and 80 % of queries with the policy
 in the prompt are chosen once, and kept in <out>/readers.
-Writes results/study.json, the tables in results/README.md and three figures: the main rows, all rows, and what the two
-halves of PolicyRollout's groups earned during training. A mean of four runs or more has its 95 % interval (Student's
-t); of fewer runs each is printed.
+Writes results/study.json, the tables in results/README.md and five figures: the main rows, all rows, what the two
+halves of PolicyRollout's groups earned during training, the field of 2026, and weak readers; of tool policies
+results/tools.json and tools.md. A mean of four runs or more has its 95 % interval (Student's t); of fewer runs each is
+printed.
 """
 
 import argparse
@@ -35,13 +37,15 @@ from data import InputError, check_file, command, refuse_strangers, write_text
 from data.clevr_policy import write_json, write_jsonl
 from data.override import override
 from tiny import processes
-from tiny.demo import BASE, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
+from tiny.demo import BASES, CALLS, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
 from tiny.report import (
     LOSS,
     PAPER,
     TITLES,
     draw_depths,
+    draw_field,
     draw_halves,
+    draw_readers,
     draw_study,
     fill,
     lines_of,
@@ -72,8 +76,8 @@ def cpt(kinds, *flags):
     return [*CPT, "--kinds", kinds, *" ".join(flags).split()]
 
 
-# name of a world: flags of tiny.data after OWN. In most of them SFT sees no chain through a third of the policy: where
-# it sees them all (T4), it alone comes near the base's level, and RL has little left to find.
+# name of a world: flags of tiny.data, or of tiny.tools, after OWN. In most of them SFT sees no chain through a third of
+# the policy: where it sees them all (T4), it alone comes near the base's level, and RL has little left to find.
 OWN = "--queries 400 --sft 24 --test 200".split()
 OTHERS = "--policies 12 --queries 24 --sft 24 --test 8 --seed 1000".split()
 WORLDS = {
@@ -85,10 +89,12 @@ WORLDS = {
     "T3 four at once": "--depth 3 --policies 4 --leave-out 0.34 --queries 200 --test 50".split(),
     "T3 eight at once": "--depth 3 --policies 8 --leave-out 0.34 --queries 100 --test 25".split(),
     **{f"T3 reader {share}": "--depth 3 --leave-out 0.34".split() for share in (20, 50, 80)},
+    **{f"{n} tools, a third left out": f"--tools {n} --leave-out 0.34".split() for n in (8, 4, 14)},
 }
 READERS = {f"T3 reader {share}": share for share in (20, 50, 80)}  # world: % that its base answers with P
 
 LONGEST = {2: 48, 3: 64, 4: 96, 6: 144}  # tokens of a response: one and a half times the longest right one, by depth
+LONGEST_CALL = 160
 
 # name: (script, the run it starts from, flags). The paper's rows first, then one question after the other. GRPO and
 # PolicyRollout are as in the demo (report.LOSS); the rows named dapo draw on for groups that can teach something.
@@ -184,6 +190,8 @@ NEW = list(RUNS)[list(RUNS).index("grpo with its kl") :]  # of the second plan
 EXTRA = [name for name in list(RUNS)[list(RUNS).index("trimpi") + 1 :] if name not in [*HEAL[2:], *NEW]]
 TEN = "pidistill hdpo filtered rlsd srpo lld capo".split() + ["rlsd 4+4", "sdpg 4+4, b 1", "negatives not pushed down"]
 WEAK = [*CORE, "frozen sampler", "replay in RL", "poro 0+8", "grpo with its kl", *TEN]
+FIELD = [*CORE, "trimpi_paper", "trimpi", *NEW]  # of the figure of all methods
+CURVES = [*CORE, "frozen sampler", "pidistill", "filtered"]  # of the figure of weak readers
 LONGER = ["sft, as long as cpt and sft", "sft, as long, poro"]
 UNMASKED = ["cpt half masked, sft", "cpt unmasked, sft"]
 MAIN = ["in_context", *CORE, HEAL[2], "cpt_sft", "cpt_sft_grpo", "trimpi_paper"]  # of the table over depths
@@ -229,7 +237,32 @@ FIELD_PLAN = [  # rows that both plans have are made once
     *[(world, WEAK, 5, 1) for world in READERS],
     (WIDE, [*REST, *EXTRA, *HEAL], 5, 0),  # the older rows with the newer columns
 ]
-PLANS = {"paper": PAPER_PLAN, "field": FIELD_PLAN}
+TABLE = [
+    "sft",
+    "sft_grpo",
+    "sft_poro",
+    "trimpi",
+    "trimpi_paper",
+    "cpt_sft",
+    "sft_dapo",
+    "sft_poro_dapo",
+    "cpt_sft_grpo",
+]
+TABLE += ["cpt_response_sft", "cpt_response_sft_grpo", *HEAL[:2]]
+EIGHT = f"8 tools,{THIRD}"
+TOOLS_PLAN = [
+    (EIGHT, TABLE[:5], 1, 0),
+    (EIGHT, TABLE[:3], 5, 0),
+    (EIGHT, TABLE, 3, 0),
+    (EIGHT, CORE, 5, 1),
+    (EIGHT, TABLE, 5, 0),
+    *[(f"{n} tools,{THIRD}", CORE, 3, 0) for n in (4, 14)],
+    (EIGHT, CORE, 5, 2),
+    (EIGHT, TABLE[:5], 5, 1),
+]
+PLANS = {"paper": PAPER_PLAN, "field": FIELD_PLAN, "tools": TOOLS_PLAN}
+# of each world the plans, and the name of what it writes
+OF_WORLD = {"clevr": ("paper,field", "study"), "tools": ("tools", "tools")}
 
 
 COLUMNS = {  # key of a row: its heading
@@ -243,6 +276,9 @@ COLUMNS = {  # key of a row: its heading
     "stored": "sections stored",
     "stored_unseen": "of those never shown",
     "others": "other policies with P",
+    "clevr": "ClevrPolicy with P",
+    "tool": "tool and version",
+    "arguments": "arguments",
     "recited": "sections recited",
     "override": "new P, same name",
     "follows_old": "follows the old P",
@@ -288,7 +324,10 @@ class Study:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-            self.call("tiny.data", "--out", aside, "--overwrite", *flags, "--cpt", "applied,document,section,response")
+            drawn = (
+                ["tiny.tools"] if "--tools" in flags else ["tiny.data", "--cpt", "applied,document,section,response"]
+            )
+            self.call(drawn[0], "--out", aside, "--overwrite", *flags, *drawn[1:])
             aside.rename(folder) if not folder.exists() else shutil.rmtree(aside)
         return folder
 
@@ -307,8 +346,8 @@ class Study:
     def run(self, world, policy, seed, name):
         """Train one run, after the one it starts from, answer the test with and without the policy, note its row."""
         flags, base = WORLDS[world], self.out / "readers" / str(READERS[world]) if world in READERS else self.model
-        shape = flags[: 4 if "--variant" in flags else 2]
-        short = ["--max-response", LONGEST[int(flags[1])]]
+        shape, calls = flags[: 4 if "--variant" in flags else 2], "--tools" in flags
+        short = ["--max-response", LONGEST_CALL if calls else LONGEST[int(flags[1])]]
         folder = lambda *names: self.out.joinpath(*(name.replace(" ", "_") for name in names))
         drawn = WIDE if world in READERS else world
         data = self.data(folder("data", drawn, str(policy)), *OWN, *flags, "--seed", policy)
@@ -329,6 +368,7 @@ class Study:
             most = (
                 ["--max-response", 1000] if script == "train_cpt" else short
             )  # a response-form item names all sections
+            flags = [*flags, *(CALLS if calls and script == "train_rl" else [])]
             arguments = ["--model", base, *start, "--data", data, *replay, *COMMON, *flags, *most, "--seed", seed]
             self.call(script, *arguments, "--out", trained)
             metrics, trained_in = lines_of(trained / "metrics.jsonl"), time.process_time()
@@ -337,21 +377,25 @@ class Study:
             more |= {"entropy": more["curve_entropy"][-1]} if "curve_entropy" in more else {}
             more["cpu_seconds"] = round(trained_in - began[1], 1)
             more["tflop"] = len(metrics) * self.flops(world, name, script, arguments) / 1e12
-            found = self.evaluate(trained, data, place, name, [*short, "--contrast", 2])
-            more |= stored(found["sections"])
+            found = self.evaluate(trained, data, place, name, [*short, *([] if calls else ["--contrast", 2])])
+            more |= {} if calls else stored(found["sections"])
             more["with_policy"] = self.evaluate(trained, data, place, f"{name} with P", short, True)["accuracy"]
-        if name != "no_policy":  # a right answer with another picture did not come from the picture
+        if name != "no_policy" and not calls:  # a right answer with another picture did not come from the picture
             wrong = [*short, "--split", wrong_pictures(data)]
             aware = name == "in_context"
             more["wrong_picture"] = self.evaluate(trained, data, place, f"{name} wrong", wrong, aware)["accuracy"]
-        if world == WIDE and name != "no_policy":  # what else was learnt or lost
+        if world in (WIDE, EIGHT) and name != "no_policy":  # what else was learnt or lost
             more["others"] = self.evaluate(trained, others, place, f"{name} others", short, True)["accuracy"]
             more["recited"] = self.evaluate(trained, data, place, f"{name} recited", [*short, "--recite"])["accuracy"]
+            if calls:
+                deep = WORLDS[WIDE][:2]
+                kept = self.data(folder("data", f"others {' '.join(deep)}"), *deep, *OTHERS)
+                more["clevr"] = self.evaluate(trained, kept, place, f"{name} clevr", short, True)["accuracy"]
             if name in ("in_context", *CORE, *REST, *HEAL):
-                changed = folder("data", "override", str(policy))
+                changed = data / "override" if calls else folder("data", "override", str(policy))
                 if not changed.exists():
                     override(data, changed, 1, Terse())
-                row = self.evaluate(trained, changed, place, f"{name} override", short, True)
+                row = self.evaluate(trained, changed, place, f"{name} override", [*short, "--media", data], True)
                 more |= {"override": row["accuracy"], "follows_old": row["follows_old"]}
         row = {
             "world": world,
@@ -360,7 +404,10 @@ class Study:
             "name": name,
             "seconds": round(time.time() - began[0], 1),
             "cpu_seconds_all": round(time.process_time() - began[1], 1),  # with what is answered after training
-            **{key: found.get(key) for key in ("accuracy", "n", "exact_chain", "referral", "relative")},
+            **{
+                key: found.get(key)
+                for key in ("accuracy", "n", "exact_chain", "referral", "relative", "tool", "arguments")
+            },
             **{side: (found.get(side) or {}).get("accuracy") for side in ("seen", "unseen")},
             **more,
             "commit": provenance()["commit"],
@@ -564,17 +611,26 @@ def merged(old, new):
     return list({Study.key(row): row for row in [*old, *new]}.values())
 
 
-def write(rows, folder, made):
-    """study.json, the tables of README.md and three figures; made: the provenance of the rows."""
+def write(rows, folder, made, name="study"):
+    """study.json, the tables of README.md and five figures, or tools.json and tools.md; made: the rows' provenance."""
     folder.mkdir(parents=True, exist_ok=True)
     worlds = summary(rows)
     kept = {"worlds": worlds, "poro_less_grpo": differences(rows), "correlations": correlations(rows), "rows": rows}
-    write_text(folder / "study.json", json.dumps({**made, **kept}, indent=1) + "\n")
+    write_text(folder / f"{name}.json", json.dumps({**made, **kept}, indent=1) + "\n")
+    if name == "tools":
+        fill(folder / "tools.md", {"worlds": tables(rows, made)["worlds"]})
+        return
     fill(folder / "README.md", tables(rows, made))
     deep = {f"{world[0]}, N = {world[1]}": found for world, found in worlds.items() if world.endswith(THIRD)}
     draw_depths(deep, folder / "study_depths.png")
     draw_study(worlds, folder / "study.png")
     draw_halves(rows, folder / "study_halves.png")
+    draw_field(
+        {label: found for label, found in deep.items() if label in ("T, N = 3", "T, N = 6")},
+        FIELD,
+        folder / "field.png",
+    )
+    draw_readers([worlds.get(world, []) for world in (*READERS, WIDE)], CURVES, folder / "readers.png")
 
 
 def main(argv=None):
@@ -582,24 +638,26 @@ def main(argv=None):
         prog="python -m tiny.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, results = parser.add_argument, str(ROOT / "results")
-    add("--out", default="runs/study", metavar="DIR", help="folder to work in, finished runs kept (default runs/study)")
+    add("--out", metavar="DIR", help="folder to work in, finished runs kept (default runs/study or runs/study-tools)")
+    add("--world", choices=BASES, default="clevr", help="decisions about pictures, or calls of tools (default clevr)")
     add("--results", default=results, metavar="DIR", help="folder of study.json, README.md, figures (default results)")
-    add("--model", default=str(BASE), metavar="DIR", help="the base (default tiny/base)")
+    add("--model", metavar="DIR", help="the base (default tiny/base, in the world of tools tiny/tools_base)")
     add("--policies", type=int, default=5, help="policies of an experiment, at most (default 5)")
     add("--seeds", type=int, default=3, help="training seeds per policy, at most (default 3)")
     add("--hours", type=float, default=6.0, help="after which no run is started any more (default 6)")
     add("--worlds", default="", metavar="NAMES", help=f"only these, by commas: {', '.join(WORLDS)}")
-    add("--plan", default="paper,field", metavar="NAMES", help=f"which plans, by commas, of {', '.join(PLANS)}")
+    add("--plan", metavar="NAMES", help=f"which plans, by commas, of {', '.join(PLANS)} (default: all of the world)")
     add("--weak", metavar="DIR", help="folder of tiny.pretrain --keep-every, of which the weak readers are chosen")
     add("--missing", action="store_true", help="train nothing; which rows are missing, and about how many hours")
     add("--fresh", action="store_true", help="delete what the working folder holds")
     add("--tables", action="store_true", help="train nothing; write tables and figures again from study.json")
     args = parser.parse_args(argv)
+    plan, name = OF_WORLD[args.world]
     if args.tables:
-        kept = json.loads(Path(args.results, "study.json").read_text())
-        return write(kept["rows"], Path(args.results), {key: kept[key] for key in provenance()})
+        kept = json.loads(Path(args.results, f"{name}.json").read_text())
+        return write(kept["rows"], Path(args.results), {key: kept[key] for key in provenance()}, name)
     wanted = [name.strip() for name in args.worlds.split(",")] if args.worlds else list(WORLDS)
-    plans = [name.strip() for name in args.plan.split(",")]
+    plans, model = [part.strip() for part in (args.plan or plan).split(",")], Path(args.model or BASES[args.world])
     if set(plans) - set(PLANS):
         raise InputError(f"--plan {args.plan!r} found, expected some of {', '.join(PLANS)}, by commas")
     if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or not 0 < args.hours < 1e6:
@@ -607,29 +665,30 @@ def main(argv=None):
             f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, "
             f"expected some of {', '.join(WORLDS)}, and numbers above 0"
         )
-    out, ends = Path(args.out).resolve(), time.time() + 3600 * args.hours
-    base, mark = hashlib.sha1((Path(args.model) / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
+    where = args.out or f"runs/study{'-tools' * (args.world == 'tools')}"
+    out, model, ends = Path(where).resolve(), model.resolve(), time.time() + 3600 * args.hours
+    base, mark = hashlib.sha1((model / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
     results = Path(args.results)
-    check_file(results / "study.json", '"poro_less_grpo"', "--results")
-    refuse_strangers(results, "*" if (results / "study.json").exists() else "", "--results")
+    check_file(results / f"{name}.json", '"poro_less_grpo"', "--results")
+    refuse_strangers(results, "*" if (results / f"{name}.json").exists() else "", "--results")
     own = ("data", "runs", "flops", "readers", "*.log", "rows.jsonl", mark.name)
     refuse_strangers(out, own if mark.exists() else ())
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     if mark.exists() and mark.read_text() != base:
-        raise InputError(f"{out}: found runs of another base, expected those of {args.model}; --fresh deletes them")
+        raise InputError(f"{out}: found runs of another base, expected those of {model}; --fresh deletes them")
     mark.write_text(base)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of each process: two share the cores
     work = [
-        (out, Path(args.model).resolve(), world, policy, seed, names, ends)
+        (out, model, world, policy, seed, names, ends)
         for plan in plans
         for world, names, policies, seed in PLANS[plan]
         if world in wanted and seed < args.seeds
         for policy in range(min(policies, args.policies))
     ]
-    study = Study(out, Path(args.model).resolve())
-    old = json.loads((results / "study.json").read_text()) if (results / "study.json").exists() else {"rows": []}
+    study = Study(out, model)
+    old = json.loads((results / f"{name}.json").read_text()) if (results / f"{name}.json").exists() else {"rows": []}
     old = [{"commit": old.get("commit"), **row} for row in old["rows"]]
     tell = lambda: report_missing(missing(work, Study(out, study.model).done), merged(old, lines_of(study.rows)))
     if args.missing:
@@ -641,11 +700,11 @@ def main(argv=None):
         ready = [part for part in work if part[2] not in unready]
         for done in tqdm(pool.map(column, *zip(*ready)), total=len(ready), desc="study", unit="column", disable=None):
             print(done, flush=True)
-            write(merged(old, lines_of(study.rows)), results, provenance())
+            write(merged(old, lines_of(study.rows)), results, provenance(), name)
     tell()
     if set(unready) & {part[2] for part in work}:
         print(f"{', '.join(unready)}: left out without --weak DIR; how to make one: python -m tiny.pretrain --help")
-    print(results / "README.md")
+    print(results / ("tools.md" if name == "tools" else "README.md"))
 
 
 if __name__ == "__main__":

@@ -131,15 +131,23 @@ TOKENS = SPECIAL + ADDED + WORDS
 ID = {word: i for i, word in enumerate(TOKENS)}
 
 
-def write_tokenizer(folder):
-    """Write tokenizer.json, tokenizer_config.json and the files of the processor and of sampling into `folder`."""
-    words = Tokenizer(WordLevel(ID, unk_token="<unk>"))
+def write_tokenizer(folder, ids=ID, more=(), decoder=None):
+    """Write tokenizer.json, tokenizer_config.json and the files of the processor and of sampling into `folder`.
+
+    ids: {token: id}; more: tokens that are found in a text also where no space stands around them; decoder: how tokens
+    become a text (default: with spaces between them).
+    """
+    words = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     words.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    words.add_tokens([AddedToken(word, special=False) for word in ADDED])
+    words.add_tokens([AddedToken(word, special=False) for word in [*ADDED, *more]])
+    if decoder:
+        words.decoder = decoder
     words.save(str(folder / "tokenizer.json"))
     plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
-    added = {str(ID[word]): {"content": word, **plain, "special": word in SPECIAL} for word in SPECIAL + ADDED}
+    added = {
+        str(ids[word]): {"content": word, **plain, "special": word in SPECIAL} for word in [*SPECIAL, *ADDED, *more]
+    }
     write_json(
         folder / "tokenizer_config.json",
         {

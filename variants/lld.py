@@ -2,8 +2,8 @@
 
     loss + g max(log pi_old(o_t|x) - log pi(o_t|x), 0) for A > 0, if sum_t (log pi_old - log pi)(o_t|x) > 0
 
-Bites with several updates per step. Source: arXiv 2512.04220; claim: no collapse of multi-turn GRPO, +38 % at 3B.
-What we saw: row `lld` of results/README.md.
+Bites with several updates per step. Source: arXiv 2512.04220, of which we read the abstract; the gate and g are ours.
+Claim: no collapse of multi-turn GRPO, +38 % at 3B. What we saw: row `lld` of results/README.md.
 
     python variants/lld.py --model M --init runs/sft --data data/clevr --out runs/lld --mini-batch 96
 """

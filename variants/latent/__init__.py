@@ -1,0 +1,1 @@
+"""Latent actions: RL over a codebook in place of the vocabulary. README.md here."""
