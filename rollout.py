@@ -314,8 +314,7 @@ class MicroBatch:
         groups = {}  # those of one prompt together: it is read once, and they follow it (batching.pack)
         for row in self.rows:
             groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row])
-        members = [self.data.groups[g] for g in groups]
-        prompts = [group.policy_prompt if with_policy else group.prompt for group in members]
+        prompts = [getattr(self.data.groups[g], "policy_prompt" if with_policy else "prompt") for g in groups]
         batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
         if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
@@ -326,5 +325,4 @@ class MicroBatch:
 
     def spread(self, values):
         """Values of all tokens one after another, (L,) -> (b,R)."""
-        mask = self.mask.bool()
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+        return torch.zeros_like(self.mask, dtype=values.dtype).masked_scatter(self.mask.bool(), values)
