@@ -197,11 +197,15 @@ class Sampler:
         seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
         with run.phase("read"):
             queries = run.together(lambda: self.scaled(number))
-        with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-            groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
-        groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
-        with run.phase("judge"):
-            return judge(groups, self.rewards, rollout.processor)
+
+        def work():
+            with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
+                groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
+            groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
+            with run.phase("judge"):
+                return judge(groups, self.rewards, rollout.processor)
+
+        return run.together(work)
 
     def __call__(self, cursor):
         """A step's groups, from draw number `cursor` on -> (Responses | None where they do not suffice, next cursor).

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, claim, command
+from data import InputError, claim, command, write_text
 from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
@@ -218,7 +218,7 @@ def main(argv=None):
         "left_out": json.loads(hidden.read_text())[policy["name"]] if hidden.exists() else [],
         "rows": [{**kept(row), "train_seconds": round(seconds.get(row, 0))} for row in ROWS if row in found],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_report(out, results)
     print(table(results))
     print(f"{results['seconds']} s; {out / 'report.html'}")
