@@ -670,7 +670,8 @@ def main(argv=None):
     base, mark = hashlib.sha1((model / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
     results = Path(args.results)
     check_file(results / f"{name}.json", '"poro_less_grpo"', "--results")
-    refuse_strangers(results, "*" if (results / f"{name}.json").exists() else "", "--results")
+    ours = any((results / f"{kept}.json").exists() for _, kept in OF_WORLD.values())
+    refuse_strangers(results, "*" if ours else "", "--results")
     own = ("data", "runs", "flops", "readers", "*.log", "rows.jsonl", mark.name)
     refuse_strangers(out, own if mark.exists() else ())
     if args.fresh:
