@@ -243,8 +243,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, patches):  # (U, 1176) -> (U, D)
-        weight = self.proj.weight.flatten(1)  # (D, 1176)
-        return F.linear(patches.to(weight.dtype), weight)
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
 class Merger(nn.Module):
@@ -401,6 +400,7 @@ class Qwen25VL(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # the folder it was loaded from
+        self.compiled = False  # by training.compile_blocks
         self.vocabulary = config.vocab_size  # rows of the head that are tokens; RL learns from what can be sampled
         self.visual = VisionTower(config.vision)
         self.model = TextModel(config)

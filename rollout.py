@@ -56,8 +56,7 @@ class PolicyRollout:
     max_prompt: tokens; a longer prompt is an InputError. sampling: further arguments of `sample`.
     sampler: another model that writes the policy-aware half; a frozen one reads each policy once per run.
     keep_policy_prompts: groups carry (P, x) even where K = 0, for a teacher that reads it.
-    environment: of data/tools.py, which makes a dialogue of every response; what its tools answer is context.
-    options: the run's config, for a variant's own flags. A variant overrides `policy_prompt`.
+    environment: of data/tools.py, for dialogues. options: the run's config, for a variant, as is `policy_prompt`.
     """
 
     def __init__(
@@ -89,18 +88,17 @@ class PolicyRollout:
 
         aware = [False] * self.G + [True] * self.K
         plain_seeds, aware_seeds = [s[: self.G] for s in seeds], [s[self.G :] for s in seeds]
-        if not self.K:
-            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
-        elif self.sampler:
-            plain = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
-            shared = self.shared(items, P_x) | self.dialogues(items)
-            own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
-            responses = [o + o_aware for o, o_aware in zip(plain, own)]
-        else:  # the model writes both halves: one call keeps more rows busy
+        if self.K and not self.sampler:  # the model writes both halves: one call keeps more rows busy
             counts = [self.G] * len(x) + [self.K] * len(x)
             shared = self.shared(items, P_x, [0] * len(x)) | self.dialogues(items * 2)
             both = sample(model, x + P_x, counts, seeds=plain_seeds + aware_seeds, **shared, **self.sampling)
             responses = [o + o_aware for o, o_aware in zip(both[: len(x)], both[len(x) :])]
+        else:
+            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
+        if self.K and self.sampler:
+            shared = self.shared(items, P_x) | self.dialogues(items)
+            own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
+            responses = [o + o_aware for o, o_aware in zip(responses, own)]
         return [
             Group(item, prompt, policy_prompt, written, aware)
             for item, prompt, policy_prompt, written in zip(items, x, P_x or [None] * len(x), responses)
@@ -196,11 +194,15 @@ class Sampler:
         seeds = [rng(config.seed, number, p).integers(2**62, size=rollout.G + rollout.K).tolist() for p in places]
         with run.phase("read"):
             queries = run.together(lambda: self.scaled(number))
-        with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-            groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
-        groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
-        with run.phase("judge"):
-            return judge(groups, self.rewards, rollout.processor)
+
+        def work():
+            with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
+                groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
+            groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
+            with run.phase("judge"):
+                return judge(groups, self.rewards, rollout.processor)
+
+        return run.together(work)
 
     def __call__(self, cursor):
         """A step's groups, from draw number `cursor` on -> (Responses | None where they do not suffice, next cursor).
@@ -314,8 +316,7 @@ class MicroBatch:
         groups = {}  # those of one prompt together: it is read once, and they follow it (batching.pack)
         for row in self.rows:
             groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row])
-        members = [self.data.groups[g] for g in groups]
-        prompts = [group.policy_prompt if with_policy else group.prompt for group in members]
+        prompts = [getattr(self.data.groups[g], "policy_prompt" if with_policy else "prompt") for g in groups]
         batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
         if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
@@ -326,5 +327,4 @@ class MicroBatch:
 
     def spread(self, values):
         """Values of all tokens one after another, (L,) -> (b,R)."""
-        mask = self.mask.bool()
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+        return torch.zeros_like(self.mask, dtype=values.dtype).masked_scatter(self.mask.bool(), values)

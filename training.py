@@ -86,8 +86,10 @@ def compile_blocks(model, backend="inductor"):
     """Compile what stands before and after each attention, once for all layers, for learning and for sampling.
 
     Attention stays as it is: what its caches hold, and who reads it, changes from step to step, and which patches of a
-    picture attend to one another from size to size. The number of tokens or patches is left open.
+    picture attend to one another from size to size. The number of tokens or patches is left open. On a GPU a step of
+    sampling becomes a CUDA graph (support/cache.py).
     """
+    model.compiled = True
     for block in [*model.model.layers, *model.visual.blocks]:
         for part in "before_attention", "after_attention":
             setattr(block, part, torch.compile(getattr(block, part), backend=backend, dynamic=True))

@@ -191,7 +191,7 @@ def look_over(items, policies, processor, limits, pictures=None):
 def unknown_share(items, processor):
     """Share of the tokens of a few hundred items that the tokenizer does not know; 0 where it spells everything out."""
     ids = [processor.tokenizer.token_to_id(token) for token in ("<unk>", "[UNK]")]
-    texts = [item["question"] + " " + target(item) for item in items[:: max(1, len(items) // 300)]]
+    texts = [item["question"].replace(IMAGE, " ") + " " + target(item) for item in items[:: max(1, len(items) // 300)]]
     found = [id for text in processor.tokenizer.encode_batch(texts, add_special_tokens=False) for id in text.ids]
     return sum(id in ids for id in found if id is not None) / max(1, len(found))
 

@@ -13,6 +13,7 @@ The caches follow the protocol of model.Cache. Axes: model.py; B is also the row
 """
 
 import math
+import sys
 import weakref
 from importlib.util import find_spec
 
@@ -21,6 +22,7 @@ import torch
 from einops import rearrange
 
 import model as qwen
+from data import plain
 
 # -- 1. parts of attention ---------------------------------------------------------------------------------------------
 
@@ -193,6 +195,9 @@ class Slots:
         """Give up all slots but these."""
         keep_rows(self, rows)
 
+    def step(self, read, *inputs):
+        return read(*inputs)
+
 
 class SlotsReading(Slots):
     """Cache of one pass over tokens that rows are given to read, say what a tool has answered.
@@ -227,12 +232,44 @@ class SlotsReading(Slots):
 
 # -- 4. responses being written, on a GPU ------------------------------------------------------------------------------
 
+PLAIN_STEPS = 3  # before one is recorded: kernels are compiled and loaded, and workspaces made, outside of a graph
+
+
+class Replayed:
+    """read(*inputs) -> tensor, recorded after some plain calls as one CUDA graph: from then on the host asks for the
+    inputs' copies and one launch, not for eight hundred.
+
+    All that `read` touches beside its inputs has to stay where it is, and no number in it may come from the host.
+    The tensor is overwritten by the next call. What cannot be recorded goes on in plain calls.
+    """
+
+    def __init__(self, read):
+        self.read, self.calls, self.graph = read, 0, None
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == PLAIN_STEPS + 1:
+            self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL watches from another
+                    self.output = self.read(*self.inputs)
+                self.graph = graph
+            except RuntimeError as error:
+                print(f"warning: decoding without a CUDA graph ({plain(error)})", file=sys.stderr, flush=True)
+        if self.graph is None:
+            return self.read(*inputs)
+        for held, x in zip(self.inputs, inputs):
+            held.copy_(x)
+        self.graph.replay()
+        return self.output
+
 
 class Arena:
     """Cache of decoding: per layer one arena of keys and values (S,J,C), in which all that a row sees are ranges.
 
     The first rows * capacity tokens are the rows' own. Behind them lie the segments that rows read, copied there once,
     each as long as the Segment is referred to anywhere. Where room is short, the arena grows, layer by layer.
+    All that a step reads stays where it is until the arena grows or gives up rows: so steps can be replayed.
     """
 
     def __init__(self, model, rows, capacity, room):
@@ -243,6 +280,8 @@ class Arena:
         self.keys, self.values = ([like.new_empty(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.attend_ranges, self.length, self.taken = attend_ranges, 0, rows * capacity
         self.own = torch.arange(rows, device=like.device, dtype=torch.int32) * capacity
+        self.place, self.tiles, self.ranges = torch.empty_like(self.own), None, None
+        self.replays, self.replayed = model.compiled, None
         self.held = weakref.WeakKeyDictionary()  # {Segment: where its prompts start, and its last one ends}
         cores = torch.cuda.get_device_properties(like.device).multi_processor_count
         enough = lambda N: -(-rows // N) * config.num_key_value_heads >= 2 * cores  # programs for all multiprocessors
@@ -269,7 +308,10 @@ class Arena:
                     seen.setdefault(one, []).append(n)
             for place, (one, readers) in zip(into, seen.items()):
                 place[:] = *one, readers[0], readers[-1] + 1
-        self.tiles, self.ranges = (self.there(x) for x in (tiles, ranges))
+        if self.tiles is None:
+            self.tiles, self.ranges = (self.there(x) for x in (tiles, ranges))
+        self.tiles.copy_(torch.from_numpy(tiles), non_blocking=True)
+        self.ranges.copy_(torch.from_numpy(ranges), non_blocking=True)
 
     def range(self, segment, index):
         if segment not in self.held:
@@ -290,13 +332,14 @@ class Arena:
         for arena, new in (self.keys, segment.keys), (self.values, segment.values):
             for layer, x in enumerate(new):
                 if start + size > S:
+                    self.replayed = None
                     arena[layer] = torch.cat([arena[layer], x.new_empty(start + size - S + S // 8, *x.shape[1::2])])
                 arena[layer][start : start + size] = x.transpose(1, 2).flatten(0, 1)[real]
         self.held[segment] = (start + np.cumsum([0, *segment.lengths])).tolist()
 
     def set(self, place):
         """Before a step: how many tokens (B,) each row has written; its new one goes behind them."""
-        self.place = self.own + self.there(place.astype(np.int32))
+        torch.add(self.own, self.there(place.astype(np.int32)), out=self.place)
 
     def there(self, x):
         return torch.from_numpy(x).to(self.own.device, non_blocking=True)
@@ -313,6 +356,12 @@ class Arena:
     def keep(self, rows):
         """Give up all rows but these."""
         self.own = self.own[torch.tensor(rows, device=self.own.device)]
+        self.place, self.tiles, self.replayed = torch.empty_like(self.own), None, None
+
+    def step(self, read, *inputs):
+        """read(*inputs), a step of the model with this cache; replayed where that is wanted."""
+        self.replayed = self.replayed or Replayed(read)
+        return (self.replayed if self.replays else read)(*inputs)
 
 
 class ArenaReading(Arena):

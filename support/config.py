@@ -100,7 +100,7 @@ class Machine:
     save_every: str = option(
         "15m",
         "steps (100) or minutes (15m) between checkpoints, which is what a machine that dies costs; 0: none",
-        like=(r"\d+|\d+(\.\d+)?m", "steps such as 100, or minutes such as 15m"),
+        like=(r"\d{1,9}|\d{1,9}(\.\d{1,9})?m", "steps such as 100, or minutes such as 15m"),
     )
     keep: int = option(2, "newest checkpoints to keep, and the best where a run names one", least=1)
     resume: bool = option(False, "continue from the newest whole checkpoint of --out; from the start if there is none")

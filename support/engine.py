@@ -376,10 +376,8 @@ class Decoder:
             place = np.array([len(row.tokens) if row else longest for row in self.rows]) - 1  # where the token belongs
             self.slots.set(place)
             position = np.array([row.position if row else 0 for row in self.rows]) + place
-            position_ids = (
-                torch.from_numpy(position).to(self.device, non_blocking=True).expand(3, -1)[..., None]
-            )  # (3,B,1)
-            self.hidden = self.model(tokens[:, None], position_ids=position_ids, cache=self.slots)[:, 0]
+            position = torch.from_numpy(position).to(self.device, non_blocking=True)  # (B,)
+            self.hidden = self.slots.step(self.read_tokens, tokens, position)
         waiting = sorted(replies, key=lambda r: -len(replies[r].input_ids))
         while waiting:
             most = max(1, PREFILL // len(replies[waiting[0]].input_ids))
@@ -418,6 +416,10 @@ class Decoder:
     def choose(self, rules, u, used):
         """The next token of each row and the log-probability of what was drawn, here itself; (B,) each."""
         return rules.draw(self.model.logits(self.hidden).float(), u, used)  # of logits (B,V)
+
+    def read_tokens(self, tokens, position):
+        """The model reads a token of each row, tokens (B,) at position (B,) -> hidden states (B,D)."""
+        return self.model(tokens[:, None], position_ids=position.expand(3, -1)[..., None], cache=self.slots)[:, 0]
 
     def end(self, r, finished):
         """Row r is free; forget its prompt after the last response to it."""

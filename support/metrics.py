@@ -213,7 +213,8 @@ def tracker(config, run):
         if config.tracker == "wandb":
             import wandb
 
-            wandb.init(project="trimpi", name=run.out.name, config=vars(config))
+            named = dict(project="trimpi", name=run.out.name, config=vars(config))
+            wandb.init(**named, id=run.id, resume="allow")  # the id in config.json: --resume goes on in the same curves
             return lambda step, metrics: wandb.log(metrics, step=step)
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

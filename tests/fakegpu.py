@@ -7,7 +7,8 @@ which raises where CUDA would (tensors of two devices), computes on the CPU, and
     waits       calls for which the host waits: results fetched, pageable memory copied, lists or CPU tensors as index
 
 with the line of the project that asked for each. A Triton kernel is one launch: `launched` runs it interpreted on the
-held tensors, or does nothing where only the host's time counts. Not pretended: streams, memory, speed, rounding.
+held tensors, or does nothing where only the host's time counts. A CUDA graph is a list of calls on tensors that are
+kept: replayed, it reads and writes those and knows nothing else. Not pretended: streams, memory, speed, rounding.
 """
 
 import contextlib
@@ -80,7 +81,7 @@ class FakeGPU(torch.Tensor):
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
         if function is F.rms_norm and not torch.is_grad_enabled():  # one kernel on CUDA, seven on other devices
             launches[here()] += 1
-            return FakeGPU(function(*tree_map(held, args), **tree_map(held, kwargs or {})))
+            return FakeGPU(computed(function, tree_map(held, args), tree_map(held, kwargs or {})))
         with torch._C.DisableTorchFunctionSubclass():  # results on the CPU are plain tensors
             return function(*args, **(kwargs or {}))
 
@@ -132,7 +133,42 @@ def here():
 
 
 def wait(what):
+    if Graph.recording is not None:
+        raise RuntimeError(f"{here()}: {what} while a graph is recorded")
     waits[f"{here()} {what}"] += 1
+
+
+class Graph:
+    """torch.cuda.CUDAGraph. Each call was computed once, when recorded; replayed, its results get new numbers."""
+
+    recording, replays = None, 0  # the list being filled; of all graphs
+
+    def __init__(self):
+        self.calls = []
+
+    @contextlib.contextmanager
+    def record(self, capture_error_mode="global"):
+        Graph.recording = self.calls
+        try:
+            yield
+        finally:
+            Graph.recording = None
+
+    def replay(self):
+        launches[here()] += 1
+        Graph.replays += 1
+        for function, args, kwargs, results in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_iter(results), tree_iter(again)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def computed(function, args, kwargs, view=False):
+    results = function(*args, **kwargs)
+    if Graph.recording is not None and not view:
+        Graph.recording.append((function, args, kwargs, results))
+    return results
 
 
 def on_gpu(index):
@@ -197,7 +233,7 @@ def dispatch(function, args, kwargs):
     if name in COPIES:
         onto = isinstance(args[0], FakeGPU) if device is None else to
         source = isinstance(args[-1] if name == "aten::copy_" else args[0], FakeGPU)
-        if onto != source and not (onto and kwargs.get("non_blocking")):
+        if onto != source and not (onto and kwargs.get("non_blocking") and Graph.recording is None):
             wait("copy to the GPU" if onto else "copy to the CPU")
     else:
         alien = [t for t, own in zip(tensors, ours) if not own and t.dim()]
@@ -212,7 +248,8 @@ def dispatch(function, args, kwargs):
     plain_args, plain = tree_map(held, args), tree_map(held, kwargs)
     if device is not None:
         plain["device"] = torch.device("cpu") if onto else device
-    result = INSTEAD.get(str(function), function)(*plain_args, **plain)
+    view = function.is_view or name in NO_LAUNCH  # shares, or has no numbers yet
+    result = computed(INSTEAD.get(str(function), function), plain_args, plain, view)
     if name == "aten::_local_scalar_dense" or not onto:
         return args[0] if name == "aten::copy_" else result
     return return_and_correct_aliasing(function, args, kwargs, tree_map(wrapped, result))
@@ -242,6 +279,7 @@ def pretended(launch=None):
     cuda = types.SimpleNamespace(multi_processor_count=132, name="pretended", total_memory=80 << 30)
     launches.clear()
     waits.clear()
+    Graph.replays = 0
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (torch, "tensor", made(torch.tensor)),
@@ -253,6 +291,8 @@ def pretended(launch=None):
             (torch.cuda, "memory_reserved", lambda *_: 0),
             (torch.cuda, "mem_get_info", lambda *_: (1 << 28, 1 << 30)),
             (torch.cuda, "synchronize", lambda *_: None),
+            (torch.cuda, "CUDAGraph", Graph),
+            (torch.cuda, "graph", Graph.record),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         for module, kernel in triton_kernels():
@@ -279,7 +319,7 @@ class Launched:
             if alien := [a for a in args if isinstance(a, torch.Tensor) and not isinstance(a, FakeGPU)]:
                 raise RuntimeError(f"{here()}: expected tensors of the GPU, found {len(alien)} of the CPU")
             launches[here()] += 1
-            self.launch(self.kernel, grid, tree_map(held, args), how)
+            computed(self.launch, (self.kernel, grid, tree_map(held, args), how), {})
 
         return start
 

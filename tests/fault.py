@@ -5,13 +5,14 @@
 Each of the three stages runs on a tiny random model, alone and as two ranks (replicated and FSDP2). SIGKILL meets it,
 or one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and
 killed again, through several runs where the kills need more than one. Then signals, a disk that fills and a kill in a
-save and in the export, a broken item, a closed stdout, damaged checkpoints, and the same for evaluations. A command
-starts as a copy of this process, which has imported torch already: the kills then meet the training and not the
-imports. The last line is a summary; exit code 0 only if every run ended with the bits of the undisturbed one.
+save and in the export, a broken item, a closed stdout, damaged checkpoints, and the same for evaluations, studies and
+pages. A command starts as a copy of this process, which has imported torch already: the kills then meet the training
+and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed one's bits.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -36,12 +37,15 @@ from small import arguments, small_data, start, start_ranks  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import model as qwen  # noqa: E402
+import rollout  # noqa: E402
 import train_cpt  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from data import InputError  # noqa: E402
 from support.checkpoint import code_version  # noqa: E402
+from tiny import demo, report, study  # noqa: E402
 
+STUDY = ROOT / "results" / "study.json"
 MAIN = {"cpt": train_cpt.main, "sft": train_sft.main, "rl": train_rl.main}
 PORO = {
     "group_size": 2,
@@ -57,11 +61,11 @@ RUNS = {  # name: (stage, ranks, flags)
     "rl": ("rl", 1, PORO),
     "cpt, two ranks, sharded": ("cpt", 2, {"fsdp": "on"}),
     "sft, two ranks": ("sft", 2, {}),
+    "sft, two ranks, sharded": ("sft", 2, {"full": True, "fsdp": "on", "lr": "1e-4"}),
     "rl, two ranks": ("rl", 2, PORO),
+    "rl, two ranks, sharded": ("rl", 2, {**PORO, "full": True, "fsdp": "on"}),
 }
 ALL = {"steps": 8, "save_every": 1, "keep": 2, "resume": True}
-EVERY = [*RUNS, "sft, two ranks, sharded"]
-RUNS["sft, two ranks, sharded"] = ("sft", 2, {"full": True, "fsdp": "on", "lr": "1e-4"})
 
 
 class Job:
@@ -145,6 +149,14 @@ def broken_item(step):
                 return encode(self, at, i)
 
             examples.encode = broken
+        draw = rollout.PolicyRollout.__call__
+
+        def breaks(self, model, items, seeds, drawn=itertools.count()):  # a step is a draw
+            if next(drawn) == step:
+                raise InputError(f"item {items[0]['id']}: found a picture of no bytes")
+            return draw(self, model, items, seeds)
+
+        rollout.PolicyRollout.__call__ = breaks
 
     return patch
 
@@ -232,6 +244,41 @@ def evaluations(folder, verdict):
     verdict("evaluation: SIGKILL while it is saved: the next one adds its row", killed and again and clean)
 
 
+def pages(folder, verdict):
+    """A disk that fills, and a kill, while a study's tables or a demo's page are written: the earlier ones stay."""
+    rows = lambda n: [{**row, "policy": i} for i in range(n) for row in json.loads(STUDY.read_text())["rows"][:2]]
+    made = {"hardware": "", "torch": "", "commit": ""}
+    study.draw_depths = study.draw_study = study.draw_halves = report.draw_demo = lambda *_: None
+    for name, write, files in (
+        ("study", lambda n, out: study.write(rows(n), out, made), ("study.json", "README.md")),
+        ("report", lambda n, out: report.write_report(out, fake_results(n)), ("report.html",)),
+    ):
+        out = folder / name
+        out.mkdir()
+
+        def run(n, before=lambda: None):
+            process = start(lambda: (before(), write(n, out)), folder / f"{name}.log")
+            process.join()
+            return process.exitcode, [(out / file).read_text() for file in files]
+
+        def killed():
+            data.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+        _, before = run(1)
+        full = run(2, lambda: full_disk(1000))
+        verdict(f"{name}: the disk fills while it is written: the earlier one stays", full == (2, before))
+        dead, (code, after) = run(2, killed), run(2)
+        left = sorted(path.name for path in out.iterdir() if not path.name.endswith(".tmp"))
+        good = dead == (-9, before) and code == 0 and after != before and left == sorted(files)
+        verdict(f"{name}: SIGKILL while it is written: the earlier one stays, the next is written", good)
+
+
+def fake_results(n):
+    row = {"accuracy": 0.5, "n": n, "interval": [0.2, 0.8], "exact_chain": 0.25, "seen": {"accuracy": 0.5}}
+    about = dict.fromkeys(("seed", "policy", "depth", "seconds", "hardware", "torch", "commit", "text"), "")
+    return {**about, "left_out": [], "rows": [{"name": name, **row, "unseen": row["seen"]} for name in demo.ROWS]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=24, help="SIGKILLs in all, over the runs (default 24)")
@@ -291,6 +338,8 @@ def trials(folder, kills, rng):
         ("rl", "SIGTERM"),
         ("cpt, two ranks, sharded", "SIGTERM"),
         ("rl, two ranks", "SIGHUP"),
+        ("rl, two ranks, sharded", "SIGTERM"),
+        ("sft, two ranks, sharded", "SIGHUP"),
     ]
     for name, number in [*signals, ("cpt", "SIGHUP"), ("sft, two ranks", "SIGXCPU")]:
         out = folder / number / name
@@ -303,7 +352,7 @@ def trials(folder, kills, rng):
         Job(folder, name, out).wait()
         verdict(f"{name}: {number} saves and ends with exit code 0", stopped and same(out, whole(name)))
 
-    for name in EVERY:
+    for name in RUNS:
         out = folder / "disk" / name
         job = Job(folder, name, out, limit=50_000 if RUNS[name][0] != "cpt" else 100_000)
         ended = set(job.wait()) == {2} and job.said().count("\nerror: ") == len(job.ranks)
@@ -312,7 +361,7 @@ def trials(folder, kills, rng):
         what = "the disk fills in a save: one line, exit code 2, nothing half-written"
         verdict(f"{name}: {what}", ended and clean and same(out, whole(name)))
 
-    for name in EVERY:
+    for name in RUNS:
         for what, how, code in (
             ("the disk fills in the export", no_room, 2),
             ("SIGKILL in the export", lambda: os.kill(os.getpid(), signal.SIGKILL), -9),
@@ -324,19 +373,19 @@ def trials(folder, kills, rng):
             good = set(job.wait()) == {0} and "resumed after step 8" in job.said() and same(out, whole(name))
             verdict(f"{name}: {what} costs no step", ended and good)
 
-    for name in [name for name in EVERY if RUNS[name][0] != "rl"]:
-        out = folder / "broken" / name
+    for name in RUNS:
+        out, phase = folder / "broken" / name, "sample" if RUNS[name][0] == "rl" else "read"
         job = Job(folder, name, out, before=broken_item(7), save_every=0)
-        named = 2 in job.wait() and "step 7 failed in 'read', saved" in job.said() and "error: item " in job.said()
+        named = 2 in job.wait() and f"step 7 failed in {phase!r}, saved" in job.said() and "error: item " in job.said()
         Job(folder, name, out, save_every=0).wait()
         verdict(f"{name}: the last item is broken: named, the steps before it saved", named and same(out, whole(name)))
 
-    for name in EVERY:
+    for name in RUNS:
         out = folder / "stdout" / name
         codes = Job(folder, name, out, before=no_reader).wait()
         verdict(f"{name}: stdout is closed: the run goes on", set(codes) == {0} and same(out, whole(name)))
 
-    for name in EVERY:
+    for name in RUNS:
         out = folder / "damaged" / name
         Job(folder, name, out, before=in_export(no_room)).wait()
         shard = max(out.glob("checkpoints/step-00000008/shard-*"))
@@ -357,6 +406,7 @@ def trials(folder, kills, rng):
         verdict(f"{name}: both checkpoints are damaged: refused, nothing deleted", refused and kept)
 
     evaluations(folder, verdict)
+    pages(folder, verdict)
     return rows, time.time() - began
 
 

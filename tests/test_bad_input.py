@@ -6,7 +6,10 @@ run and an empty config file.
 """
 
 import contextlib
+import dataclasses
+import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -49,6 +52,7 @@ import train_rl
 import train_sft
 import training
 from data import InputError
+from support.config import parse
 from variants import gdpo, halves, icpo, noisy, opcd, tis
 
 PAGE = ROOT / "tests" / "BAD_INPUT.md"
@@ -58,6 +62,8 @@ OTHERS = {f"data.{name}": getattr(data, name) for name in "benchmarks clevr_poli
 OTHERS |= {f"data.{name}": getattr(data, name) for name in "oracle override own check shop".split()}
 OTHERS |= {f"tiny.{name}": getattr(tiny, name) for name in "data demo pretrain score study".split()}
 OTHERS |= {f"benchmarks.{name}": getattr(benchmarks, name) for name in "clevr efficiency gpu rollout train".split()}
+CONFIGS = [ROOT / f"{name}.py" for name in ("train_cpt", "train_sft", "train_rl", "evaluate", "support/plan")]
+CONFIGS += [path for path in sorted(ROOT.glob("variants/*.py")) if "\nclass Config(" in path.read_text()]
 SECONDS, GIGABYTES = 20, 1  # a row may take so much, beside what the tests hold already
 
 
@@ -223,6 +229,17 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(sound, tmp_path, name):
     assert code == 2 and re.search(".*".join(map(re.escape, said.split(" ... "))), line), line
     assert len(line) <= 1200 and "\n" not in line and line.isprintable()
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_number_of_any_command_is_nan_or_infinite(path):
+    """Of the flags and of --config alike, which share the check; a NaN would spread through weights and logs."""
+    config = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)).Config
+    numbers = [f.name.replace("_", "-") for f in dataclasses.fields(config) if "float" in str(f.type)]
+    assert numbers or path.stem == "evaluate"
+    for name, value in itertools.product(numbers, ("nan", "inf", "-inf", "1e999", "-nan")):
+        with pytest.raises(InputError, match=f"--{name}: found -?(nan|inf), expected a finite number"):
+            parse(config, "", [f"--{name}={value}"])
 
 
 def test_there_are_two_hundred_and_the_heading_says_so():

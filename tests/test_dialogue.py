@@ -609,7 +609,7 @@ def test_a_run_learns_from_dialogues_of_a_random_model(tmp_path, monkeypatch):
 
 
 def test_gold_dialogues_of_the_tiny_world_are_right(processor):
-    """The environment of tiny/dialogues.py tells what the gold dialogues hold, and ends where they do."""
+    """The environment of tiny/dialogues.py tells what gold dialogues hold, and ends where they do; errors mended."""
     rng, several = np.random.default_rng(0), 0
     for number in range(12):
         policy = tiny.tools.draw_policy(rng, 8)

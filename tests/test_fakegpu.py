@@ -150,6 +150,28 @@ def test_dialogues_are_what_the_cpu_writes(folder):
         assert max(abs(a - b) for a, b in zip(response.logprobs, right.logprobs)) < 1e-5
 
 
+@pretend
+@pytest.mark.parametrize("rules", RULES)
+def test_replayed_steps_write_what_the_cpu_writes(folder, rules):
+    """A graph knows its tensors only: what it reads has to be where it was, and no number may come from the host.
+
+    The arena is too small for the prompts and grows, rows end and are given on, and given up.
+    """
+    from support.engine import sample
+
+    processor, prompts = prompts_of(folder, 6)
+    cpu = load(folder)
+    how = dict(max_tokens=24, stop_ids=processor.stop_ids + list(range(20)), banned_ids=processor.banned_ids)
+    how |= dict(shared=[60] * 6, **{"budget": 500, **RULES[rules]})
+    expected = sample(cpu, prompts, 3, **how)
+    with pretended(quickly):
+        gpu = load(folder, GPU)
+        gpu.compiled = True
+        found = sample(gpu, prompts, 3, **how)
+        assert fakegpu.Graph.replays > 5
+    assert [[r.tokens for r in group] for group in found] == [[r.tokens for r in group] for group in expected]
+
+
 RUNS = {  # (script, flags)
     "cpt": ("train_cpt", {}),
     "sft": ("train_sft", {}),
@@ -235,11 +257,14 @@ def test_evaluation_and_chat_answer_what_the_cpu_answers(tmp_path, monkeypatch, 
 
 @pretend
 def test_a_step_of_decoding_launches_little_and_waits_once(tmp_path, monkeypatch):
-    """The GPU is kept busy by a host that asks for few things; counted as the difference of 3 layers and 2."""
+    """The GPU is kept busy by a host that asks for few things; counted as the difference of 3 layers and 2.
+
+    Of a replayed step it asks the same for any number of layers.
+    """
     from support import engine
 
-    def counts(layers):
-        folder = tiny_checkpoint(tmp_path / str(layers), layers=layers)
+    def counts(layers, compiled=False):
+        folder = tiny_checkpoint(tmp_path / f"{layers} {compiled}", layers=layers)
         processor, prompts = prompts_of(folder)
         steps, step = [], engine.Decoder.step
 
@@ -251,12 +276,17 @@ def test_a_step_of_decoding_launches_little_and_waits_once(tmp_path, monkeypatch
         monkeypatch.setattr(engine.Decoder, "step", counted)
         with pretended(lambda kernel, grid, args, how: args[5].zero_()):  # the output: anything that is a number
             gpu = load(folder, GPU, torch.bfloat16)
+            gpu.compiled = compiled
             engine.sample(gpu, prompts, 3, max_tokens=8, shared=[60] * 4, banned_ids=processor.banned_ids)
         monkeypatch.setattr(engine.Decoder, "step", step)
         return steps[4]
 
     (launches, waits), (fewer, _) = counts(3), counts(2)
-    print(f"launches a layer {launches - fewer}, besides {3 * fewer - 2 * launches}, waits {waits}")
+    replayed = counts(3, compiled=True)
+    assert replayed == counts(2, compiled=True) and replayed[0] <= 60 and replayed[1] <= 1
+    print(
+        f"launches a layer {launches - fewer}, besides {3 * fewer - 2 * launches}, waits {waits}, replayed {replayed}"
+    )
     assert launches - fewer <= 30 and 3 * fewer - 2 * launches <= 80
     assert waits <= 1, fakegpu.waits
 

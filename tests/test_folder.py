@@ -1,6 +1,8 @@
 """What a command may write and delete: its own, in a folder of its own; and whose a folder is."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -12,10 +14,12 @@ from helpers import tiny_checkpoint
 from small import arguments, quiet, small_data
 
 import evaluate
+import model as qwen
 import train_cpt
 import train_sft
-from data import InputError
+from data import InputError, inspect
 from support import folder as house
+from support.chat import export
 from support.folder import digest, keep_apart, lock, unlock
 
 
@@ -113,14 +117,26 @@ def test_a_finished_run_is_not_trained_again(folder, tmp_path):
     assert contents(folder / "whole") == before
 
 
-def test_weights_have_the_mode_that_the_umask_leaves(folder, tmp_path):
+def test_every_file_has_the_mode_that_the_umask_leaves(folder, tmp_path):
+    """safetensors and temporary files are made for the user alone; a group that shares a disk would be locked out."""
     mask = os.umask(0o027)
     try:
-        train(folder, tmp_path / "run", save_every=1)
+        train(folder, tmp_path / "full", full=True, save_every=1)
+        train(folder, tmp_path / "lora", validate_every=1)
+        words = ["--model", f"{tmp_path}/lora", "--data", f"{folder}/data", "--out", f"{tmp_path}/eval"]
+        quiet(evaluate.main, [*words, "--device", "cpu", "--limit", "1", "--max-response", "2"])
+        quiet(inspect.main, [f"{tmp_path}/full"])
+        with contextlib.redirect_stdout(io.StringIO()):
+            export(qwen, f"{tmp_path}/lora", f"{tmp_path}/export")
     finally:
         os.umask(mask)
-    shards = (tmp_path / "run").glob("checkpoints/*/*")
-    assert {stat.S_IMODE(path.stat().st_mode) for path in shards} == {0o640}
+    found = {path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert {
+        path: mode for path, mode in found.items() if mode != (0o750 if (tmp_path / path).is_dir() else 0o640)
+    } == {}
+    assert {"model.safetensors", "adapter_model.safetensors", "results.json", "inspect.html", "state.json"} <= {
+        path.name for path in found
+    }
 
 
 # -- the lock

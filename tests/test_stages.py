@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -43,6 +45,32 @@ def test_validation_loss_is_reported_and_its_best_checkpoint_stays(model, folder
     assert (out / "checkpoints" / "best").resolve().name == f"step-0000000{best}"
     assert {path.name for path in (out / "checkpoints").glob("step-*")} == {f"step-0000000{best}", "step-00000006"}
     assert [step for step, _ in read_run(out)["series"]["validation_loss"]] == [1, 3, 5]
+
+
+@pytest.mark.parametrize("stage", [train_cpt, train_sft, train_rl])
+def test_wandb_goes_on_with_the_same_run_after_a_resume(model, folder, stage, monkeypatch):
+    """Its id is the run's own, which stands in the run's folder; a run that is started anew is another one."""
+    inits, logged = [], []
+    wandb = types.SimpleNamespace(
+        init=lambda **named: inits.append(named), log=lambda metrics, step: logged.append((step, metrics))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    rl = {"group_size": 2, "policy_rollouts": 0, "reward": "small:length", "check": 0, "max_response": 8}
+    flags = {"steps": 2, "save_every": 1, "tracker": "wandb", **(rl if stage is train_rl else {})}
+    words = lambda **more: arguments(model, folder, folder.parent / "run", **flags, **more)
+    stage.main(words())
+    for path in [
+        folder.parent / "run" / "checkpoints" / "step-00000002",
+        *folder.parent.glob("run/model"),
+        *folder.parent.glob("run/adapter"),
+    ]:
+        shutil.rmtree(path)  # a kill came after the first step
+    stage.main(words(resume=True))
+    stage.main(words(overwrite=True))
+    ids = [named["id"] for named in inits]
+    assert ids[0] == ids[1] != ids[2] and all(named["resume"] == "allow" for named in inits)
+    assert ids[2] == json.loads((folder.parent / "run" / "config.json").read_text())["run"]
+    assert [step for step, _ in logged] == [0, 1, 1, 0, 1]
 
 
 def test_validation_loss_is_the_mean_over_all_learned_tokens(model, folder):

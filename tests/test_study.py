@@ -123,7 +123,7 @@ def test_a_stopped_study_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "out" / "readers").mkdir(parents=True)  # a folder that an earlier call made
     old = [row("T4", 0, 0, "sft", 0.1, seconds=36.0), row("T4", 0, 0, "sft_grpo", 0.1, seconds=72.0)]
     (tmp_path / "results" / "study.json").write_text(json.dumps({"poro_less_grpo": {}, "rows": old}))
-    base = hashlib.sha1((study.BASE / "model.safetensors").read_bytes()).hexdigest()
+    base = hashlib.sha1((study.BASES["clevr"] / "model.safetensors").read_bytes()).hexdigest()
     (tmp_path / "out" / "base.sha1").write_text(base)
     again = row("T4", 0, 0, "sft", 0.9, seconds=36.0)
     (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(again) + "\n")

@@ -29,7 +29,7 @@ def processor(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Data of single turns, and of whole dialogues; a third of the functions is left out of SFT."""
-    out, flags = tmp_path_factory.mktemp("tools"), "--policies 2 --queries 40 --sft 6 --test 16 --leave-out 0.34"
+    out, flags = tmp_path_factory.mktemp("tools"), "--policies 2 --queries 40 --sft 4 --test 12 --leave-out 0.34"
     tools.main(["--out", str(out / "turns"), "--tools", "9", *flags.split(), "--seed", "3"])
     tools.main(["--out", str(out / "dialogues"), "--tools", "6", *flags.split(), "--dialogues"])
     return out

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, claim, command
+from data import InputError, claim, command, write_text
 from tiny import processes
 from tiny.report import demo_table, draw_demo, fill, provenance, write_report
 
@@ -60,6 +60,16 @@ KINDS = "applied,document,response"  # of CPT items
 CALLS = ["--reward", "data.gta_score:call=0.9,format=0.1"]  # what RL rewards in the world of tools
 
 
+def runs_of(world):
+    """RUNS; calls take longer than decisions: in the world of tools fewer steps of RL, and no control of `trimpi`."""
+    if world == "clevr":
+        return RUNS
+    fewer = lambda script: [*CALLS, "--steps", "60"] if script == "train_rl" else []
+    runs = {name: (script, before, [*flags, *fewer(script)]) for name, (script, before, flags) in RUNS.items()}
+    del runs["cpt_response_sft_grpo"]
+    return runs
+
+
 def call(arguments, log):
     """Run one of our commands in a process of its own; what it prints goes to a file, its error becomes ours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -79,13 +89,13 @@ def steps_done(run):
 
 def train(name, out, base, data, replay, seed, slot, world):
     """One run with its progress bar -> seconds."""
-    script, before, flags = RUNS[name]
+    script, before, flags = runs_of(world)[name]
     folder, began = out / name, time.time()
     start = ["--init", out / before] if before else []
-    extra = ["--replay", replay] if script != "train_rl" else CALLS if world == "tools" else []
+    extra = ["--replay", replay] if script != "train_rl" else []
     extra += ["--max-response", 1000] if script == "train_cpt" else []  # a response-form item names all sections
     paths = ["--model", base, *start, "--data", data, "--out", folder, *extra]
-    total = int(flags[flags.index("--steps") + 1])
+    total = int(flags[-flags[::-1].index("--steps")])
     with tqdm(total=total, desc=f"{name:21}", unit="step", position=slot, leave=True, disable=None) as bar:
         with ThreadPoolExecutor(1) as one:
             work = one.submit(call, [f"{script}.py", *COMMON, *paths, *flags, "--seed", seed], out / f"{name}.log")
@@ -106,7 +116,8 @@ def evaluate(row, out, model, data):
 
 def run_all(out, base, data, replay, seed, world):
     """Every run after the one it starts from, two at a time, each followed by its evaluation -> {name: seconds}."""
-    seconds, waiting, finished, slots = {}, list(RUNS), set(), [0, 1]
+    runs = runs_of(world)
+    seconds, waiting, finished, slots = {}, list(runs), set(), [0, 1]
 
     def one(name, slot):
         seconds[name] = train(name, out, base, data, replay, seed, slot, world)
@@ -120,7 +131,7 @@ def run_all(out, base, data, replay, seed, world):
             work.result()
         going = []
         while waiting or going:
-            ready = [name for name in waiting if RUNS[name][1] is None or RUNS[name][1] in finished]
+            ready = [name for name in waiting if runs[name][1] is None or runs[name][1] in finished]
             while ready and slots:
                 waiting.remove(ready[0])
                 going.append(pool.submit(one, ready.pop(0), slots.pop(0)))
@@ -205,9 +216,9 @@ def main(argv=None):
         "seconds": round(time.time() - began),
         **provenance(),
         "left_out": json.loads(hidden.read_text())[policy["name"]] if hidden.exists() else [],
-        "rows": [{**kept(row), "train_seconds": round(seconds.get(row, 0))} for row in ROWS],
+        "rows": [{**kept(row), "train_seconds": round(seconds.get(row, 0))} for row in ROWS if row in found],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_report(out, results)
     print(table(results))
     print(f"{results['seconds']} s; {out / 'report.html'}")

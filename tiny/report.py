@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import InputError
+from data import InputError, write_text
 
 LOSS = (
     "Loss of rows with GRPO or PolicyRollout: DAPO's, the mean over a step's tokens, clipped at 0.2 and 0.28, no KL, "
@@ -184,8 +184,13 @@ def plotting():
 def keep(figure, path, rect=(0, 0, 1, 1), dpi=130):
     """Write a figure, its axes laid out within rect, and let go of it."""
     figure.tight_layout(rect=rect)
-    figure.savefig(path, dpi=dpi)
-    plotting().close(figure)
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(aside, dpi=dpi, format=Path(path).suffix[1:])
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+        plotting().close(figure)
 
 
 def lines_of(path):
@@ -213,7 +218,7 @@ def fill(path, blocks):
         if text.count(first) != 1 or text.count(last) != 1:
             raise InputError(f"{path}: found no place for table {name!r}, expected one {first.strip()} ... {last}")
         text = text[: text.index(first) + len(first)] + f"\n{block}\n\n" + text[text.index(last) :]
-    path.write_text(text)
+    write_text(path, text)
 
 
 def demo_table(results):
@@ -339,7 +344,7 @@ paper's figure with its own GRPO, for Qwen2.5-VL-7B on {theirs}: not the same ta
 Mean of five steps.</small></p>
 <h2>Queries, the chains they call for, and what each stage said</h2>{cases(out, results)}
 </body></html>"""
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     draw_demo(rows, out / "report.png", paper, theirs)
 
 

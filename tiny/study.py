@@ -33,7 +33,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import InputError, check_file, command, refuse_strangers
+from data import InputError, check_file, command, refuse_strangers, write_text
 from data.clevr_policy import write_json, write_jsonl
 from data.override import override
 from tiny import processes
@@ -616,7 +616,7 @@ def write(rows, folder, made, name="study"):
     folder.mkdir(parents=True, exist_ok=True)
     worlds = summary(rows)
     kept = {"worlds": worlds, "poro_less_grpo": differences(rows), "correlations": correlations(rows), "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps({**made, **kept}, indent=1) + "\n")
+    write_text(folder / f"{name}.json", json.dumps({**made, **kept}, indent=1) + "\n")
     if name == "tools":
         fill(folder / "tools.md", {"worlds": tables(rows, made)["worlds"]})
         return
@@ -660,7 +660,7 @@ def main(argv=None):
     plans, model = [part.strip() for part in (args.plan or plan).split(",")], Path(args.model or BASES[args.world])
     if set(plans) - set(PLANS):
         raise InputError(f"--plan {args.plan!r} found, expected some of {', '.join(PLANS)}, by commas")
-    if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or args.hours <= 0:
+    if set(wanted) - set(WORLDS) or min(args.policies, args.seeds) < 1 or not 0 < args.hours < 1e6:
         raise InputError(
             f"found worlds {args.worlds!r}, {args.policies} policies, {args.seeds} seeds, {args.hours} hours, "
             f"expected some of {', '.join(WORLDS)}, and numbers above 0"

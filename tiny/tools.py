@@ -169,7 +169,7 @@ def decide(rule, profile):
 def draw_functions(rng, count):
     """`count` functions, none without what its policy may demand."""
     chosen = ["describe"]
-    for f in ("describe", *rng.permutation(FUNCTIONS)):
+    for f in ("describe", *rng.permutation(FUNCTIONS).tolist()):
         under = {need for need in (f, *NEEDS.get(f, ())) if need != "none"} - set(chosen)
         if len(chosen) + len(under) <= count:
             chosen += sorted(under)
@@ -519,25 +519,34 @@ def whole(item, turns):
     return {**item, "cot": "", "rules": rules, "calls": calls, "answer": turns[-1]["result"]}
 
 
-def draw_dialogue(policy, rng, facts, function):
-    """A request whose dialogue calls `function` for the first time somewhere -> (goal, profile, turns, that turn)."""
+def draw_dialogue(policy, rng, facts, function=None):
+    """A request whose dialogue calls `function` for the first time somewhere -> (goal, profile, turns, that turn).
+
+    Without a function: one of three to six turns, and its first. None where the pictures offer none.
+    """
     verbs = list(policy["tools"])
     for _ in range(20):
-        goal = draw_goal(rng, policy, facts, function if rng.random() < 0.5 else verbs[rng.integers(len(verbs))])
+        verb = function if function and rng.random() < 0.5 else verbs[rng.integers(len(verbs))]
+        goal = draw_goal(rng, policy, facts, verb)
         if goal:
-            profile = draw_profile(rng, policy["tools"][function]["rule"])
+            profile = draw_profile(rng, policy["tools"][function or verb]["rule"])
             turns = dialogue(policy, facts, goal, profile)
-            for k in fresh(turns):
-                if turns[k]["function"] == function:
-                    return goal, profile, turns, k
+            wanted = [k for k in fresh(turns) if turns[k]["function"] == function]
+            wanted = wanted if function else [0] * (3 <= len(turns) <= 6)
+            if wanted:
+                return goal, profile, turns, wanted[0]
     return None
 
 
 def hide(policy, share, rng):
-    """Ids of the sentences about a share of the functions, of those that no other function waits for."""
-    needed = {tool["needs"] for tool in policy["tools"].values()} | {policy["several"]}
-    free = [f for f in rng.permutation(list(policy["tools"])).tolist() if f not in needed]
-    chosen = free[: round(share * len(policy["tools"]))]
+    """Ids of the sentences about a share of the functions, of those that no other function waits for.
+
+    One that waits for another is always shown, so that SFT has dialogues of several calls.
+    """
+    needs = {f: tool["needs"] for f, tool in policy["tools"].items()}
+    free = [f for f in rng.permutation(list(needs)).tolist() if f not in {*needs.values(), policy["several"]}]
+    shown = [f for f in free if needs[f] not in (None, "none")][-1:]
+    chosen = [f for f in free if f not in shown][: round(share * len(needs))]
     return sorted(key for key in sentences(policy) if key.split()[0] in {*chosen, *[RULED.get(f) for f in chosen]})
 
 
@@ -590,8 +599,9 @@ def make_dataset(out, tools, policies, queries, sft, test, seed, leave_out=0.0, 
                 count = 0
                 while count < wanted:
                     facts, pictures = draw_facts(rng, [seed, 6], number, 0.06 * dialogues)
-                    made = draw_dialogue(policy, rng, facts, functions[count % len(functions)])
-                    if not made or dialogues and not 3 <= len(made[2]) <= 6:
+                    function = None if dialogues else functions[count % len(functions)]
+                    made = draw_dialogue(policy, rng, facts, function)
+                    if not made:
                         continue
                     names = [f"images/{number + k:06d}.png" for k in range(len(pictures))]
                     for path, image in zip(names, pictures):
@@ -599,7 +609,7 @@ def make_dataset(out, tools, policies, queries, sft, test, seed, leave_out=0.0, 
                     number, count = number + len(pictures), count + 1
                     goal, profile, turns, k = made
                     one = lambda k: make_item(policy, facts, names, goal, profile, turns, k)
-                    item = {"id": f"{name}-{split}-{count}", **(whole(one(0), turns) if dialogues else one(k))}
+                    item = {"id": f"{name}-{split}-{count}", **(whole(one(k), turns) if dialogues else one(k))}
                     files[split].append(item)
                     used = {rule for turn in turns[: None if dialogues else k + 1] for rule in turn["rules"]}
                     if split == "rl" and len(shown) < sft * (1 + 2 * (not dialogues)) and not used & set(hidden[name]):
