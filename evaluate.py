@@ -118,7 +118,7 @@ def respond(model, rollout, items, policy_in_context, stock=None):
         ]
     found = []
     for prompt, response in rollout.greedy(model, items, policy_in_context):
-        text, item = as_judged(rollout.processor, {}, response)
+        (text,), (item,) = as_judged(rollout.processor, [({}, response)])
         found.append((text, prompt, int(response.written.sum()), response.finished, *item.values()))
     return found
 

@@ -138,9 +138,9 @@ class PolicyRollout:
         return self.scaled[name]
 
     def scale(self, entry):
-        """An item or policy with its pictures decoded and scaled: (patches, grid) in place of each path."""
+        """An item or policy with its pictures decoded and scaled: (patches, grid) for each path; `given`: as it was."""
         pictures = [p if isinstance(p, tuple) else self.processor.images([qwen.open_image(p)]) for p in entry["images"]]
-        return {**entry, "images": pictures}
+        return {**entry, "images": pictures, "given": entry.get("given", entry)}
 
     def shared(self, items, prompts, before=()):
         """What `sample` reads once: the tokens that each prompt shares with its policy alone; `before`: of others."""
@@ -154,8 +154,7 @@ class PolicyRollout:
 def judge(groups, rewards, processor):
     """The groups with the rewards of their responses, (G+K,F) float64, NaN where one raised, hung or was no number."""
     prompts = [processor.decode(group.prompt.input_ids.tolist()) for group in groups for _ in group.responses]
-    texts_and_items = [as_judged(processor, group.item, response) for group in groups for response in group.responses]
-    texts, items = map(list, zip(*texts_and_items)) if groups else ([], [])
+    texts, items = as_judged(processor, [(group.item, o) for group in groups for o in group.responses])
     found = torch.tensor(score(rewards, prompts, texts, items), dtype=torch.float64)  # (B,F)
     parts = found.split([len(group.responses) for group in groups]) if groups else []
     return [replace(group, rewards=part) for group, part in zip(groups, parts)]
@@ -264,8 +263,7 @@ class Responses:
     """The responses of this rank's groups as tensors: B of them, of R tokens at most, in the order of the groups.
 
     places: of each group in the step, over all ranks. ids, aware, lengths (B,): group, was P in the prompt, tokens.
-    rewards (B,F) float64, NaN where one failed. mask (B,R): 1 where a response has written a token; what a dialogue has
-    read, as a tool's result, is 0, and does not count in lengths.
+    rewards (B,F) float64, NaN where one failed. mask (B,R): 1 where a response has written a token, not read it.
     logp_sampler (B,R): log-probabilities when sampled, given (P, x) where aware; logp_old (B,R), once the learner has
     read them: of the model before its updates, given x. A, kept (B,), once it has given credit: advantages, and which
     are learned from.

@@ -11,6 +11,8 @@ cases are run three times in turn, and the best counts: neighbours on the machin
     poro_cost_vs_grpo         32 queries of 150 tokens x 8 responses x 192 tokens: half of the responses with a policy
                               of 4,000 tokens in front, over none; counting operations gives 1.31
     poro_cost_vs_unshared     the same over reading the policy anew for each query; counting gives 0.4
+    dialogue_cost_vs_single   the case `ours` as dialogues of four turns, three results of 8 tokens among the 64, over
+                              single responses of 64
 
 `seconds` is the wall clock, `cpu_seconds` what the process spent on all its threads: on a machine with other work the
 ratios of the second are the ones to trust. Beside FILE.json stands the same as a table, FILE.md.
@@ -31,6 +33,7 @@ import torch
 
 from data import check_file, command, write_text
 from model import Config, Encoded, Qwen25VL, load_pretrained, save_pretrained
+from support import engine
 from support.engine import sample
 from tiny.report import provenance
 from training import compile_blocks
@@ -45,6 +48,7 @@ QUICK = {
 }
 CASES = {
     "ours": "transformers",
+    "dialogue": "transformers",
     "compiled": "transformers",
     "transformers": "transformers",  # case: its sizes
     "grpo": "policy",
@@ -54,10 +58,12 @@ CASES = {
 RATIOS = {  # case over case, goal
     "speedup_vs_transformers": ("transformers", "ours", ">= 4"),
     "compiled_speedup": ("ours", "compiled", ""),
+    "dialogue_cost_vs_single": ("dialogue", "ours", "<= 1.3"),
     "poro_cost_vs_grpo": ("poro", "grpo", "<= 1.4"),
     "poro_cost_vs_unshared": ("poro", "unshared", "<= 0.5"),
 }
 IMAGE, PATCHES = 3, 16  # token id; patches a side, 64 tokens after merging
+TURNS = 4  # of a dialogue; each of the three results between them is an eighth of its tokens
 
 
 def config(width, layers, vocab, **_):
@@ -133,6 +139,32 @@ def prompts_of(size, policy):
     return found
 
 
+class Told:
+    """What a row reads in the case `dialogue` wherever a turn ends."""
+
+    def __init__(self, length):
+        self.result = Encoded(torch.arange(10, 10 + length // 8), None, None)
+
+    def reply(self, tokens, room):
+        return self.result if len(self.result.input_ids) <= room else None  # the warm-up is short
+
+    def end(self, tokens, finished):
+        return finished, []
+
+
+def ending_turns(draw, length):
+    """Rules.draw that ends TURNS - 1 turns of a dialogue of `length` tokens, a step sooner or later from row to row."""
+    result = length // 8
+    period = (length + result) // TURNS  # from turn to turn, with the result between them
+
+    def drawn(rules, logits, u, used):
+        tokens, logp = draw(rules, logits, u, used)
+        last = period - result - 1 - torch.arange(len(used), device=used.device) % 4
+        return torch.where((used % period == last) & (used < period * (TURNS - 1)), 2, tokens), logp
+
+    return drawn
+
+
 def measure(case, folder, size):
     """Time one case in this process; what is warmed up is a tenth of it."""
     common = dict(max_tokens=size["tokens"], min_tokens=size["tokens"], stop_ids=[2], banned_ids=[IMAGE, 4])
@@ -157,10 +189,15 @@ def measure(case, folder, size):
         aware = prompts_of(size, size["policy"])
         if case == "compiled":
             compile_blocks(model)
-        prompts, counts = (plain, n) if case in ("ours", "compiled", "grpo") else (plain + aware, n // 2)
+        if case == "dialogue":
+            engine.Rules.draw = ending_turns(engine.Rules.draw, size["tokens"])
+            common |= dict(dialogue=lambda p: Told(size["tokens"]), banned_ids=[2, IMAGE, 4])
+        prompts, counts = (plain, n) if case in ("ours", "dialogue", "compiled", "grpo") else (plain + aware, n // 2)
         lengths = [0] * len(plain) + [0 if case == "unshared" else size["policy"]] * len(aware)
         shared = lengths[: len(prompts)]
-        work = lambda T: sample(model, prompts, counts, shared=shared, **{**common, "max_tokens": T, "min_tokens": T})
+        least = 0 if case == "dialogue" else size["tokens"]
+        how = lambda T: {**common, "max_tokens": T, "min_tokens": min(T, least)}
+        work = lambda T: sample(model, prompts, counts, shared=shared, **how(T))
     work(4) if CASES[case] == "transformers" else sample(model, plain[:1], 2, max_tokens=2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()

@@ -85,6 +85,7 @@ def evaluation(folder):
         for record in read_lines(os.path.join(folder, f"{os.path.basename(name)}.jsonl")):
             text, right = str(record.get("response", "")), bool(record.get("correct", 0) == 1)
             said = {"text": text, "right": right, "aware": name == "in_context", "finished": record.get("finished")}
+            said |= {"turns": record["turns"]} if isinstance(record.get("turns"), list) else {}
             shown = groups.setdefault(str(record.get("id")), {"responses": [], "split": "", "answer": ""})
             shown |= {
                 "id": str(record.get("id")),

@@ -21,7 +21,7 @@ class Dialogues:
 
     def __call__(self, items):
         """What `sample` is told for prompts of these items: a dialogue anew for each response."""
-        make = lambda p: Dialogue(self.environment, items[p], self.processor)
+        make = lambda p: Dialogue(self.environment, items[p].get("given", items[p]), self.processor)
         return {"dialogue": make} if self.environment else {}
 
     def chat(self, messages):
@@ -99,8 +99,13 @@ def following(processor, text, pictures=()):
     return Encoded(whole.input_ids[start:], whole.pixel_values, whole.grid_thw)
 
 
-def as_judged(processor, item, response):
-    """(text, item) of an engine.Response as rewards read them: of a dialogue its last turn, item["dialogue"] all."""
-    if response.turns is None:
-        return processor.decode(response.tokens), item
-    return response.turns[-1]["text"], {**item, "dialogue": response.turns}
+def as_judged(processor, pairs):
+    """Texts and items as rewards read them, of [(item, engine.Response)]; of a dialogue the text is its last turn.
+
+    item["dialogue"] is all of its turns.
+    """
+    texts, items = [], []
+    for item, response in pairs:
+        texts.append(response.turns[-1]["text"] if response.turns else processor.decode(response.tokens))
+        items.append({**item, "dialogue": response.turns} if response.turns else item)
+    return texts, items

@@ -153,12 +153,19 @@ class Reporter:
         rows = []
         for i, response in enumerate(group.responses):
             row = {"text": processor.decode(response.tokens), "aware": group.aware[i], "finished": response.finished}
-            row |= {"turns": response.turns} if response.turns else {}
+            row |= {"turns": [dict(turn) for turn in response.turns]} if response.turns else {}
             row |= {"right": float(data.rewards[i, 0]) >= 1, "reward": float(rewards[i]), "advantage": float(data.A[i])}
             if i in tally.first and len(now):
                 moved = (now[i] - tally.first[i])[: len(response.tokens)]
-                row["tokens"] = [processor.decode([token]) for token in response.tokens]
-                row["moved"] = [round(x, 4) for x in moved.tolist()]
+                tokens = [processor.decode([token]) for token in response.tokens]
+                ends = [
+                    0,
+                    *(end for place, read in response.reads for end in (place, place + len(read.input_ids))),
+                    None,
+                ]
+                for part, start, end in zip(row.get("turns", [row]), ends, ends[1:]):  # a turn, a result, a turn, ...
+                    part["tokens"] = tokens[start:end]
+                    part["moved"] = [round(x, 4) for x in moved[start:end].tolist()]
             rows.append(row)
         item = {key: item[key] for key in ("id", "policy", "question", "answer")}
         return {"step": step, **item, "responses": rows}
@@ -169,8 +176,8 @@ class Reporter:
         with self.run.phase("validate"), self.run.gathered(model):
             answers = self.rollout.greedy(model, mine, policy_in_prompt)
         prompts = [self.rollout.processor.decode(prompt.input_ids.tolist()) for prompt, _ in answers]
-        judged = [as_judged(self.rollout.processor, item, answer) for item, (_, answer) in zip(mine, answers)]
-        texts, seen = map(list, zip(*judged)) if mine else ([], [])
+        pairs = [(item, response) for item, (_, response) in zip(mine, answers)]
+        texts, seen = as_judged(self.rollout.processor, pairs)
         found = score(self.rewards[:1], prompts, texts, seen)
         return self.run.sum(float(sum(row[0] == 1 for row in found))) / len(items)
 

@@ -1,23 +1,34 @@
 """Dialogues with tools: exact, the same in any company, results are context; whatever a tool does, the run goes on."""
 
+import itertools
 import json
+import runpy
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import picture, question, tiny_checkpoint
+from rl_bench import rl_folder, run
+from small import write_lines
 
-from data import InputError, rewards, tools
+import evaluate
+import tiny.dialogues
+import tiny.tools
+from data import InputError, rewards, runs, tools
 from data.tools import Tools, allowed, frugal, needed, read_turn, right_calls, used
 from model import Processor, load_pretrained
 from rollout import Group, PolicyRollout, Responses, judge
+from support import engine
 from support.batching import lay_out, pack, token_logprobs
 from support.dialogue import Dialogue, Dialogues, following
 from support.engine import sample
 from support.judging import load_environment
 from train_rl import LOSSES, token_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 POLICY = "policy P1: if there is a red cube, look at it first, else count. "
 STOPS = list(range(60))  # one token in five ends a turn: dialogues of many lengths
 PICTURES = [picture(56, 84), picture(84, 56, seed=1)]
@@ -257,7 +268,7 @@ def test_policy_aware_dialogues_are_one_group_with_the_others(model, processor, 
             expected = fresh(model, x, r, processor.banned_ids)
         assert (torch.tensor(r.logprobs) - expected)[r.written].abs().max() < 1e-5
     data = Responses(
-        [judged] if (judged := judge([group], [("n", lambda *a: 1.0, 1.0)], processor, 5)[0]) else [], [0], 1, "cpu"
+        [judged] if (judged := judge([group], [("n", lambda *a: 1.0, 1.0)], processor)[0]) else [], [0], 1, "cpu"
     )
     data.A = torch.zeros(4)
     logp, *_ = data.take([0, 1, 2, 3]).read(model, 1.0, processor.pad_id)
@@ -503,3 +514,118 @@ def test_frugal_is_the_formula_of_otc():
     sin, cos, pi = tools.math.sin, tools.math.cos, tools.math.pi
     f = 2 * 4 * 2 / (4 + 2)
     assert frugal([""] * 5, texts, items) == pytest.approx([1.0, sin(f * pi / 4), 0.0, 1.0, cos(3 * pi / 7)])
+
+
+# -- 6. the commands ---------------------------------------------------------------------------------------------------
+
+CALCULATION = [
+    '<think>sum</think><tool_call>{"name": "calculator", "arguments": {"expression": "2 * (3 + 4)"}}</tool_call>'
+]
+CALCULATION += ["<think>so 14</think>\\boxed{14}"]
+
+
+@pytest.fixture
+def calculator(tmp_path):
+    """The file that data/TOOLS.md shows."""
+    code = (ROOT / "data" / "TOOLS.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 32 and sum(bool(line.strip()) for line in code.splitlines()) <= 25
+    (tmp_path / "calculator.py").write_text(code)
+    return tmp_path / "calculator.py"
+
+
+def says(monkeypatch, processor, turns):
+    """Every row of a model says these turns, whatever it thinks."""
+    words, draw = [t for turn in turns for t in [*processor.tokens(turn), processor.stop_ids[0]]], engine.Rules.draw
+    steps = itertools.cycle(words)
+
+    def drawn(rules, logits, u, used):
+        tokens, logp = draw(rules, logits, u, used)
+        return torch.full_like(tokens, next(steps)), logp
+
+    monkeypatch.setattr(engine.Rules, "draw", drawn)
+
+
+def test_the_calculator_of_the_docs_in_a_chat(calculator, folder, processor, monkeypatch, capsys):
+    """25 lines bring a tool to a chat: the tool is listed, called, and its result read before the answer."""
+    says(monkeypatch, processor, CALCULATION)
+    picture(56, 56).save(calculator.with_name("p.png"))
+    monkeypatch.setattr("sys.argv", ["calculator.py", str(folder), "What is it?", str(calculator.with_name("p.png"))])
+    runpy.run_path(str(calculator), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == [
+        f"assistant: {CALCULATION[0]}",
+        "tool: 14",
+        f"assistant: {CALCULATION[1]}",
+    ]
+
+
+def test_a_run_and_an_evaluation_with_tools(calculator, tmp_path, processor, monkeypatch):
+    """train_rl and evaluate take the tool by its file: both kinds of dialogues, judged, logged and shown."""
+    rl_folder(tmp_path)
+    for name in ("rl", "test"):
+        path = tmp_path / "data" / f"{name}.jsonl"
+        items = [{**json.loads(line), "answer": "14", "calls": []} for line in path.read_text().splitlines()]
+        write_lines(path, items)
+    says(monkeypatch, processor, CALCULATION)
+    flags = dict(environment=f"{calculator}:environment", max_response=400, reward="accuracy=0.9,format=0.1")
+    rows = run(tmp_path, "out", steps=1, group_size=1, policy_rollouts=1, **flags)
+    assert rows[0]["accuracy"] == rows[0]["accuracy_aware"] == rows[0]["reward/format"] == 1.0
+    assert (rows[0]["turns"], rows[0]["calls"], rows[0]["calls_failed"]) == (2, 1, 0)
+    written = sum(len(processor.tokens(turn)) + 1 for turn in CALCULATION)
+    assert rows[0]["length"] == written and rows[0]["truncated"] == 0
+    says(monkeypatch, processor, CALCULATION)
+    out = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "eval")]
+    how = ["--limit", "2", "--max-response", "400", "--reward", "accuracy,data.tools:needed"]
+    row = evaluate.main([*out, "--environment", f"{calculator}:environment", *how])
+    assert row["accuracy"] == row["reward/needed"] == 1.0 and row["tokens"] == written
+    record = json.loads((tmp_path / "eval" / "no_policy.jsonl").read_text().splitlines()[0])
+    assert [turn["role"] for turn in record["turns"]] == ["assistant", "tool", "assistant"]
+    shown = runs.page([str(tmp_path / "eval")])
+    assert json.dumps("2 * (3 + 4)")[1:-1] in shown and '"role": "tool", "text": "14"' in shown
+
+
+def test_a_run_learns_from_dialogues_of_a_random_model(tmp_path, monkeypatch):
+    """Dialogues of every length, several updates and a KL: the page shows which token moved in which turn."""
+    rl_folder(tmp_path)
+    monkeypatch.setattr("support.dialogue.Dialogue", AnyStop)
+    read = Processor.from_pretrained.__func__
+    monkeypatch.setattr(
+        Processor,
+        "from_pretrained",
+        classmethod(lambda cls, *a: vars(p := read(cls, *a)).update(stop_ids=[270, *STOPS]) or p),
+    )
+    (tmp_path / "told.py").write_text(
+        "class Told:\n    def __init__(self, item): self.n = 0\n    def step(self, text):\n        self.n += 1\n"
+        "        return None if self.n > 2 else f'{len(text)} so'\n"
+    )
+    flags = dict(environment=f"{tmp_path}/told.py:Told", max_response=200, mini_batch=2, beta=0.1, lr=1e-3)
+    rows = run(tmp_path, "out", steps=2, group_size=2, policy_rollouts=2, **flags)
+    assert rows[-1]["turns"] == 3 and rows[-1]["grad_norm"] > 0 and rows[-1]["kl"] > 0
+    assert rows[0]["rollout_train_difference"] < 0.1  # the sampler bans vision tokens; a mask that is off by one is > 1
+    (sample, *_) = runs.read_run(str(tmp_path / "out"))["groups"]
+    turns = sample["responses"][0]["turns"]
+    assert [turn["role"] for turn in turns] == ["assistant", "tool"] * 2 + ["assistant"]
+    assert all(len(turn["tokens"]) == len(turn["moved"]) > 0 for turn in turns)
+    assert not any(turns[1]["moved"]) and any(sum((turn["moved"] for turn in turns[::2]), []))
+
+
+def test_gold_dialogues_of_the_tiny_world_are_right(processor):
+    """The environment of tiny/dialogues.py tells what gold dialogues hold, and ends where they do; errors mended."""
+    rng, several = np.random.default_rng(0), 0
+    for number in range(12):
+        policy = tiny.tools.draw_policy(rng, 8)
+        facts, _ = tiny.tools.draw_facts(rng, [0, 6], number, 0.3)
+        drawn = tiny.tools.draw_dialogue(policy, rng, facts, rng.choice(list(policy["tools"])))
+        if drawn is None:
+            continue
+        goal, profile, turns, _ = drawn
+        item = tiny.tools.make_item(policy, facts, ["p.png"] * len(facts["images"]), goal, profile, turns, 0)
+        item = {"id": "i", **tiny.tools.whole(item, turns)}
+        texts = [tiny.tools.spell(tiny.tools.said(turn)) for turn in turns]
+        read, finished, told = talk(processor, tiny.dialogues.environment, texts, item=item)
+        assert finished and read[-1] is None and all(read[:-1])
+        assert [turn["text"] for turn in told if turn["role"] == "tool"] == [turn["result"] for turn in turns[:-1]]
+        judged = {**item, "dialogue": told}
+        assert right_calls("", texts[-1], judged) == allowed("", "", judged) == needed("", "", judged) == 1.0
+        several += len(turns) > 2
+    assert several > 3
+    assert tiny.dialogues.Scene({"facts": {"tools": {}}}).step("<tool_call>{}</tool_call>") == "error"

@@ -17,9 +17,9 @@ HOUSE = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 # Only where they are installed and asked for: figures, live metrics, official benchmark files, a learned similarity, a
 # checkpoint's own chat template.
 OPTIONAL = {"jinja2", "matplotlib", "tensorboard", "wandb", "pyarrow", "bert_score"}
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/GTA.md", "data/OWN.md")]
-DOCUMENTED = ("data", "results", "benchmarks", "tiny/base", "tiny/tools_base", "variants/latent")
-DOCUMENTS += [ROOT / folder / "README.md" for folder in DOCUMENTED]
+NAMED = "README.md CONTRIBUTING.md SECURITY.md data/GTA.md data/OWN.md data/TOOLS.md".split()
+FOLDERS_TOLD = ("data", "results", "benchmarks", "tiny/base", "tiny/tools_base", "variants/latent")
+DOCUMENTS = [ROOT / name for name in [*NAMED, *(f"{folder}/README.md" for folder in FOLDERS_TOLD)]]
 per_file = pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(ROOT)))
 
 # A file may import what stands on its own level or below.

@@ -12,6 +12,7 @@ PolicyRollout 4 and 4 with the policy in the prompt. The same command goes on wh
 import argparse
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data import InputError, command
@@ -66,6 +67,17 @@ def evaluate(row, out, model, data):
     aware = ["--policy-in-context"] if row == "in_context" else []
     how = ["--name", row, "--reward", asked, *ENVIRONMENT, *LONGEST, *aware]
     call(["evaluate.py", *paths, *how], out / f"{row}.eval.log")
+
+
+def train(name, out, base, data, others, seed):
+    """A run of RUNS, unless it has ended already, and its row."""
+    script, before, flags = RUNS[name]
+    start = ["--init", out / before] if before else ["--replay", others]
+    learn = ["--reward", "data.tools:right_calls=0.9,format=0.1", *ENVIRONMENT] if script == "train_rl" else []
+    paths = ["--model", base, *start, "--data", data, "--out", out / name, *learn]
+    if not (out / name / "model").exists():
+        call([f"{script}.py", *paths, *COMMON, *flags, *LONGEST, "--seed", seed], out / f"{name}.log")
+    evaluate(name, out, out / name, data)
 
 
 def rows_of(out):
@@ -131,14 +143,10 @@ def main(argv=None):
         for row in ("in_context", "no_policy"):
             if row not in rows_of(out):
                 evaluate(row, out, base, data)
-        for name, (script, before, flags) in RUNS.items():
-            if name in rows_of(out):
-                continue
-            start = ["--init", out / before] if before else ["--replay", others]
-            learn = ["--reward", "data.tools:right_calls=0.9,format=0.1", *ENVIRONMENT] if script == "train_rl" else []
-            paths = ["--model", base, *start, "--data", data, "--out", out / name, *learn]
-            call([f"{script}.py", *paths, *COMMON, *flags, *LONGEST, "--seed", args.seed], out / f"{name}.log")
-            evaluate(name, out, out / name, data)
+        with ThreadPoolExecutor(2) as pool:  # one thread each
+            for wave in (["sft"], ["sft_grpo", "sft_poro"]):
+                todo = [name for name in wave if name not in rows_of(out)]
+                list(pool.map(lambda name: train(name, out, base, data, others, args.seed), todo))
     found = rows_of(out)
     short = lambda row: {key: x for key, x in row.items() if key not in ("by_policy", "by_depth", "model")}
     rows = [short(found[name]) for name in ("in_context", "no_policy", *RUNS)]
