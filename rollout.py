@@ -30,9 +30,7 @@ class Sampling:
     """sampling"""
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    budget: int = option(
-        0, "tokens of prompts and responses that sampling holds at a time; 0: what memory allows", least=0
-    )
+    budget: int = option(0, "tokens of prompts and responses that sampling holds; 0: what memory allows", least=0)
 
 
 # -- 1. PolicyRollout --------------------------------------------------------------------------------------------------
