@@ -148,14 +148,14 @@ def broken_item(step):
                 return encode(self, at, i)
 
             examples.encode = broken
-        scaled = rollout.Sampler.scaled
+        queries = rollout.Sampler.queries
 
         def breaks(self, number):  # a step is a draw
             if number == step:
                 raise InputError(f"item {self.items[0]['id']}: found a picture of no bytes")
-            return scaled(self, number)
+            return queries(self, number)
 
-        rollout.Sampler.scaled = breaks
+        rollout.Sampler.queries = breaks
 
     return patch
 
