@@ -251,7 +251,7 @@ TABLE = [
 TABLE += ["cpt_response_sft", "cpt_response_sft_grpo", *HEAL[:2]]
 EIGHT = f"8 tools,{THIRD}"
 TOOLS_PLAN = [
-    (EIGHT, TABLE[:5], 1, 0),
+    (EIGHT, TABLE[:5], 2, 0),  # two columns of one policy must not run side by side
     (EIGHT, TABLE[:3], 5, 0),
     (EIGHT, TABLE, 3, 0),
     (EIGHT, CORE, 5, 1),
