@@ -30,9 +30,7 @@ class Sampling:
     """sampling"""
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    budget: int = option(
-        0, "tokens of prompts and responses that sampling holds at a time; 0: what memory allows", least=0
-    )
+    budget: int = option(0, "tokens of prompts and responses that sampling holds; 0: what memory allows", least=0)
 
 
 # -- 1. PolicyRollout --------------------------------------------------------------------------------------------------
@@ -56,8 +54,7 @@ class PolicyRollout:
     max_prompt: tokens; a longer prompt is an InputError. sampling: further arguments of `sample`.
     sampler: another model that writes the policy-aware half; a frozen one reads each policy once per run.
     keep_policy_prompts: groups carry (P, x) even where K = 0, for a teacher that reads it.
-    environment: of data/tools.py, which makes a dialogue of every response; what its tools answer is context.
-    options: the run's config, for a variant's own flags. A variant overrides `policy_prompt`.
+    environment: of data/tools.py, for dialogues. options: the run's config, for a variant, as is `policy_prompt`.
     """
 
     def __init__(
@@ -86,20 +83,20 @@ class PolicyRollout:
         scaled = [self.scale(item) for item in items]  # each picture is decoded once, for x and for (P, x)
         x = [self.prompt(item) for item in scaled]
         P_x = [self.policy_prompt(*pair) for pair in zip(scaled, x)] if self.K or self.keep_policy_prompts else []
+
         aware = [False] * self.G + [True] * self.K
         plain_seeds, aware_seeds = [s[: self.G] for s in seeds], [s[self.G :] for s in seeds]
-        if not self.K:
-            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
-        elif self.sampler:
-            plain = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
-            shared = self.shared(items, P_x) | self.dialogues(items)
-            own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
-            responses = [o + o_aware for o, o_aware in zip(plain, own)]
-        else:  # the model writes both halves: one call keeps more rows busy
+        if self.K and not self.sampler:  # the model writes both halves: one call keeps more rows busy
             counts = [self.G] * len(x) + [self.K] * len(x)
             shared = self.shared(items, P_x, [0] * len(x)) | self.dialogues(items * 2)
             both = sample(model, x + P_x, counts, seeds=plain_seeds + aware_seeds, **shared, **self.sampling)
             responses = [o + o_aware for o, o_aware in zip(both[: len(x)], both[len(x) :])]
+        else:
+            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
+        if self.K and self.sampler:
+            shared = self.shared(items, P_x) | self.dialogues(items)
+            own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
+            responses = [o + o_aware for o, o_aware in zip(responses, own)]
         return [  # with the items as they were given, without patches
             Group(item["given"], prompt, policy_prompt, written, aware)
             for item, prompt, policy_prompt, written in zip(scaled, x, P_x or [None] * len(x), responses)

@@ -4,13 +4,15 @@
 
 Nothing is installed: it runs with the python at hand, and with what lies as wheels in --peers (liger-kernel,
 cut-cross-entropy), if anything does. Parts run one after the other in a process that is killed, and started again for
-the rest, when one takes longer than its limit; gpu.json and gpu.md in --out are written anew after every row. Weights
-are random and made on the GPU, inputs of the loss are planted (benchmarks/logprob.py). --tiny runs the same parts on a
-CPU at toy sizes, in a minute: its numbers mean nothing, but each line of this file has then been run.
+the rest, when one takes longer than its limit; gpu.json and gpu.md in --out are written anew after every row. At the
+end the rows of benchmarks/README.md and the kernel's BLOCKS are written, to be looked at and committed. Weights are
+random and made on the GPU, inputs of the loss are planted (benchmarks/logprob.py). --tiny runs the same parts on a CPU
+at toy sizes, in a minute, into a temporary folder: its numbers mean nothing, but each line of this file has been run.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -115,7 +117,8 @@ def parity(size):
         processor = qwen.Processor.from_pretrained(folder / "model")
         prompts = [processor.encode(question(f"{i} what?"), add_generation_prompt=True) for i in range(4)]
         models = [qwen.load_pretrained(folder / "model", device).eval() for device in ("cpu", size.device)]
-        for name, how in ("greedy", dict(temperature=0)), ("drawn", {}):
+        for name, how in ("greedy", dict(temperature=0)), ("drawn", {}), ("replayed", {}):
+            models[1].compiled = name == "replayed"  # a step of decoding as a CUDA graph
             ours, here = (sample(m, prompts, 2, max_tokens=16, shared=[5] * 4, **how) for m in models)
             pairs = [(a, b) for x, y in zip(ours, here) for a, b in zip(x, y)]
             off = max(abs(u - v) for a, b in pairs for u, v in zip(a.logprobs, b.logprobs))
@@ -185,7 +188,7 @@ def products(size):
         times = {name: milliseconds(case, size) for name, case in cases.items()}
         found[block, warps] = times["one sweep"]
         yield {"": f"block {block} x {warps} warps", **times}
-    yield {"": f'kernels/logprob_triton.py, BLOCKS: "{card}": {min(found, key=found.get)},'}
+    yield {"": "best for one sweep", "card": card, "block": min(found, key=found.get)}
 
 
 def bare_products(h, W, size):
@@ -290,7 +293,8 @@ def decode(size):
         waited[0] += time.perf_counter() - start
         return values
 
-    for rows, prefix in size.decode:
+    cases = [(*case, False) for case in size.decode] + [(*size.decode[0], True)]
+    for rows, prefix, model.compiled in cases:
         policy = words(prefix)
         prompts = [qwen.Encoded(torch.cat([policy, words(size.prompt)]), None, None) for _ in range(rows // 4)]
         held = {}
@@ -312,7 +316,7 @@ def decode(size):
             torch.Tensor.tolist = tolist
         moved = weights + per_token * (rows * size.tokens / 2 + rows // 4 * size.prompt + prefix)
         yield {
-            "": f"{rows} rows, policy of {prefix}",
+            "": f"{rows} rows, policy of {prefix}{', replayed' * model.compiled}",
             "ms a step": 1e3 * seconds,
             "tokens/s": rows / seconds,
             "GB moved": moved / 1e9,
@@ -320,6 +324,33 @@ def decode(size):
             "host ms a step": 1e3 * (seconds - waited[0] / size.tokens),
             "peak GB": peak_gb(size),
         }
+    yield generate(model, size, torch.stack([words(size.prompt) for _ in range(size.decode[0][0] // 4)]))
+
+
+def generate(model, size, ids):
+    """The row of transformers' generate on a model of the same sizes: four responses to each prompt, ids (P, T)."""
+    row = {"": f"{4 * len(ids)} rows, transformers' generate"}
+    try:
+        from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+        with torch.device(size.device):
+            theirs = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig.from_dict(model.config.raw))
+        theirs, ids = theirs.to(half(size)).eval(), ids.to(size.device)
+        how = dict(do_sample=True, top_k=0, num_return_sequences=4, eos_token_id=2, pad_token_id=2)
+
+        def write(tokens):
+            start = time.perf_counter()
+            theirs.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, **how
+            )
+            return time.perf_counter() - start
+
+        write(2)
+        short = write(2)
+        seconds = (write(size.tokens) - short) / (size.tokens - 2)
+        return {**row, "ms a step": 1e3 * seconds, "tokens/s": 4 * len(ids) / seconds, "peak GB": peak_gb(size)}
+    except Exception as error:  # not installed, or it does not take this config
+        return {**row, "not run": f"{type(error).__name__}: {str(error)[:100]}"}
 
 
 def learn(size):
@@ -424,6 +455,50 @@ class Results:
         return "\n".join(lines) + "\n"
 
 
+README, KERNEL = Path("benchmarks", "README.md"), Path("kernels", "logprob_triton.py")
+HEADLINES = [  # part, the row's name, column, what it is, goal
+    ("parity", "greedy responses", "equal", "greedy responses that are the CPU's", "all"),
+    ("parity", "replayed responses", "equal", "the same, drawn from a CUDA graph", "all"),
+    ("kernels", "one sweep", "found", "sweeps of the loss, from the same bits", "all"),
+    (
+        "loss",
+        "{N} x {D} x {V}",
+        "of the products",
+        "fused loss, frozen head: time over that of two bare products",
+        "1.20",
+    ),
+    ("decode", "{rows} rows, policy of {prefix}", "ms a step", "ms a step of decoding", "2x the limit, 10.4"),
+    ("decode", "{rows} rows, policy of {prefix}, replayed", "ms a step", "the same, replayed", "2x the limit, 10.4"),
+    ("decode", "{rows} rows, transformers' generate", "ms a step", "the same, transformers' generate", ""),
+    ("learn", "packed", "MFU", "MFU of a LoRA step, packed rows", "0.40"),
+]
+
+
+def publish(results, size, root):
+    """Write the headlines into benchmarks/README.md and the best block into the kernel's BLOCKS, in the tree `root`."""
+    (N, D, V), (rows, prefix), lines = (
+        size.loss[0],
+        size.decode[0],
+        ["| on a GPU | measured | goal |", "|---" * 3 + "|"],
+    )
+    for part, name, column, what, goal in HEADLINES:
+        name = name.format(N=N, D=D, V=V, rows=rows, prefix=prefix)
+        found = [r for r in results.get("rows", {}).get(part, []) if r[""] == name and r.get("loss", "ours") == "ours"]
+        value = found[-1].get(column, found[-1].get("not run", "")) if found else "**not run**"
+        lines.append(f"| {what} ({name}) | {f'{value:.3g}' if isinstance(value, float) else value} | {goal} |")
+    made = ", ".join(f"{key} {value}" for key, value in results.get("machine", {}).items())
+    text = (ROOT / README).read_text()
+    new = "\n".join(["<!-- gpu -->", *lines, "", f"`make gpu`: {made}.", "<!-- end of gpu -->"])
+    for name in (README, KERNEL):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    write_text(root / README, re.sub(r"<!-- gpu -->.*<!-- end of gpu -->", lambda _: new, text, flags=re.S))
+    for row in results.get("rows", {}).get("products", []):
+        if "card" in row:
+            source, entry = (ROOT / KERNEL).read_text(), f'"{row["card"]}": ({", ".join(map(str, row["block"]))})'
+            others = re.sub(rf'(^BLOCKS = {{.*?)"{re.escape(row["card"])}": \([^)]*\),? ?', r"\1", source, flags=re.M)
+            write_text(root / KERNEL, re.sub(r"^BLOCKS = {", lambda _: f"BLOCKS = {{{entry}, ", others, flags=re.M))
+
+
 def run(parts, size, out):
     """The parts in this process; a part that fails leaves a row that says why."""
     results = Results(out)
@@ -467,21 +542,30 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--peers", help="folder of wheels of the peers (default: what is installed)")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"), help="where gpu.json and gpu.md go")
+    parser.add_argument(
+        "--out", help="where gpu.json and gpu.md go (default: benchmarks/results; --tiny: a new folder)"
+    )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process that is watched
     args = parser.parse_args(argv)
     sys.path += sorted(map(str, Path(args.peers).glob("*.whl"))) if args.peers else []
+    args.out = args.out or (tempfile.mkdtemp() if args.tiny else str(ROOT / "benchmarks" / "results"))
     check_file(Path(args.out) / "gpu.json", '"rows"')
     check_file(Path(args.out) / "gpu.md", "benchmarks.gpu")
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    size = TINY if args.tiny else FULL
+    if not args.here:
+        Results(args.out).write(machine=machine())
     if args.here or args.tiny:
-        return run(args.only, TINY if args.tiny else FULL, args.out)
-    Results(args.out).write(machine=machine())
-    again = [sys.executable, "-m", "benchmarks.gpu", "--here", "--out", args.out]
-    again += ["--peers", args.peers] if args.peers else []
-    start = lambda parts: subprocess.Popen([*again, "--only", *parts], cwd=ROOT)
-    supervise(start, args.only, {part: limit for part, (_, limit) in PARTS.items()}, args.out)
+        run(args.only, size, args.out)
+    else:
+        again = [sys.executable, "-m", "benchmarks.gpu", "--here", "--out", args.out]
+        again += ["--peers", args.peers] if args.peers else []
+        start = lambda parts: subprocess.Popen([*again, "--only", *parts], cwd=ROOT)
+        supervise(start, args.only, {part: limit for part, (_, limit) in PARTS.items()}, args.out)
+    if not args.here:
+        publish(Results(args.out).all, size, Path(args.out) if args.tiny else ROOT)
+        print(f"{args.out}/gpu.md", flush=True)
 
 
 if __name__ == "__main__":

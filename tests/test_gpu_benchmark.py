@@ -1,6 +1,7 @@
 """benchmarks/gpu.py, the first thing to run on a GPU, at toy sizes on a CPU; what takes too long is ended."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,23 @@ def test_every_part_runs_and_every_row_is_kept(tmp_path):
     assert all(row["largest difference"] == 0 for row in equal), "on one device there is nothing to differ"
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"## {part}" in text for part in result["rows"])
+    rows = (tmp_path / gpu.README).read_text().partition("<!-- gpu -->")[2].partition("<!-- end of gpu -->")[0]
+    assert (
+        len(re.findall(r"^\| .* \|$", rows, re.M)) == 1 + len(gpu.HEADLINES) and rows.count("not run") == 1
+    )  # kernels
+    assert not (tmp_path / gpu.KERNEL).exists()  # no card, no block
+
+
+def test_the_best_block_of_a_card_replaces_the_one_before(tmp_path, monkeypatch):
+    """And the file stays what it was otherwise; so does the page for those who have no GPU."""
+    for n, block in enumerate([(512, 2), (2048, 8)]):
+        rows = {"products": [{"": "best for one sweep", "card": "NVIDIA H100", "block": block}]}
+        gpu.publish({"rows": rows}, gpu.TINY, tmp_path / str(n))
+        monkeypatch.setattr(gpu, "ROOT", tmp_path / str(n))
+    found = (tmp_path / "1" / gpu.KERNEL).read_text()
+    assert 'BLOCKS = {"NVIDIA H100": (2048, 8), "cpu": (32768, 1)}' in found and "(512, 2)" not in found
+    plain = (gpu.Path(gpu.__file__).parents[1] / gpu.KERNEL).read_text()
+    assert found.replace('"NVIDIA H100": (2048, 8), ', "") == plain
 
 
 @pytest.mark.parametrize("fault", ["stuck", "dead"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import SPECIAL, batch, oracle, oracle_inputs, picture, question, tiny_checkpoint, tiny_config
 from safetensors.torch import load_file, save_file
 from savers import SAVERS
@@ -334,6 +335,8 @@ LIMITS = {  # the limits in preprocessor_config.json, and what processor_config.
 @pytest.mark.parametrize("case", LIMITS)
 def test_limits_of_a_picture_are_those_of_transformers(copy, case):
     limits, newer = LIMITS[case]
+    if case == "all null" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("transformers 5.17 reads null as limits of its own")
     plain = json.loads((copy / PREPROCESSOR).read_text())
     plain = {key: value for key, value in plain.items() if not key.endswith("pixels")}
     (copy / PREPROCESSOR).write_text(json.dumps({**plain, **limits}))

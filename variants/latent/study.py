@@ -166,7 +166,10 @@ def drawn(model, processor, items, **how):
     """The same of eight responses to each item at temperature 1, and their diversity."""
     answers = answer(model, processor, items, 8, temperature=1.0, **how)
     mixed = [actions.diversity([text.split() for text in texts]) for texts in answers]
-    return {**graded(items, answers, "_drawn"), "diversity": round(statistics.fmean(mixed), 4)}
+    return {
+        **graded(items, answers, "_drawn"),
+        "diversity": round(statistics.harmonic_mean(mixed), 4),
+    }  # 1 / mean similarity
 
 
 @torch.no_grad()
