@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 SEED   ?= 0
 CLEVR  ?=
 
-.PHONY: demo demo-tools demo-real test study fault soak gpu clean
+.PHONY: demo demo-tools demo-real test study latent fault soak gpu clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ test: $(VENV)/ready            ## format, lint and all tests
 
 study: $(VENV)/ready           ## the paper's ablation and more on the tiny base; hours, resumable: results/
 	$(PY) -m tiny.study --out runs/study
+
+latent: $(VENV)/ready          ## RL over latent actions against words, one seed on the tiny base: runs/latent/seedN
+	$(PY) -m variants.latent.study --out runs/latent --seed $(SEED)
 
 fault: $(VENV)/ready           ## kill training at random moments, compare with an undisturbed run
 	$(PY) tests/fault.py

@@ -30,7 +30,7 @@ class Sampling:
     """sampling"""
 
     temperature: float = option(1.0, "of sampling, and of the log-probabilities in the loss", least=0.01)
-    budget: int = option(0, "tokens of prompts and responses held while sampling; 0: what memory allows", least=0)
+    budget: int = option(0, "tokens of prompts and responses that sampling holds; 0: what memory allows", least=0)
 
 
 # -- 1. PolicyRollout --------------------------------------------------------------------------------------------------
@@ -54,8 +54,7 @@ class PolicyRollout:
     max_prompt: tokens; a longer prompt is an InputError. sampling: further arguments of `sample`.
     sampler: another model that writes the policy-aware half; a frozen one reads each policy once per run.
     keep_policy_prompts: groups carry (P, x) even where K = 0, for a teacher that reads it.
-    environment: of data/tools.py, which makes a dialogue of every response; what its tools answer is context.
-    options: the run's config, for a variant's own flags. A variant overrides `policy_prompt`.
+    environment: of data/tools.py, for dialogues. options: the run's config, for a variant, as is `policy_prompt`.
     """
 
     def __init__(
@@ -87,21 +86,20 @@ class PolicyRollout:
 
         aware = [False] * self.G + [True] * self.K
         plain_seeds, aware_seeds = [s[: self.G] for s in seeds], [s[self.G :] for s in seeds]
-        if not self.K:
-            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
-        elif self.sampler:
-            plain = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
-            shared = self.shared(items, P_x) | self.dialogues(items)
-            own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
-            responses = [o + o_aware for o, o_aware in zip(plain, own)]
-        else:  # the model writes both halves: one call keeps more rows busy
+        if self.K and not self.sampler:  # the model writes both halves: one call keeps more rows busy
             counts = [self.G] * len(x) + [self.K] * len(x)
             shared = self.shared(items, P_x, [0] * len(x)) | self.dialogues(items * 2)
             both = sample(model, x + P_x, counts, seeds=plain_seeds + aware_seeds, **shared, **self.sampling)
             responses = [o + o_aware for o, o_aware in zip(both[: len(x)], both[len(x) :])]
-        return [
-            Group(item, prompt, policy_prompt, written, aware)
-            for item, prompt, policy_prompt, written in zip(items, x, P_x or [None] * len(x), responses)
+        else:
+            responses = sample(model, x, self.G, seeds=plain_seeds, **self.dialogues(items), **self.sampling)
+        if self.K and self.sampler:
+            shared = self.shared(items, P_x) | self.dialogues(items)
+            own = sample(self.sampler, P_x, self.K, seeds=aware_seeds, **shared, **self.sampling)
+            responses = [o + o_aware for o, o_aware in zip(responses, own)]
+        return [  # with the items as they were given, without patches
+            Group(item["given"], prompt, policy_prompt, written, aware)
+            for item, prompt, policy_prompt, written in zip(scaled, x, P_x or [None] * len(x), responses)
         ]
 
     def policy_prompt(self, item, x):
@@ -180,9 +178,12 @@ class Sampler:
         self.config, self.run, self.model, self.rollout = config, run, model, rollout
         self.items, self.rewards, self.tries = items, rewards, tries
         self.size = min(config.mini_batch or config.batch_size, config.batch_size) if tries else config.batch_size
-        mine = lambda draw: batches(len(items), self.size, config.seed, draw, run.rank, run.world, whole=True)
-        keys, scale = lambda draw: [(items[i],) for i in mine(draw)], lambda item: (item, rollout.scale(item))
-        self.scaled = Ahead(keys, scale, run.workers)  # draw -> [(item, the same with its pictures scaled)]
+        self.scaled = Ahead(self.queries, rollout.scale, run.workers)  # a draw ahead
+
+    def queries(self, number):
+        """This rank's items of draw `number`: [(item,)]."""
+        share = dict(rank=self.run.rank, world=self.run.world, whole=True)
+        return [(self.items[i],) for i in batches(len(self.items), self.size, self.config.seed, number, **share)]
 
     def draw(self, number):
         """This rank's queries of draw `number`, sampled and judged -> [Group]."""
@@ -194,8 +195,7 @@ class Sampler:
 
         def work():
             with run.phase("sample"), run.gathered(self.model), run.gathered(rollout.sampler or self.model):
-                groups = rollout(self.model, [scaled for _, scaled in queries], seeds)
-            groups = [replace(group, item=item) for group, (item, _) in zip(groups, queries)]  # without patches
+                groups = rollout(self.model, queries, seeds)
             with run.phase("judge"):
                 return judge(groups, self.rewards, rollout.processor)
 
@@ -313,8 +313,7 @@ class MicroBatch:
         groups = {}  # those of one prompt together: it is read once, and they follow it (batching.pack)
         for row in self.rows:
             groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row])
-        members = [self.data.groups[g] for g in groups]
-        prompts = [group.policy_prompt if with_policy else group.prompt for group in members]
+        prompts = [getattr(self.data.groups[g], "policy_prompt" if with_policy else "prompt") for g in groups]
         batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
         if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
@@ -325,5 +324,4 @@ class MicroBatch:
 
     def spread(self, values):
         """Values of all tokens one after another, (L,) -> (b,R)."""
-        mask = self.mask.bool()
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+        return torch.zeros_like(self.mask, dtype=values.dtype).masked_scatter(self.mask.bool(), values)

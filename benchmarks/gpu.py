@@ -489,13 +489,13 @@ def publish(results, size, root):
     made = ", ".join(f"{key} {value}" for key, value in results.get("machine", {}).items())
     text = (ROOT / README).read_text()
     new = "\n".join(["<!-- gpu -->", *lines, "", f"`make gpu`: {made}.", "<!-- end of gpu -->"])
-    (root / README).parent.mkdir(parents=True, exist_ok=True)
+    for name in (README, KERNEL):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
     write_text(root / README, re.sub(r"<!-- gpu -->.*<!-- end of gpu -->", lambda _: new, text, flags=re.S))
     for row in results.get("rows", {}).get("products", []):
         if "card" in row:
             source, entry = (ROOT / KERNEL).read_text(), f'"{row["card"]}": ({", ".join(map(str, row["block"]))})'
             others = re.sub(rf'(^BLOCKS = {{.*?)"{re.escape(row["card"])}": \([^)]*\),? ?', r"\1", source, flags=re.M)
-            (root / KERNEL).parent.mkdir(parents=True, exist_ok=True)
             write_text(root / KERNEL, re.sub(r"^BLOCKS = {", lambda _: f"BLOCKS = {{{entry}, ", others, flags=re.M))
 
 

@@ -255,8 +255,8 @@ def main(argv=None):
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # the process of one measurement
     args = parser.parse_args(argv)
     sizes = QUICK if args.quick else SIZES
-    torch.set_num_threads(args.threads)
     if args.measure:
+        torch.set_num_threads(args.threads)
         print(json.dumps(measure(args.case, args.measure, sizes[CASES[args.case]])))
         return
     out, setting = Path(args.out), f"{'small' if args.quick else 'full'} sizes, {args.threads} threads"

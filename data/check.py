@@ -174,8 +174,8 @@ def look_over(items, policies, processor, limits, pictures=None):
         ]
         if length.prompt > limits.prompt:
             made_of = f"{length.policy} of the policy, {length.pictures} of pictures"
-            helps = "--max-pixels or --max-prompt" if length.pictures > length.prompt / 2 else "--max-prompt"
-            expected = f"expected at most --max-prompt {limits.prompt} (raise {helps})"
+            helps = "lower --max-pixels or " * (length.pictures > length.prompt / 2) + "raise --max-prompt"
+            expected = f"expected at most --max-prompt {limits.prompt} ({helps})"
             faults.append(at._replace(what=f"found a prompt of {length.prompt} tokens, {made_of}, {expected}"))
         if length.response > limits.response:
             expected = f"expected at most --max-response {limits.response}"

@@ -372,6 +372,7 @@ class ArenaReading(Arena):
         member = np.repeat(np.arange(len(rows)), lengths)  # (L,) of each token
         number = np.concatenate([np.arange(n) for n in lengths])
         self.own = arena.own[self.there(np.array(rows)[member])]
+        self.place, self.tiles, self.ranges = torch.empty_like(self.own), None, None
         self.connect({i: where[b] for i, b in enumerate(member)})
         self.set(np.array(starts)[member] + number)
         self.token = self.there(member), self.there(number)  # (L,) each: where it stands in the pass

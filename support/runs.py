@@ -34,7 +34,7 @@ def locate(path, hub="download"):
 def load_weights(qwen, base, device, dtype):
     """The model of a folder or hub id, with the latent actions that its files hold, if any."""
     if any(".latents." in name for file in weight_files(find_folder(base)) for name in file.entries):
-        from variants.latent import actions as qwen
+        import variants.latent.actions as qwen
     return qwen.load_pretrained(base, device, dtype)
 
 

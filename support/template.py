@@ -98,6 +98,8 @@ class ControlTokens:
         self.tokenizer = tokenizer
         names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+        firsts = "".join({re.escape(name[0]) for name in names})
+        self.any = re.compile(f"[{START}{END}{firsts}]")  # a text without these needs no look
         self.typed = re.compile(pattern)
         self.marked = re.compile(f"{START}({pattern}){END}|[{START}{END}]")
         self.beginnings = {name[:length] for name in names for length in range(1, len(name))}
@@ -113,6 +115,8 @@ class ControlTokens:
         return ids
 
     def mark(self, text):
+        if not self.any.search(text):
+            return text
         text = self.typed.sub(rf"{START}\g<0>{END}", text.replace(START, "").replace(END, ""))
         body = text.rstrip()
         tail = body[-self.longest :]

@@ -89,7 +89,8 @@ def test_a_query_that_comes_twice_has_fresh_responses_on_any_number_of_ranks(fol
 
 def test_dynamic_sampling_draws_a_mini_batch_at_a_time(folder):
     """As EasyR1 does: with 20 tries of a third of the batch a run ends at 15 % live groups instead of 5 %."""
-    size = lambda tries, **flags: Sampler(config(folder, batch_size=12, **flags), Bench(None), *[None] * 4, tries).size
+    given = Bench(None), None, Seeds(), None, None
+    size = lambda tries, **flags: Sampler(config(folder, batch_size=12, **flags), *given, tries).size
     assert (
         size(20, mini_batch=4) == 4 and size(20, mini_batch=0) == 12 and size(20) == 12 and size(0, mini_batch=4) == 12
     )

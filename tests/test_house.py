@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("data", "kernels", "support", "tiny", "variants")
+FOLDERS = ("data", "kernels", "support", "tiny", "variants", "variants/latent")
 RUNTIME = sorted(path for folder in ("", *FOLDERS) for path in (ROOT / folder).glob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 PACKAGES = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "einops", "triton", "tqdm", "huggingface_hub"}
@@ -18,8 +18,8 @@ HOUSE = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
 # checkpoint's own chat template.
 OPTIONAL = {"jinja2", "matplotlib", "tensorboard", "wandb", "pyarrow", "bert_score"}
 NAMED = "README.md CONTRIBUTING.md SECURITY.md data/GTA.md data/OWN.md data/TOOLS.md".split()
-NAMED += [f"{folder}/README.md" for folder in ("data", "results", "benchmarks", "tiny/base", "tiny/tools_base")]
-DOCUMENTS = [ROOT / name for name in NAMED]
+FOLDERS_TOLD = ("data", "results", "benchmarks", "tiny/base", "tiny/tools_base", "variants/latent")
+DOCUMENTS = [ROOT / name for name in [*NAMED, *(f"{folder}/README.md" for folder in FOLDERS_TOLD)]]
 per_file = pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(ROOT)))
 
 # A file may import what stands on its own level or below.

@@ -1,29 +1,37 @@
 """variants/latent: its losses by hand, its codes by their distribution, and what RL moves."""
 
+import io
 import json
 import math
+import re
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import randomize, tiny_checkpoint
+import torch.nn.functional as F
+from helpers import picture, question, randomize, tiny_checkpoint
 from rl_bench import Bench, draw, run
 from rl_bench import config as settings_of
-from small import arguments, quiet, small_data, write_lines
+from small import ROOT, arguments, quiet, small_data, write_lines
 
 import evaluate
 import model as qwen
 import train_rl
 import train_sft
 from data import InputError
+from data.clevr import ATTRIBUTES
 from model import Processor, load_pretrained, save_pretrained
 from rollout import Group, PolicyRollout, Responses
 from support import chat, plan
+from support.batching import collate
 from support.engine import Rules, sample
 from support.runs import open_model
 from train_rl import Config
-from variants.latent import actions
+from variants import opcd
+from variants.latent import actions, captions, study
 from variants.latent import train as latent
 
 SIZES = dict(K=8, inverse=1, merge=2, policy=2)
@@ -161,6 +169,28 @@ def test_other_stages_and_exports_refuse_latents(folder, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_distances_between_distributions_are_over_codes(folder):
+    """variants/opcd.py asks for hidden states and a head: [u; h] and [W; 0] are the policy's; the rest stays."""
+    rows = run(folder, "opcd", method=opcd, steps=2, top_tokens=4, algorithm="opcd", group_size=2)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    before, after = (actions.load_pretrained(folder / name).state_dict() for name in ("model", "opcd/model"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("model.latents.policy.") for name in moved)
+
+
+def test_a_chat_answers_with_the_best_word_of_the_best_code(folder, monkeypatch, capsys):
+    """--chat knows only `logits`; it says what greedy sampling says."""
+    model, processor = actions.load_pretrained(folder / "model").eval(), Processor.from_pretrained(folder / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    limits = dict(adapter="", image=None, min_pixels=0, max_pixels=0, max_tokens=5)
+    chat.chat(qwen, SimpleNamespace(chat=str(folder / "model"), **limits))
+    prompt = processor.encode([{"role": "user", "content": "go"}], add_generation_prompt=True)
+    rules = dict(max_tokens=5, temperature=0.0, banned_ids=processor.banned_ids, stop_ids=processor.stop_ids)
+    ((response,),) = sample(model, [prompt], 1, **rules)
+    said = chat.terminal(processor.decode(response.tokens)).rstrip("\ufffd")  # half a character is not printed
+    assert said and capsys.readouterr().out.strip() == said.strip()
+
+
 # -- losses, by hand in float64 ----------------------------------------------------------------------------------------
 
 
@@ -292,7 +322,7 @@ def test_each_stage_trains_its_own_modules_and_nothing_else(folder, stages):
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         if stage > 1:
             parts = {name.split(".")[2] for name in moved - base}
-            assert parts == set(latent.LEARNED[stage])
+            assert parts == set(latent.STAGES[stage][0])
             assert (
                 not (moved & base)
                 or stage == 5
@@ -303,7 +333,7 @@ def test_each_stage_trains_its_own_modules_and_nothing_else(folder, stages):
     assert 0 <= said["in_reach"] <= 1 <= said["words_in_reach"] <= 8
 
 
-def test_a_plan_counts_the_parameters_of_the_papers_sizes():
+def test_a_plan_counts_the_parameters_of_the_papers_sizes(folder):
     """308 + 225 + 617 M at 3B, 932 + 679 + 1,900 M at 7B, as the modules themselves have them; LoRA has no plan."""
     for size, millions in (("3B", [308, 225, 617]), ("7B", [932, 679, 1864])):
         model = plan.architecture(size)
@@ -316,10 +346,10 @@ def test_a_plan_counts_the_parameters_of_the_papers_sizes():
         )
         tuned, others = plan.latent_sizes(model.config, layer)
         assert (tuned, tuned + others) == (count(latents.policy), count(latents))
-        planned = plan.plan(plan.Config(model=size, latent=True))
-        assert planned["trained"] == tuned and planned["peak"] < plan.plan(plan.Config(model=size))["peak"]
+    planned = plan.plan(plan.Config(model=str(folder / "plain"), latent=True))
+    assert planned["trained"] == planned["parts"]["policy, gradient, AdamW (fp32)"] / 16
     with pytest.raises(InputError, match="--latent"):
-        plan.plan(plan.Config(model="3B", latent=True, full=False))
+        plan.plan(plan.Config(model=str(folder / "plain"), latent=True, full=False))
 
 
 def test_the_papers_depths_build_and_learn_on_small_widths(tmp_path):
@@ -339,3 +369,116 @@ def test_the_papers_depths_build_and_learn_on_small_widths(tmp_path):
     (-(logp * micro.A).mean()).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved and all(name.startswith("model.latents.policy.") for name in moved)
+
+
+def test_a_code_sees_one_token_of_the_future(folder):
+    """a_t is read from place t + 1: the next token moves it, the one after does not."""
+    model, processor = actions.load_pretrained(folder / "model"), Processor.from_pretrained(folder / "model")
+    prompt = processor.encode([{"role": "user", "content": "go"}], add_generation_prompt=True)
+
+    def codes(*tokens):
+        batch = collate([prompt], [list(tokens)], pad_id=processor.pad_id)
+        return latent.code_logits(model, latent.look(model, batch, False))  # (3,K)
+
+    plain, next_one, later = codes(10, 11, 12), codes(20, 11, 12), codes(10, 11, 22)
+    assert not torch.allclose(plain[0], next_one[0]) and torch.equal(plain[:2], later[:2])
+    assert not torch.allclose(plain[2], later[2])
+
+
+def test_a_pair_without_its_picture_learns_the_same_tokens(folder):
+    """(3) and (4) hold states with and without the picture against each other, token by token."""
+    processor = Processor.from_pretrained(folder / "model")
+    ask = lambda text, *images: processor.encode(question(text, *images), add_generation_prompt=True)
+    prompts = [ask("one", picture(56, 56)), ask("two"), ask("three words", picture(84, 56))]
+    batch = collate(prompts, [[10, 11], [12], [13, 14, 15]], pad_id=processor.pad_id)
+    rows, tokens = latent.paired(batch, processor.image_pad_id)
+    blind = latent.without_pictures(batch, rows, processor)
+    assert rows.tolist() == [True, False, True] and tokens.tolist() == [True, True, False, True, True, True]
+    learned = lambda b: b.labels.flatten()[b.index].tolist()
+    assert learned(blind) == [10, 11, 13, 14, 15] and blind.pixel_values is None
+    assert torch.equal(blind.input_ids[0, : len(ask("one").input_ids)], ask("one").input_ids)
+
+
+def test_a_stage_goes_on_where_it_stopped_bit_for_bit(folder, stages, tmp_path):
+    """What a stage does not train is drawn by the seed again, and an epoch's kept batches come in the same order."""
+    for name in ("whole", "resumed"):
+        flags = dict(steps=3, micro_batch=4, codes=8, inverse_blocks=1, policy_blocks=2, keep_states=True)
+        words = arguments(folder / "plain", folder / "captions", tmp_path / name, save_every=2, **flags)
+        code, errors = quiet(latent.main, ["--stage", "1", *words])
+        assert code == 0, errors
+    for name in ("model", "checkpoints/step-00000003"):  # as if it had been killed in its last step
+        shutil.rmtree(tmp_path / "resumed" / name)
+    code, errors = quiet(latent.main, ["--stage", "1", *words, "--resume"])
+    assert code == 0 and "resumed after step 2" in errors
+    whole, resumed = (actions.load_pretrained(tmp_path / name / "model") for name in ("whole", "resumed"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+# -- the study ---------------------------------------------------------------------------------------------------------
+
+
+def test_reach_asks_whether_any_code_leads_to_the_word():
+    """Of two codes whose best words are 1 and 2, and 1 and 1: word 2 is in reach of the first place alone."""
+    best = [torch.tensor([1, 1]), torch.tensor([2, 1])]
+    model = SimpleNamespace(
+        words_of=lambda h, code: F.one_hot(best[code], 4).float(),
+        latents=SimpleNamespace(codebook=torch.nn.Embedding(2, 1)),
+    )
+    within, words = latent.reach(model, torch.zeros(2, 1), torch.tensor([2, 2]))
+    assert within.tolist() == [True, False] and words.tolist() == [2, 1]
+
+
+def test_the_judge_counts_sentences_in_the_personas_style():
+    things = [
+        {"size": "small", "color": "red", "material": "metal", "shape": "cube"},
+        {"size": "large", "color": "blue", "material": "rubber", "shape": "sphere"},
+    ]
+    item = {"style": ["shape", "color"], "things": things}
+    assert captions.judge("", "sphere blue . cube red .", item) == 1.0
+    assert captions.judge("", "sphere blue . red cube .", item) == 0.5  # true, but not as the persona says it
+    assert captions.truth("sphere blue . red cube .", item) == 1.0
+    assert captions.judge("", "cube red .", item) == pytest.approx(2 / 3)
+    assert captions.judge("", "", item) == captions.truth("", item) == 0.0
+    assert captions.truth("red sphere . metal .", item) == 0.5  # of no one object; of the first
+
+
+def test_pairs_lack_what_text_has(tmp_path):
+    """The coverage gap: two kinds at most in one order with pictures; the styles of eight personas are outside."""
+    captions.write(tmp_path / "c", 0, {"scenes": 3, "test_scenes": 4, "text": 200, "sft": 8, "rl": 8})
+    read = lambda name: [json.loads(line) for line in (tmp_path / "c" / name).read_text().splitlines()]
+    kinds = {word: kind for kind, values in ATTRIBUTES.items() for word in values}
+    styles = lambda rows: {tuple(kinds[w] for w in captions.said(row["answer"])[0].split()) for row in rows}
+    pairs, text = styles(read("pairs.jsonl")), styles(read("text.jsonl"))
+    assert pairs <= set(captions.PAIRS) and len(text - pairs) > 30 and not any(r["images"] for r in read("text.jsonl"))
+    people = json.loads((tmp_path / "c" / "personas.json").read_text())
+    assert sum(tuple(style) in captions.PAIRS for style in people.values()) == 4 and len(people) == 12
+    assert {r["persona"] for r in read("held_out.jsonl")} == set(list(people)[-4:])
+    assert not {r["persona"] for r in read("held_out.jsonl")} & {
+        r["persona"] for r in read("rl.jsonl") + read("sft.jsonl")
+    }
+    for row in read("rl.jsonl"):
+        assert captions.judge("", row["answer"], row) == captions.truth(row["answer"], row) == 1.0
+
+
+def test_the_readme_shows_the_whole_seam():
+    """At most twenty lines of the core, each as it stands there; no other line of the core knows of actions."""
+    text = Path(latent.__file__).with_name("README.md").read_text()
+    shown = re.split(r"^(?=\w)", text.partition("```diff\n")[2].partition("```")[0], flags=re.M)[1:]
+    files = {part.split()[0]: [line[1:] for line in part.splitlines()[1:]] for part in shown}
+    assert sum(map(len, files.values())) <= 20
+    core = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]
+    for path in core:
+        lines, name = path.read_text().splitlines(), str(path.relative_to(ROOT))
+        assert set(files.get(name, [])) <= set(lines), name
+        hooks = [line for line in lines if re.search(r'latents|"Decoder"|"prepare"|\.actions|= load_weights\(', line)]
+        assert set(hooks) <= set(files.get(name, [])) or name in ("support/plan.py",), name
+    assert "latent" not in (ROOT / "model.py").read_text()
+
+
+def test_committed_tables_are_those_of_the_committed_seeds():
+    """Nothing in them is written by hand; what a seed lacks is called not run."""
+    seeds = json.loads((ROOT / "results" / "latent.json").read_text())["seeds"]
+    documents = [(ROOT / name).read_text() for name in ("results/latent.md", "variants/latent/README.md")]
+    for name, table in study.tables(seeds).items():
+        assert all(f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->" in text for text in documents), name
+    assert "not run" in study.tables([{"rows": {}}])["arms"]

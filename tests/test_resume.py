@@ -6,6 +6,8 @@ import resource
 import shutil
 import signal
 import sys
+import time
+import types
 
 import pytest
 from helpers import picture, tiny_checkpoint
@@ -14,6 +16,7 @@ from small import arguments, metrics, quiet, small_data, start
 
 import evaluate
 import train_cpt
+import train_rl
 import train_sft
 import training
 from data import InputError
@@ -303,6 +306,38 @@ def test_a_checkpoint_is_due_by_the_clock_and_goes_when_the_final_weights_are_th
 def test_the_defaults_save_every_quarter_of_an_hour(stage):
     module = {"cpt": train_cpt, "sft": train_sft}[stage]
     assert module.Config().save_every == "15m"
+
+
+@pytest.mark.parametrize("stage, last", [("cpt", 3), ("sft", 7), ("rl", 10)])
+def test_a_kill_costs_a_quarter_of_an_hour_and_the_step_under_way(folder, tmp_path, stage, last):
+    """By the defaults, in a real process, with a clock on which each step takes four minutes; SIGKILL comes in step
+    `last`, before its checkpoint, so that what the step did is lost with those since the newest one."""
+    main = {"cpt": train_cpt, "sft": train_sft, "rl": train_rl}[stage].main
+    rl = {"group_size": 1, "policy_rollouts": 1, "check": 0, "reward": "format", "max_response": 4, "lr": "1e-4"}
+    own = rl if stage == "rl" else {}
+    words = lambda **more: arguments(
+        folder / "model", folder / "data", tmp_path / "run", **{"steps": 12, **own, **more}
+    )
+
+    def work():
+        clock, report = [0.0], training.Run.report
+
+        def reported(self, step, *rest, **more):
+            clock[0] += 240
+            if step == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return report(self, step, *rest, **more)
+
+        training.Run.report = reported
+        training.time = types.SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+        main(words())
+
+    process = start(work, tmp_path / "log")
+    process.join()
+    saved = max([0, *(int(path.name[5:]) for path in tmp_path.glob("run/checkpoints/step-*"))])
+    assert process.exitcode == -signal.SIGKILL and 240 * (last - saved) <= 15 * 60
+    code, errors = quiet(main, words(resume=True))
+    assert code == 0 and f"resumed after step {saved}" in errors
 
 
 @pytest.mark.parametrize("stage", STAGES)

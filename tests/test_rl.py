@@ -223,7 +223,7 @@ def test_pictures_are_read_a_draw_ahead_and_change_nothing(folder, drawn, monkey
         sampler = Sampler(bench.config, bench, model, PolicyRollout(processor, policies, 1, 1, **kinds), items, [], 0)
         found.append([[(group.item, group.responses) for group in sampler.draw(number)] for number in range(2)])
         ahead = [future.result() for future in sampler.scaled.futures.get(2, [])]  # of a third draw
-        counts.append(len(opened) - sum(len(item["images"]) for item, _ in ahead))
+        counts.append(len(opened) - sum(len(item["images"]) for item in ahead))
     assert found[0] == found[1] and isinstance(found[0][0][0][0]["images"][0], str)
     assert len(ahead) == 2 and counts[1] == 2 * counts[0]
 
@@ -244,7 +244,7 @@ def test_dynamic_sampling_fills_a_step_alike_on_any_number_of_ranks(folder, draw
 
     def work(rank):
         bench = Bench(settings, rank, world, common)
-        rollout = SimpleNamespace(sampler=None, prefixes={"held": 1})
+        rollout = SimpleNamespace(sampler=None, prefixes={"held": 1}, scale=None)
         sampler = Sampler(settings, bench, None, rollout, [], [None], tries=9)
         sampler.draw = lambda number: judged(groups, drawn_batches[number])[rank::world]
         data, cursor = sampler(5)

@@ -76,7 +76,7 @@ def train(name, out, base, data, others, seed):
     learn = ["--reward", "data.tools:right_calls=0.9,format=0.1", *ENVIRONMENT] if script == "train_rl" else []
     paths = ["--model", base, *start, "--data", data, "--out", out / name, *learn]
     if not (out / name / "model").exists():
-        call([f"{script}.py", *paths, *COMMON, *flags, *LONGEST, "--seed", seed], out / f"{name}.log")
+        call([f"{script}.py", *paths, *COMMON, *flags, *LONGEST, "--resume", "--seed", seed], out / f"{name}.log")
     evaluate(name, out, out / name, data)
 
 

@@ -251,7 +251,7 @@ TABLE = [
 TABLE += ["cpt_response_sft", "cpt_response_sft_grpo", *HEAL[:2]]
 EIGHT = f"8 tools,{THIRD}"
 TOOLS_PLAN = [
-    (EIGHT, TABLE[:5], 1, 0),
+    (EIGHT, TABLE[:5], 2, 0),  # two columns of one policy must not run side by side
     (EIGHT, TABLE[:3], 5, 0),
     (EIGHT, TABLE, 3, 0),
     (EIGHT, CORE, 5, 1),
@@ -670,7 +670,8 @@ def main(argv=None):
     base, mark = hashlib.sha1((model / "model.safetensors").read_bytes()).hexdigest(), out / "base.sha1"
     results = Path(args.results)
     check_file(results / f"{name}.json", '"poro_less_grpo"', "--results")
-    refuse_strangers(results, "*" if (results / f"{name}.json").exists() else "", "--results")
+    ours = any((results / f"{kept}.json").exists() for _, kept in OF_WORLD.values())
+    refuse_strangers(results, "*" if ours else "", "--results")
     own = ("data", "runs", "flops", "readers", "*.log", "rows.jsonl", mark.name)
     refuse_strangers(out, own if mark.exists() else ())
     if args.fresh:

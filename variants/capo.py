@@ -1,9 +1,8 @@
 """CAPO: within a response, the tokens of wrong steps are charged. The judge of steps is the gold chain, not an LLM.
 
-    A_t = A - penalty 1[o_<=t has left the item's gold chain of thought]
+    A_t = A - penalty 1[o_<=t has left the item's gold chain of thought, if it has one]
 
-An item without a chain has no wrong steps. Ours knows the answer, so that this row is an upper bound. Source: arXiv
-2508.02298; claim: above GRPO for four models of 1 to 7B. What we saw: row `capo` of results/README.md.
+Ours knows the answer: an upper bound. Source: arXiv 2508.02298; claim: above GRPO. What we saw: row `capo`.
 
     python variants/capo.py --model M --init runs/sft --data data/clevr --out runs/capo
 """
@@ -34,7 +33,9 @@ class Config(train_rl.Config):
 class WithGold(rollout.PolicyRollout):
     def __call__(self, model, items, seeds):
         gold = lambda item: response_ids(self.processor, target(item)) if item.get("cot") else None
-        return super().__call__(model, [{**item, "gold": gold(item)} for item in items], seeds)
+        given = [item.get("given", item) for item in items]
+        items = [{**item, "given": {**plain, "gold": gold(plain)}} for item, plain in zip(items, given)]
+        return super().__call__(model, items, seeds)
 
 
 class Learner(train_rl.Learner):

@@ -25,7 +25,6 @@ import model as qwen
 from kernels.logprob import linear_logprob
 from support import engine
 from support.config import refuse
-from training import round_matrices
 
 # -- 1. modules --------------------------------------------------------------------------------------------------------
 
@@ -179,8 +178,8 @@ class LatentVLM(qwen.Qwen25VL):
             return
         self.learn("policy")
         frozen = [self.visual, self.model.layers, *(getattr(self.latents, name) for name in ALL if name != "policy")]
-        for module in frozen:
-            round_matrices(module, run.dtype)
+        for layer in (layer for module in frozen for layer in qwen.linear_layers(module).values()):
+            layer.to(run.dtype)  # as autocast would, once
 
     @contextmanager
     def as_sampled(self):

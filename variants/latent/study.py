@@ -24,7 +24,7 @@ import train_rl
 import train_sft
 from data import command
 from data.clevr_policy import write_jsonl
-from data.dataset import load_items, load_policies, target
+from data.dataset import load_items, load_policies
 from rollout import PolicyRollout
 from support.batching import collate
 from support.checkpoint import write_json
@@ -42,7 +42,7 @@ SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-batch 24 --schedu
 SFT = "--split sft.jsonl --batch-size 16 --micro-batch 16 --lr 3e-4 --steps 40"
 LATENT = "--batch-size 16 --micro-batch 16 --warmup 20 --keep-states"
 RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0"
-RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 30"
+RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 60"
 POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0 --steps 30"
 INVERSE = f"{LATENT} --codes 16 --inverse-blocks 2 --policy-blocks 3 --lr 3e-3"
 
@@ -112,9 +112,7 @@ def chain_data(folder, seed):
             "id": item["id"],
             "policy": "",
             "question": f"{policies[item['policy']]['text']}\n\n<image>{item['question']}",
-            "answer": target(item),
-            "boxed": False,
-            "images": item["images"],
+            **{key: item[key] for key in ("answer", "cot", "images")},
         }
         for item in load_items(others, "sft.jsonl", policies)
     ]
@@ -168,7 +166,10 @@ def drawn(model, processor, items, **how):
     """The same of eight responses to each item at temperature 1, and their diversity."""
     answers = answer(model, processor, items, 8, temperature=1.0, **how)
     mixed = [actions.diversity([text.split() for text in texts]) for texts in answers]
-    return {**graded(items, answers, "_drawn"), "diversity": round(statistics.fmean(mixed), 4)}
+    return {
+        **graded(items, answers, "_drawn"),
+        "diversity": round(statistics.harmonic_mean(mixed), 4),
+    }  # 1 / mean similarity
 
 
 @torch.no_grad()
@@ -280,7 +281,7 @@ def tables(seeds):
     reach += [["words, 6 likeliest", percent("words", "reach_top6"), "6", "", "", "", "", percent("words_rl", "judge")]]
     for name in ("codes", *ABLATIONS):
         cells = [percent(name, "reach"), plain(name, "words_in_reach")]
-        cells += [plain(name, "codes_used"), percent(name, "right"), percent(name, "right_shuffled")]
+        cells += [spread(seeds, name, "codes_used", 1), percent(name, "right"), percent(name, "right_shuffled")]
         reach.append(
             [ARMS[f"{name}_rl"].removesuffix(", RL"), *cells, percent(name, "clones"), percent(f"{name}_rl", "judge")]
         )

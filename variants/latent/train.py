@@ -26,8 +26,6 @@ from train_sft import Examples, reader
 from training import Run
 from variants.latent import actions
 
-STAGES = (1, 2, 3, 4, 5)
-
 
 @dataclass
 class Config(CommonConfig):
@@ -98,7 +96,6 @@ def without_pictures(batch, rows, processor):
 class Seen:
     """What the modules read of a batch: e (B,T,D), turn, index, tokens (L,), and which of these have a picture (L,)."""
 
-    h: torch.Tensor
     e: torch.Tensor
     turn: tuple
     index: torch.Tensor
@@ -110,19 +107,15 @@ class Seen:
         return x.flatten(0, 1)[self.index + shift]
 
 
-def states(model, batch):
-    """Those of the frozen base, read once where a batch stays."""
+def look(model, batch, project):
+    """The frozen base reads a batch, once where it stays; project: text is read through P."""
+    rows, tokens = paired(batch, model.config.image_token_id)
     if not hasattr(batch, "states"):
         with torch.no_grad():
             batch.states = model.states(batch)
-    return batch.states
-
-
-def look(model, batch, config, project=True):
-    rows, tokens = paired(batch, model.config.image_token_id)
-    h, turn = states(model, batch)
-    e = actions.embed(h, rows, model.latents.project) if config.projector and project else h
-    return Seen(h, e, turn, batch.index, batch.labels.flatten()[batch.index], tokens)
+    h, turn = batch.states
+    e = actions.embed(h, rows, model.latents.project) if project else h
+    return Seen(e, turn, batch.index, batch.labels.flatten()[batch.index], tokens)
 
 
 def code_logits(model, seen):
@@ -130,9 +123,9 @@ def code_logits(model, seen):
     return seen.at(model.latents.inverse(seen.e, *seen.turn), 1) @ model.latents.inverse.head.weight.T
 
 
-def inverse_terms(model, batch, config):
+def inverse_terms(model, batch, config, processor):
     """(1) and the balance of codes."""
-    seen = look(model, batch, config)
+    seen = look(model, batch, config.projector)
     logits = code_logits(model, seen)
     codes = actions.gumbel(logits, actions.gumbel_noise(logits), config.tau)  # (L,K)
     merged = model.merged(seen.at(seen.e), codes @ model.latents.codebook.weight)
@@ -141,26 +134,31 @@ def inverse_terms(model, batch, config):
 
 
 def projector_terms(model, batch, config, processor, weight=1.0):
-    """(6), and with weight 1 on pairs alone (5)."""
-    seen, (rows, _) = look(model, batch, config, project=False), paired(batch, model.config.image_token_id)
-    modules, h = (model.latents.project, model.latents.project_back), seen.at(seen.h)  # (L,D)
+    """(6); on pairs alone it is (5)."""
+    seen, modules = look(model, batch, project=False), (model.latents.project, model.latents.project_back)
     if not hasattr(batch, "blind"):
-        batch.blind = without_pictures(batch, rows, processor)
-    blind = look(model, batch.blind, config, project=False)
-    pairs, alone = actions.joint_projection(h[seen.paired], blind.at(blind.h), h[~seen.paired], *modules)
-    terms = {"projection": (pairs, weight, "pairs")}
-    return terms | ({"cycle": (alone, weight, "text")} if config.cycle else {})
+        batch.blind = without_pictures(batch, paired(batch, model.config.image_token_id)[0], processor)
+    blind, h = look(model, batch.blind, project=False), seen.at(seen.e)  # (L,D)
+    pairs, alone = actions.joint_projection(h[seen.paired], blind.at(blind.e), h[~seen.paired], *modules)
+    terms = {"projection": (pairs, weight, "pairs"), "cycle": (alone, weight, "text")}
+    return terms if config.cycle else {"projection": terms["projection"]}
 
 
-def clone_terms(model, batch, config):
+def joint_terms(model, batch, config, processor):
+    """(1) and (6)."""
+    more = projector_terms(model, batch, config, processor, config.joint) if config.projector else {}
+    return inverse_terms(model, batch, config, processor) | more
+
+
+def clone_terms(model, batch, config, processor):
     """(8); u reads e, as the inverse model does."""
-    seen = look(model, batch, config)
+    seen = look(model, batch, config.projector)
     codes = code_logits(model, seen).argmax(-1)
-    u = seen.at(model.latents.policy(seen.e.detach(), *seen.turn))
+    u = seen.at(model.latents.policy(seen.e, *seen.turn))
     return {"loss": (actions.clone(u, model.latents.policy.head.weight, codes), 1.0, "all")}
 
 
-def sft_terms(model, batch, config):
+def sft_terms(model, batch, config, processor):
     """-log f_world(x_{t+1} | x_1..t, a_t) with a_t the policy's best code."""
     hidden = model(batch.input_ids, None, batch.pixel_values, batch.image_grid_thw).flatten(0, 1)[batch.index]  # (L,2D)
     codes = model.code_logits(hidden.detach()).argmax(-1)
@@ -183,7 +181,7 @@ def reach(model, h, tokens):
 @torch.no_grad()
 def watched(model, batch, config, stage):
     """Codes in use and exp of their entropy, right words, the same under shuffled codes, words in reach of a place."""
-    seen, K = look(model, batch, config), len(model.latents.codebook.weight)
+    seen, K = look(model, batch, config.projector), len(model.latents.codebook.weight)
     codes = code_logits(model, seen).argmax(-1)
     share = torch.bincount(codes, minlength=K) / len(codes)
     if stage == 4:
@@ -218,27 +216,14 @@ def gate(model, processor, examples, most=128):
 # -- 4. train ----------------------------------------------------------------------------------------------------------
 
 
-def terms(stage, model, batch, config, processor):
-    """{name: (values (n,), weight, the count that they are a mean over)} of a stage."""
-    if stage == 2:
-        return projector_terms(model, batch, config, processor)
-    if stage == 4:
-        return clone_terms(model, batch, config)
-    if stage == 5:
-        return sft_terms(model, batch, config)
-    joint = stage == 3 and config.projector
-    more = projector_terms(model, batch, config, processor, config.joint) if joint else {}
-    return inverse_terms(model, batch, config) | more
-
-
-KEPT = {}  # of --keep-states, by data and base: {number: micro-batches}, which stages in one process share
-LEARNED = {
-    1: ("inverse", "codebook", "merge"),
-    2: ("project", "project_back"),
-    3: ("inverse", "codebook", "merge", "project", "project_back"),
-    4: ("policy",),
-    5: (),
+STAGES = {  # what is learned, and {name: (values (n,), weight, the count that they are a mean over)}
+    1: (("inverse", "codebook", "merge"), inverse_terms),
+    2: (("project", "project_back"), projector_terms),
+    3: (("inverse", "codebook", "merge", "project", "project_back"), joint_terms),
+    4: (("policy",), clone_terms),
+    5: ((), sft_terms),
 }
+KEPT = {}  # of --keep-states, by data and base: {number: micro-batches}, which stages in one process share
 
 
 def update(run, model, parts, stage, processor):
@@ -252,7 +237,7 @@ def update(run, model, parts, stage, processor):
     sums = {}
     for batch in parts:
         with run.autocast():
-            found = terms(stage, model, batch, run.config, processor)
+            found = STAGES[stage][1](model, batch, run.config, processor)
         loss = 0.0
         for name, (values, weight, over) in found.items():
             part = values.sum() / max(counts[over], 1)
@@ -270,24 +255,23 @@ def train(config, stage):
             model = actions.attach(model, config.codes, **sizes)
         refuse(not isinstance(model, actions.LatentVLM), f"no latents in {run.base}", "the stage before (--init)")
         model.prepare(run)
-        model.learn(*LEARNED[stage], base=stage == 5)
+        model.learn(*STAGES[stage][0], base=stage == 5)
         files = [config.split, config.text] if stage in (3, 4) and config.text else [config.split]
         examples = [Examples(config.data, name, processor, config) for name in files]
         for name, part in zip(files, examples):
             run.examine(processor, *part.source(), what=f"the data in {name}")
         own = Corpus(*examples)
         read, epoch = reader(run, own, "", processor.pad_id), max(len(own) // config.batch_size, 1)
-        same = float(sum(p.detach().double().abs().sum() for p in model.model.layers.parameters()))
-        kept = KEPT.setdefault((config.data, *files, config.batch_size, config.seed, same), {})
+        keep = config.keep_states and stage < 5  # an epoch's batches come again
+        same = keep and float(sum(p.detach().double().abs().sum() for p in model.model.layers.parameters()))
+        kept = KEPT.setdefault((config.data, *files, config.batch_size, config.seed, same), {}) if keep else {}
         optimizer = run.optimizer(model)
         steps = run.total_steps(len(own), config.batch_size)
         for step in run.steps(model, optimizer, steps):
             with run.phase("read"):
-                keep = config.keep_states and stage < 5  # an epoch's batches come again
-                parts = kept.get(step % epoch) or [
-                    batch.to(run.device) for batch in read(step % epoch if keep else step)
-                ]
-                kept |= {step % epoch: parts} if keep else {}
+                number = step % epoch if keep else step
+                parts = kept.get(number) or [batch.to(run.device) for batch in read(number)]
+                kept |= {number: parts} if keep else {}
             with run.phase("learn"):
                 means = update(run, model, parts, stage, processor)
                 run.reduce_gradients(model)
