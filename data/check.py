@@ -11,6 +11,7 @@ fault.
 import argparse
 import os
 import re
+import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -394,7 +395,7 @@ def main(argv=None, load=None):
     load_policies(args.folder, args.media)  # better refused now than after the model's import
     processor = load(args.model)
     processor.max_pixels = args.max_pixels or processor.max_pixels
-    report = Report(args.folder, processor, Limits(args.max_prompt, args.max_response), args.media, progress=True)
+    report = Report(args.folder, processor, Limits(args.max_prompt, args.max_response), args.media, sys.stderr.isatty())
     write_text(out, report.page())
     print("\n".join([*report.lines(), out]))
     if report.faults:

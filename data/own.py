@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import warnings
 from array import array
 from collections import Counter, defaultdict
@@ -67,13 +68,14 @@ class Converter:
     def __init__(self, store, roots, options, dropped):
         self.store, self.roots, self.options, self.dropped = store, roots, options, dropped
         self.reasons, self.formats, self.ignored, self.left_out = Counter(), Counter(), Counter(), Counter()
-        self.firsts, self.ids, self.seen, self.number = {}, set(), set(), 0
+        self.firsts, self.ids, self.seen, self.number, self.example = {}, set(), set(), 0, ""
 
     def drop(self, error):
         """Note one row that cannot be used: its reason without the place and the particulars."""
         text = str(error)
         reason = re.sub(r"'.*?'|\".*?\"|\d+", "…", re.sub(r"^.*?(:| row )\d+: ", "", text))[:90]
         self.reasons[reason] += 1
+        self.example = self.example or text
         self.firsts.setdefault(reason, re.match(r"(?:.*?(?::| row )\d+)?", text).group())
         self.dropped(text)
 
@@ -188,7 +190,8 @@ class Groups:
         members = defaultdict(list)
         for i in range(len(self.parent)):
             members[self.root(i)].append(i)
-        groups, wanted = list(members.values()), max(1, round(share * len(self.parent))) if share else 0
+        count = len(self.parent)
+        groups, wanted = list(members.values()), min(max(1, round(share * count)), count - 1) if share else 0
         chosen = []
         for k in np.random.default_rng(seed).permutation(len(groups)).tolist():
             if len(chosen) + len(groups[k]) <= wanted:
@@ -369,8 +372,8 @@ def convert(
                     groups.add(keys)
                     lengths.add(item, sizes)
         if not len(draft):
-            why = converter.reasons.most_common(1)
-            found = f"{why[0][1]} rows dropped, {why[0][0]}" if why else "no rows"
+            dropped = sum(converter.reasons.values())
+            found = f"{dropped} rows dropped, the first at {converter.example}" if dropped else "no rows"
             raise InputError(f"{', '.join(map(str, files))}: found {found}, expected at least one item")
         lengths.flush(wait=True)
 
@@ -544,7 +547,7 @@ def main(argv=None, load=None):
         processor=load(args.model) if args.model else None,
         limits=(args.max_prompt, args.max_response),
         overwrite=args.overwrite,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     print("\n".join([f"{args.out}:", *lines]))
 

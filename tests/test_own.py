@@ -16,7 +16,7 @@ from data import InputError
 from data.dataset import load_items, load_policies, messages, target
 from data.document import sections
 from data.formats import read_rows
-from data.own import main
+from data.own import Groups, main
 from model import Processor
 
 POLICY = """# Returns
@@ -418,9 +418,18 @@ def test_photographs_are_told_the_two_flags_that_they_need(shop, capsys):
     )
 
 
+def test_one_item_is_learned_from_and_not_kept_for_the_test():
+    """A test alone, with nothing to learn, helps nobody; of any share of more items, one at least is left to learn."""
+    for n, share, expected in ((1, 0.1, 0), (1, 0.99, 0), (2, 0.1, 1), (2, 0.99, 1), (10, 0.99, 9), (10, 0, 0)):
+        groups = Groups()
+        for i in range(n):
+            groups.add([str(i)])
+        assert len(groups.test_side(share, 0)) == expected
+
+
 REFUSED = [
     ("http picture", [chat("https://a.b/c.png")], "", "log.jsonl:1: picture 'https://a.b/c.png' lies on the network"),
-    ("nothing left", [{"foo": 1}], "", "found 1 rows dropped"),
+    ("nothing left", [{"foo": 1}], "", "found 1 rows dropped, the first at .*log.jsonl:1: found the keys foo"),
     ("no data", [], "", "found no rows"),
     ("no file", [chat("box.png")], "--data F/no.jsonl", "no.jsonl: no such file"),
     ("no policy", [chat("box.png")], "--policy F/no.md", "no.md: no such file"),
