@@ -629,3 +629,14 @@ def test_gold_dialogues_of_the_tiny_world_are_right(processor):
         several += len(turns) > 2
     assert several > 3
     assert tiny.dialogues.Scene({"facts": {"tools": {}}}).step("<tool_call>{}</tool_call>") == "error"
+
+
+def test_the_table_of_dialogues_has_a_line_for_each_row_of_each_seed():
+    side = {"accuracy": 0.5}
+    row = {"accuracy": 0.25, "interval": [0.2, 0.3], "tokens": 90.0, "n": 8, "seen": side, "unseen": side}
+    row |= {f"reward/{name}": 0.75 for name in tiny.dialogues.MEASURES}
+    made = {"hardware": "2 cores", "torch": "2", "commit": "abc"}
+    results = {seed: {**made, "rows": [{**row, "name": "in_context"}, {**row, "name": "sft"}]} for seed in "01"}
+    lines = tiny.dialogues.table(results).splitlines()
+    assert "| 1 | sft | 25.0 (20–30) | 75 | 75 | 75 | 75 | 50 | 50 | 90 | 8 |" in lines
+    assert sum(line.startswith("| ") for line in lines) == 2 + 4

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_what_is_done_is_not_done_again_and_time_ends_it(tmp_path, monkeypatch):
     assert ran[2:] == [("T4", 0, 0, "in_context"), ("T4", 0, 0, "no_policy")]
     study.column(tmp_path, "base", "T4", 4, 1, ["sft"], time.time() - 1)
     assert len(ran) == 4
+
+
+def test_a_policy_that_a_plan_names_twice_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """Both would train the same runs in the same folders, and each row would count twice."""
+
+    def run(self, world, policy, seed, name):
+        time.sleep(0.2)
+        with open(self.rows, "a") as file:
+            file.write(json.dumps(row(world, policy, seed, name, 0.5)) + "\n")
+
+    monkeypatch.setattr(study.Study, "run", run)
+    asked = (tmp_path, "base", "T4", 0, 1, ["sft", "sft_grpo"], time.time() + 60)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: study.column(*asked), range(2)))
+    assert [made["name"] for made in study.lines_of(tmp_path / "rows.jsonl")] == ["sft", "sft_grpo"]
 
 
 def test_runs_of_another_base_are_not_taken_up(tmp_path):

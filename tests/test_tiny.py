@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import random_table
 from PIL import Image
 
 from data import InputError, rewards
@@ -44,12 +45,19 @@ def processor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table():
-    """Attributes of 300 random pictures: int8 (S, 3, 4), -1 where no object is."""
-    rng = np.random.default_rng(0)
-    table = rng.integers(0, [3, 8, 2, 2], size=(300, 3, 4)).astype(np.int8)
-    for s, count in enumerate(rng.integers(1, 4, 300)):
-        table[s, count:] = -1
-    return table
+    return random_table()
+
+
+def test_the_rates_of_the_base_s_training_can_be_kept_with_its_state(tmp_path):
+    """text.pt is read with weights_only: one NumPy scalar among the optimizer's groups, and it cannot be gone on with."""
+    for shares in ([share for share, *_ in phases] for phases in (pretrain.PHASES, pretrain.TOOL_PHASES)):
+        made = [pretrain.schedule(step, 400, shares) for step in range(400)]
+        assert {type(number) for pair in made for number in pair} <= {int, float}
+        phases, factors = zip(*made)
+        assert sorted(phases) == list(phases) and set(phases) == set(range(len(shares)))
+        begins = [phases.index(phase) for phase in range(len(shares))]
+        assert all(factors[begin] == pytest.approx(1 / 30) for begin in begins) and max(factors) == 1
+        assert factors[-1] < 0.1 and list(factors[-50:]) == sorted(factors[-50:], reverse=True)
 
 
 def test_every_word_of_a_data_set_is_one_token_and_comes_back(folder, processor):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import random_table
 
 from data import InputError, gta_score, rewards
 from data.dataset import load_items, load_policies, messages, target
@@ -37,11 +38,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream():
-    rng = np.random.default_rng(0)
-    table = rng.integers(0, [3, 8, 2, 2], size=(300, 3, 4)).astype(np.int8)
-    for s, count in enumerate(rng.integers(1, 4, 300)):
-        table[s, count:] = -1
-    return ToolStream(0, table)
+    return ToolStream(0, random_table())
 
 
 def drawn(stream, least=4, most=14):

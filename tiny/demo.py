@@ -197,9 +197,9 @@ def main(argv=None):
     if claim(out, "tiny.demo", OURS, fresh=args.overwrite):
         raise InputError(f"{out}: holds another run, expected a new folder (--overwrite replaces it)")
 
-    size = {"tools": args.tools} if args.world == "tools" else {"depth": args.depth}
-    ((unit, count),) = size.items()
-    shape = ["tiny.tools", "--tools", count] if unit == "tools" else ["tiny.data", "--depth", count, "--cpt", KINDS]
+    calls = args.world == "tools"
+    unit, count = ("tools", args.tools) if calls else ("depth", args.depth)
+    shape = ["tiny.tools", "--tools", count] if calls else ["tiny.data", "--depth", count, "--cpt", KINDS]
     print(f"drawing a policy ({unit} {count}), its pictures, and policies to replay (seed {args.seed})", flush=True)
     with processes.ended_together():
         data, replay = draw_data(out, shape, args.seed, args.clevr_root)
@@ -210,7 +210,7 @@ def main(argv=None):
     kept = lambda row: {key: value for key, value in found[row].items() if key not in ("by_policy", "model")}
     results = {
         "seed": args.seed,
-        **size,
+        unit: count,
         "policy": policy["name"],
         "text": policy["text"],
         "seconds": round(time.time() - began),

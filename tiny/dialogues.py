@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data import InputError, command
+from data import InputError, command, write_text
 from data.tools import read_turn
 from tiny import processes
 from tiny.demo import BASES, COMMON, GRPO, OTHERS, PORO, RL, ROOT, SFT, call
@@ -106,7 +106,7 @@ def table(results):
             "in_context and no_policy are the untrained base with the policy in the prompt and without. right: the "
             "calls are the policy's, all of them and no others, and so is the answer.",
             "",
-            *markdown_table(head, lines),
+            markdown_table(head, lines),
             "",
             "; ".join(made) + ".",
             "",
@@ -152,8 +152,8 @@ def main(argv=None):
     rows = [short(found[name]) for name in ("in_context", "no_policy", *RUNS)]
     results = json.loads(kept.read_text()) if kept.exists() else {}
     results[str(args.seed)] = {"tools": args.tools, "seconds": round(time.time() - began), **provenance(), "rows": rows}
-    kept.write_text(json.dumps(results, indent=1) + "\n")
-    kept.with_suffix(".md").write_text(table(results))
+    write_text(kept, json.dumps(results, indent=1) + "\n")
+    write_text(kept.with_suffix(".md"), table(results))
     print(table(results))
 
 

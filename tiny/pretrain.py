@@ -27,6 +27,8 @@ import json
 import math
 import os
 import time
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -66,19 +68,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-OURS = (
-    "pictures",
-    "*.npy",
-    "*.pt",
-    "features.done",
-    "rendezvous",
-    "log.jsonl",
-    "base",
-    "base-*",
-    "curve.png",
-    "*.tmp",
-    ".base*",
-)
+OURS = "pictures *.npy *.pt features.done rendezvous log.jsonl base base-* curve.png *.tmp .base*".split()
 
 
 # -- 1. optimiser ------------------------------------------------------------------------------------------------------
@@ -593,6 +583,17 @@ def exact(model, source, full, crop, tests, count):
     return scores
 
 
+def schedule(step, steps, shares):
+    """The phase that a step is in, and its factor on the rates: up over 30 steps of each phase, down over the last.
+
+    Python's numbers: they go into text.pt, which is read without NumPy's.
+    """
+    ends = list(accumulate(round(share * steps) for share in shares))
+    phase = min(bisect_right(ends, step), len(ends) - 1)
+    begun = step - (ends[phase - 1] if phase else 0)
+    return phase, min(1, (begun + 1) / 30, 2.06 * (1 - step / steps) / shares[-1] + 0.03)
+
+
 def train_text(rank, ranks, out, world, steps, batch, seed, keep_every):
     """One of `ranks` processes of one thread each: its rows, the mean of all gradients, the same update."""
     torch.set_num_threads(1)
@@ -610,9 +611,8 @@ def train_text(rank, ranks, out, world, steps, batch, seed, keep_every):
         np.load(out / f"{name}.npy", mmap_mode="r") for name in ("full", "crop")
     )  # one copy for all processes
     held, queue, worker, now = stream(out, 7, world, held=True), mp.get_context("spawn").Queue(6), None, None
-    ends = np.cumsum([round(share * steps) for share, *_ in phases])
     for step in range(first, steps):
-        phase = min(int(np.searchsorted(ends, step, side="right")), len(phases) - 1)
+        phase, factor = schedule(step, steps, [share for share, *_ in phases])
         _, mixture, length, *rates = phases[phase]
         if phase != now:
             if worker:
@@ -624,9 +624,6 @@ def train_text(rank, ranks, out, world, steps, batch, seed, keep_every):
                 daemon=True,
             )
             worker.start()
-        factor = min(
-            1, (step - (ends[phase - 1] if phase else 0) + 1) / 30, 2.06 * (1 - step / steps) / phases[-1][0] + 0.03
-        )
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
@@ -749,19 +746,18 @@ def main(argv=None):
     drawn = pictures(out / "pictures", args.pictures, args.seed, args.processes)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.processes)
-    model = Qwen25VL(config(args.world))
-    initialise(model)
     if args.world == "tools":
         model = grown(args.vision, args.seed)
         save(out / "words.pt", model)
-    elif args.vision:
-        tower = load_pretrained(args.vision).visual.state_dict()
-        tower = {
-            name: p for name, p in tower.items() if "merger.mlp" not in name
-        }  # it speaks to a model that has learnt
-        model.visual.load_state_dict(tower, strict=False)
     else:
-        train_vision(model, drawn, out, args.vision_steps)
+        model = Qwen25VL(config(args.world))
+        initialise(model)
+        if args.vision:  # but for what speaks to a model that has learnt
+            tower = load_pretrained(args.vision).visual.state_dict()
+            tower = {name: p for name, p in tower.items() if "merger.mlp" not in name}
+            model.visual.load_state_dict(tower, strict=False)
+        else:
+            train_vision(model, drawn, out, args.vision_steps)
     done, steps = out / "features.done", args.vision or str(args.vision_steps)
     if not done.exists() or done.read_text() != steps:
         write_features(model, drawn, out)

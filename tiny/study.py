@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import time
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from data import InputError, check_file, command, refuse_strangers, write_text
 from data.clevr_policy import write_json, write_jsonl
 from data.override import override
+from support.folder import lock, unlock
 from tiny import processes
 from tiny.demo import BASES, CALLS, COMMON, CPT, GRPO, PORO, RL, ROOT, SFT
 from tiny.report import (
@@ -237,22 +239,12 @@ FIELD_PLAN = [  # rows that both plans have are made once
     *[(world, WEAK, 5, 1) for world in READERS],
     (WIDE, [*REST, *EXTRA, *HEAL], 5, 0),  # the older rows with the newer columns
 ]
-TABLE = [
-    "sft",
-    "sft_grpo",
-    "sft_poro",
-    "trimpi",
-    "trimpi_paper",
-    "cpt_sft",
-    "sft_dapo",
-    "sft_poro_dapo",
-    "cpt_sft_grpo",
-]
+TABLE = [*CORE, "trimpi", "trimpi_paper", "cpt_sft", "sft_dapo", "sft_poro_dapo", "cpt_sft_grpo"]
 TABLE += ["cpt_response_sft", "cpt_response_sft_grpo", *HEAL[:2]]
 EIGHT = f"8 tools,{THIRD}"
 TOOLS_PLAN = [
-    (EIGHT, TABLE[:5], 2, 0),  # two columns of one policy must not run side by side
-    (EIGHT, TABLE[:3], 5, 0),
+    (EIGHT, TABLE[:5], 2, 0),
+    (EIGHT, CORE, 5, 0),
     (EIGHT, TABLE, 3, 0),
     (EIGHT, CORE, 5, 1),
     (EIGHT, TABLE, 5, 0),
@@ -324,10 +316,9 @@ class Study:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-            drawn = (
-                ["tiny.tools"] if "--tools" in flags else ["tiny.data", "--cpt", "applied,document,section,response"]
-            )
-            self.call(drawn[0], "--out", aside, "--overwrite", *flags, *drawn[1:])
+            calls, kinds = "--tools" in flags, ["--cpt", "applied,document,section,response"]
+            flags = ["--out", aside, "--overwrite", *flags, *([] if calls else kinds)]
+            self.call("tiny.tools" if calls else "tiny.data", *flags)
             aside.rename(folder) if not folder.exists() else shutil.rmtree(aside)
         return folder
 
@@ -472,10 +463,13 @@ def choose_readers(study, folder):
 def column(out, model, world, policy, seed, names, ends):
     """The missing rows of one policy and seed, in a process of one thread; later runs start from earlier ones."""
     processes.end_with_parent()
+    place = out / "runs" / world.replace(" ", "_") / f"{policy}-{seed}"
+    held = lock(place, wait=math.inf)  # plans name a policy more than once: the other process may be at its rows
     study = Study(out, model)
     for name in [*(["in_context", "no_policy"] if seed == 0 else []), *names]:
         if (world, policy, seed, name) not in study.done and time.time() < ends:
             study.run(world, policy, seed, name)
+    unlock(place, held)
     return f"{world}, policy {policy}, seed {seed}"
 
 
