@@ -49,7 +49,7 @@ def table():
 
 
 def test_the_rates_of_the_base_s_training_can_be_kept_with_its_state(tmp_path):
-    """text.pt is read with weights_only: one NumPy scalar among the optimizer's groups, and it cannot be gone on with."""
+    """text.pt is read with weights_only: with one NumPy scalar among its groups it could not be gone on with."""
     for shares in ([share for share, *_ in phases] for phases in (pretrain.PHASES, pretrain.TOOL_PHASES)):
         made = [pretrain.schedule(step, 400, shares) for step in range(400)]
         assert {type(number) for pair in made for number in pair} <= {int, float}
