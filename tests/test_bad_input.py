@@ -254,7 +254,7 @@ def test_there_are_two_hundred_and_the_heading_says_so():
 def test_the_line_reaches_the_terminal_and_the_exit_code_is_2(sound, tmp_path):
     main, argv = call(sound, f"sft --lr -1 --out {tmp_path}/out")
     process = start(lambda: main(argv), tmp_path / "log")
-    process.join(60)
+    process.join(300)
     said = (tmp_path / "log").read_text()
     assert process.exitcode == 2 and said.startswith("error: --lr: found -1.0") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
