@@ -208,7 +208,9 @@ def get(row, path):
 
 
 def first(row, paths):
-    return next((value for value in (get(row, path) for path in paths) if value not in (None, "", [])), None)
+    for path in paths:
+        if (value := get(row, path) if "." in path else row.get(path)) not in (None, "", []):
+            return value
 
 
 def renamed(row, names):
