@@ -67,7 +67,8 @@ def sections(text):
         return [{"id": f"{name} {k}", "section": block} for k, block in enumerate(blocks, 1)]
     often, used, out = Counter(number for _, number, _ in found if number), Counter(), []
     for head, number, body in found:
-        name = head if not number else f"rule {number}" if often[number] == 1 else f"{head}, rule {number}"
+        under = f"{head}, " if head and often[number] > 1 else ""
+        name = f"{under}rule {number}" if number else head
         used[name] += 1
         out.append({"id": name if used[name] == 1 else f"{name} ({used[name]})", "section": body})
     return out
