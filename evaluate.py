@@ -11,7 +11,6 @@ repetition_penalty of 1.05). <out>/results.json gets one row (its rows of other 
 response with its verdict. The parser and the scores are those of training: data/rewards.py.
 """
 
-import json
 import math
 import os
 import time
@@ -35,6 +34,7 @@ from support.batching import lay_out, token_logprobs
 from support.checkpoint import not_finite, to_json, write_json
 from support.config import Judge, option, parse, redefault, refuse
 from support.dialogue import as_judged
+from support.files import read_json
 from support.judging import Judging, complaint, load_environment, load_rewards
 from support.runs import open_model
 from support.stock import generate, read_generation
@@ -241,7 +241,7 @@ def earlier_rows(out):
     """The rows that <out>/results.json holds; [] without one."""
     path = Path(out) / "results.json"
     try:
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = read_json(path)["rows"] if path.exists() else []
         return [row for row in rows if row["name"]]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: found no rows, expected the results of earlier evaluations") from None

@@ -123,8 +123,8 @@ class Method:
     """the method"""
 
     algorithm: str = option("grpo", "what is optimised", choices=tuple(LOSSES))
-    group_size: int = option(5, "G, responses per query sampled without the policy", least=0)
-    policy_rollouts: int = option(5, "K, further ones sampled with the policy in the prompt; the paper: K = G", least=0)
+    group_size: int = option(5, "G, responses per query sampled without the policy", least=0, most=4096)
+    policy_rollouts: int = option(5, "K, more with the policy in the prompt; the paper: K = G", least=0, most=4096)
     frozen_sampler: str = option(
         "",
         "who samples those K; start: the model before this run; base: --model; empty: the model itself",
@@ -146,7 +146,7 @@ class Config(Method, Sampling, Judging, Judge, Reporting, CommonConfig):
 
     split: str = redefault(CommonConfig, "split", "rl.jsonl")
     lr: float = redefault(CommonConfig, "lr", 1e-6)
-    batch_size: int = option(384, "queries per step, over all ranks", least=1)
+    batch_size: int = option(384, "queries per step, over all ranks", least=1, most=1 << 20)
     micro_batch: int = option(4, "responses per forward pass of learning; fewer need less memory", least=1)
     epochs: float = redefault(CommonConfig, "epochs", 2.0)
 

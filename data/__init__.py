@@ -67,11 +67,18 @@ GENERATOR = '<meta name="generator" content="trimpi">'  # in every page of ours
 def check_file(path, ours, flag="--out"):
     """Raise InputError where a file to be written would replace one without the text `ours`, which such ones hold."""
     if os.path.isfile(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open_text(path, errors="replace") as file:
             if ours in file.read(1 << 20):
                 return
     if os.path.lexists(path):
         raise InputError(f"{flag} {path}: found something that this command did not write, expected a new file")
+
+
+def open_text(path, **how):
+    """A file to be read as text in UTF-8, without its BOM. A pipe might never answer, and a device never end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: found something else than a regular file, expected a file")
+    return open(path, encoding="utf-8-sig", **how)
 
 
 def write_text(path, text):

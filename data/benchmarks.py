@@ -21,7 +21,7 @@ from PIL import Image
 
 from data import InputError, command
 from data.clevr_policy import NewFolder, write_json, write_jsonl
-from data.formats import read_rows
+from data.formats import OPENED, read_rows
 
 LETTERS = "ABCDEFGHIJ"
 PICTURES = 7  # image_1 ... image_7 in MMMU-Pro
@@ -85,11 +85,13 @@ def read_picture(value, path, where):
             file = os.path.realpath(os.path.join(root, data))
             if os.path.commonpath([root, file]) != root:
                 raise InputError(f"{where}: picture {data!r} lies outside the folder of {path}")
+            if not os.path.isfile(file):
+                raise FileNotFoundError("no such file")
             with open(file, "rb") as opened:
                 data = opened.read()
         elif isinstance(data, str):
             data = base64.b64decode(data, validate=True)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=OPENED) as image:
             return image.convert("RGB")
     except (OSError, TypeError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
         raise InputError(f"{where}: unreadable picture ({str(error)[:80]})") from None

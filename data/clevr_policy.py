@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from data import MADE, InputError, command, refuse_strangers
+from data import MADE, InputError, command, open_text, refuse_strangers
 from data.clevr import (
     ATTRIBUTES,
     CAMERA,
@@ -310,11 +310,11 @@ def read_clevr(folder):
     for split, official in (("train", "train"), ("test", "val")):
         path = os.path.join(folder, "scenes", f"CLEVR_{official}_scenes.json")
         try:
-            with open(path, encoding="utf-8") as file:
+            with open_text(path) as file:
                 scenes = json.load(file)["scenes"]
         except FileNotFoundError:
             raise InputError(f"{path}: no such file, expected a folder in the official CLEVR v1.0 layout") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: no scene file of CLEVR ({error!r:.80})") from None
         for k, scene in enumerate(scenes):
             for key in ("image_filename", "objects", "relationships"):

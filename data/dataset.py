@@ -16,7 +16,7 @@ import math
 import os
 from collections import Counter
 
-from data import InputError
+from data import InputError, open_text
 
 IMAGE = "<image>"
 KINDS = ("applied", "document", "section", "response")
@@ -100,7 +100,7 @@ def parse_json(text, where):
 
 def _read(path):
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             return file.read()
     except FileNotFoundError:
         made = "a data folder as python -m data.own makes it of a policy and a log"
@@ -245,7 +245,7 @@ def check_item(item, policies, where):
         raise InputError(f"{where}: {marks} {IMAGE} in the text, {len(item['images'])} pictures in images")
     nodes = policies[policy]["nodes"] if policy else []
     branches = {node["id"]: node["branches"] for node in nodes}
-    for step in item.get("path", []):
+    for step in need(item, "path", list, where, []):
         node = need(step, "node", str, f"{where}: key 'path'")
         if node not in branches:
             raise InputError(f"{where}: path names {clip(node)}, no section of {clip(policy)}")

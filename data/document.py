@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from urllib.parse import unquote
 
-from data import InputError
+from data import InputError, open_text
 from data.dataset import IMAGE, clip
 from data.formats import source
 from data.prose import Prose
 
+MOST = 10**7  # characters of a policy
 HEADING = re.compile(r" {0,3}(#{1,6})\s+(.*?)\s*#*\s*$")
 NUMBERED = re.compile(  # "1. ", "2) ", "1.1 ", "**3.** ", "Rule 4: ", "§ 5 "
     r" {0,3}(?:\*\*)?(?:(?:rule|section|article|case|step|§)\s*(\d+(?:\.\d+)*)[.):]?|(\d+(?:\.\d+)+)[.)]?|(\d+)[.)])"
@@ -82,12 +83,14 @@ def read_policy(path, name, place, extra, store):
     pictures stand there.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read().strip()
+        with open_text(path) as file:
+            text = file.read(MOST + 1).strip()
     except FileNotFoundError:
         raise InputError(f"--policy {path}: no such file, expected text or Markdown") from None
     except UnicodeDecodeError:
         raise InputError(f"--policy {path}: not UTF-8, expected text or Markdown") from None
+    if len(text) > MOST:
+        raise InputError(f"--policy {path}: found more than {MOST:,} characters, expected a document")
     if not text:
         raise InputError(f"--policy {path}: the file is empty, expected text or Markdown")
     keys = {key.lower(): target for key, target in re.findall(r"^ {0,3}\[([^\]]+)\]:\s*<?([^\s>]+)>?", text, re.M)}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Regex, pre_tokenizers
 
-from data import InputError, command
+from data import InputError, command, open_text
 from data.clevr_policy import NewFolder, write_json, write_jsonl
 from data.dataset import picture_path
 from data.gta_draw import COLORS, draw, plural
@@ -508,7 +508,7 @@ def read_official(folder, seed):
     """
     path = os.path.join(folder, "dataset.json")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             dataset = json.load(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected the official gta_dataset folder") from None

@@ -18,7 +18,7 @@ from html import escape
 
 from PIL import Image
 
-from data import GENERATOR, InputError, check_file, command, runs, write_text
+from data import GENERATOR, InputError, check_file, command, open_text, runs, write_text
 from data.dataset import IMAGE, load_items, load_policies
 from data.oracle import tokens
 from data.referral import mentions, referral
@@ -331,17 +331,19 @@ def read_responses(path):
     """{item id: response} of an evaluation's JSONL; raises InputError naming file and line."""
     out = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
                     out[record["id"]] = str(record["response"])
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise InputError(
                         f"{path}:{number}: no response of an evaluation, expected id and response"
                     ) from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected the JSONL that evaluate.py writes") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}), expected the JSONL that evaluate.py writes") from None
     return out
 
 

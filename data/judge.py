@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from data import InputError
+from data import InputError, open_text
 from data.dataset import clip, turns
 from data.rewards import failures, said
 
@@ -183,9 +183,9 @@ def read_rubric(path):
     if not path:
         return RUBRIC
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(path) as file:
+            text = file.read(LONGEST)
+    except (OSError, ValueError) as error:
         raise InputError(f"--judge-rubric {path}: {error}, expected a text") from None
     if "{response}" not in text:
         raise InputError(f"--judge-rubric {path}: found no {{response}} in it, expected the place of what is judged")
@@ -196,11 +196,11 @@ def read_cache(path):
     """{key: score} of a cache; lines that a kill has torn are left out."""
     known = {}
     if path and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open_text(path, errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
                     known[row["key"]] = read_score(json.dumps(row))
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
     return known

@@ -13,7 +13,7 @@ import json
 import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from data import InputError
+from data import InputError, open_text
 from data.rewards import accuracy
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "run_page.html")
@@ -24,7 +24,7 @@ def read_lines(path):
     """The objects of a JSONL file that a run may be writing: a torn last line, and what is none, are left out."""
     rows = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open_text(path, errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
@@ -71,9 +71,9 @@ def read_run(folder):
 def evaluation(folder):
     """Rows of results.json as texts, and the responses of each as groups of one."""
     try:
-        with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+        with open_text(os.path.join(folder, "results.json")) as file:
             found = json.load(file)["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return [], []
     rows, groups = [], {}
     for row in found if isinstance(found, list) else []:

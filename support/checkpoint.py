@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import InputError
+from support.files import read_json
 from support.folder import need_room
 
 
@@ -144,7 +145,7 @@ class Checkpoints:
     def state(self, name):
         """Its state.json; {} where that is not as it was written, or says another step than the folder's name."""
         try:
-            state = json.loads((self.folder / name / "state.json").read_text())
+            state = read_json(self.folder / name / "state.json")
             whole = state.pop("checksum") == checksum_of(state) and state["shards"]
             return state if whole and name == f"step-{state['step']:08d}" else {}
         except (OSError, ValueError, AttributeError, KeyError, TypeError):

@@ -13,8 +13,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 
-from data import InputError
+from data import InputError, open_text
 
+MOST_RANK = 1 << 14  # of an adapter: above the width of the largest layer it is no low rank
 MOST_CONFIG = 1 << 20  # characters that are read of a --config file
 
 
@@ -56,7 +57,7 @@ class Start:
     max_pixels: int = option(0, "largest area (28 x 28 pixels make a token); 0: the checkpoint's own", least=0)
     max_prompt: int = option(4096, "longest prompt, tokens with its pictures; a longer one is an error", least=1)
     max_response: int = option(2048, "longest response, tokens", least=1)
-    seed: int = option(0, "of data order, masks, dropout and sampling", least=0)
+    seed: int = option(0, "of data order, masks, dropout and sampling", least=0, most=2**63 - 1)
 
 
 @dataclass
@@ -65,7 +66,9 @@ class Update:
 
     full: bool = option(True, "tune all parameters; --no-full tunes a LoRA adapter")
     train_vision: bool = option(True, "with --full, tune the vision tower and merger, too")
-    lora_rank: int = option(8, "rank of the adapter; its alpha is twice that: B A x counts double", least=1)
+    lora_rank: int = option(
+        8, "rank of the adapter; its alpha is twice that: B A x counts double", least=1, most=MOST_RANK
+    )
     lora_targets: str = option("", "layers with an adapter: names by commas or a regex; empty: all of the text blocks")
     lr: float = option(1e-5, "peak learning rate", above=0, most=1)
     warmup: int = option(0, "steps of linear warm-up", least=0)
@@ -73,9 +76,9 @@ class Update:
     weight_decay: float = option(0.01, "AdamW's decoupled weight decay, on matrices only", least=0)
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    batch_size: int = option(128, "items per update, over all ranks and micro-batches", least=1)
+    batch_size: int = option(128, "items per update, over all ranks and micro-batches", least=1, most=1 << 20)
     micro_batch: int = option(4, "items per forward pass; fewer need less memory, same results", least=1)
-    epochs: float = option(1.0, "passes over the data", above=0)
+    epochs: float = option(1.0, "passes over the data", above=0, most=1e6)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
 
 
@@ -214,7 +217,7 @@ def _read_config(path, options):
     if path is None:
         return {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             values = json.loads(file.read(MOST_CONFIG))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: {error}, expected a JSON file") from None
@@ -241,9 +244,10 @@ def _convert(name, value, kind, limits):
     if "choices" in limits and value not in limits["choices"]:
         raise InputError(f"{flag}: found {value!r}, expected one of {', '.join(limits['choices'])}")
     least, above = limits.get("least", -math.inf), limits.get("above", -math.inf)
-    most = limits.get("most", math.inf)
+    most = limits.get("most", 2**31 - 1 if kind is int else math.inf)
     if kind in (int, float) and not (math.isfinite(value) and least <= value <= most and above < value):
         words = {"least": "at least", "above": "above", "most": "at most"}
         bounds = [f"{word} {limits[key]}" for key, word in words.items() if key in limits]
+        bounds += [f"at most {most}"] * (kind is int and "most" not in limits and value > most)
         raise InputError(f"{flag}: found {value}, expected a finite number {' and '.join(bounds)}")
     return value

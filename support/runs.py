@@ -16,7 +16,8 @@ import torch
 
 from data import InputError
 from support.checkpoint import checksum, shard_name
-from support.files import TensorFile, find_folder, read, read_json, weight_files
+from support.config import MOST_RANK
+from support.files import TensorFile, expect, find_folder, read, read_json, shown, weight_files
 from support.folder import START, need_room
 
 
@@ -57,7 +58,7 @@ def own_start(qwen, step, folder, dtype, full):
         return recorded_base(folder.parent), str(folder / "adapter")
     step = Path(step).expanduser()
     state = read_json(step / "state.json")
-    whole = read(state, "config", dict, step / "state.json").get("full", True)
+    whole = read(read(state, "config", dict, step / "state.json"), "full", bool, step / "state.json")
     if whole and not full:
         made = f"python model.py --export {step} --out BASE, then --model BASE"
         raise InputError(f"{step}: found whole weights, expected for an adapter a base that stays where it is: {made}")
@@ -130,7 +131,14 @@ def stored_dtype(folder):
 def load_step(qwen, folder, device, dtype):
     """The model of RUN/checkpoints/step-N, LoRA beside its weights where the run trains one."""
     state, run = read_json(folder / "state.json"), folder.resolve().parent.parent
-    config = read(state, "config", dict, folder / "state.json")
+    at = folder / "state.json"
+    config = read(state, "config", dict, at)
+    for key in ("init", "adapter", "lora_targets"):
+        expect(at, key, config.get(key), isinstance(config.get(key, ""), str), "text")
+    expect(at, "run", state.get("run"), str(state.get("run")).isalnum(), "the id of a run")
+    sums = state.get("shards") or [None]
+    expect(at, "shards", sums, isinstance(sums, list), "a list of checksums")
+    full = read(config, "full", bool, at)
     own = run / f"{START}{state.get('run')}"  # where it started from a checkpoint itself
     base = str(own / "model") if (own / "model").is_dir() else recorded_base(run)
     adapter = str(own / "adapter") if (own / "adapter").is_dir() else config.get("adapter")
@@ -139,15 +147,15 @@ def load_step(qwen, folder, device, dtype):
     model = load_weights(qwen, base, device, dtype or stored_dtype(find_folder(base)))
     if adapter:
         qwen.load_adapter(model, adapter)
-        if config["full"]:
+        if full:
             qwen.merge_lora(model)
-    elif not config["full"]:
-        targets = config["lora_targets"].split(",") if "," in config["lora_targets"] else config["lora_targets"]
-        alpha = config.get("lora_alpha", 2 * config["lora_rank"])  # once an option
-        qwen.add_lora(model, config["lora_rank"], alpha, targets or None)
+    elif not full:
+        targets, rank = config.get("lora_targets", ""), read(config, "lora_rank", int, at)
+        expect(at, "lora_rank", rank, rank <= MOST_RANK, f"{MOST_RANK} at most")
+        alpha = read(config, "lora_alpha", float, at, 2.0 * rank)  # once an option
+        qwen.add_lora(model, rank, alpha, (targets.split(",") if "," in targets else targets) or None)
 
-    sums = state.get("shards") or [None]
-    paths = [folder / shard_name(rank, len(sums)) for rank in range(len(sums))]
+    paths = [folder / shard_name(k, len(sums)) for k in range(len(sums))]
     files = [TensorFile(path) for path in paths]
     if damaged := [path.name for path, crc in zip(paths, sums) if checksum(path) != crc]:
         raise InputError(
@@ -156,10 +164,12 @@ def load_step(qwen, folder, device, dtype):
     learned = {name for name in files[0].entries if name.startswith("param.")}
     for name, p in model.named_parameters():
         if (key := f"param.{name}") in learned:
-            p.data.copy_(torch.cat([file.mapped(key) for file in files]))  # a rank's rows each
-            learned.remove(key)
+            shapes = [file.entries[key]["shape"] if key in file.entries else [] for file in files]
+            rows = sum(shape[0] for shape in shapes if shape)  # a rank has some of them
+            if [rows, *p.shape[1:]] == list(p.shape) and all(shape[1:] == [*p.shape[1:]] for shape in shapes):
+                p.data.copy_(torch.cat([file.mapped(key) for file in files]))
+                learned.remove(key)
     if learned:
-        raise InputError(
-            f"{folder}: found {sorted(learned)[0]}, expected weights of the model that its run started from"
-        )
+        found = f"{shown(min(learned))}, {len(learned)} tensors that do not fit"
+        raise InputError(f"{folder}: found {found}, expected weights of the model that its run started from")
     return model

@@ -162,7 +162,7 @@ def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     tiny_checkpoint(folder / "model", layers=1)
     small_data(folder / "data")
-    quiet(train_sft.main, arguments(folder / "model", folder / "data", folder / "run", steps=1))
+    quiet(train_sft.main, arguments(folder / "model", folder / "data", folder / "run", steps=1, save_every=1))
     shutil.copytree(folder / "run" / "adapter", folder / "adapter")
     (folder / "c.json").write_text("{}")
     return folder

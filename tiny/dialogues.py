@@ -86,6 +86,14 @@ def rows_of(out):
     return {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
 
 
+def kept_rows(path):
+    """What the file of --results holds: {seed: its rows and how they came about}."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--results {path}: {error}, expected the results of earlier seeds") from None
+
+
 def table(results):
     """results/dialogues.md: every seed's rows."""
     percent = lambda x: "–" if x is None else f"{100 * x:.0f}"
@@ -135,6 +143,7 @@ def main(argv=None):
         raise InputError(f"{base}: found no checkpoint, expected the base of the tools world (python -m tiny.pretrain)")
     check_file(kept, '"reward/needed"', "--results")
     check_file(kept.with_suffix(".md"), "`python -m tiny.dialogues`", "--results")
+    kept_rows(kept)  # better refused now than after hours
     claim(out, "tiny.dialogues", OURS)
     data, others, began = out / "data", out / "others", time.time()
     with processes.ended_together():
@@ -153,7 +162,7 @@ def main(argv=None):
     found = rows_of(out)
     short = lambda row: {key: x for key, x in row.items() if key not in ("by_policy", "by_depth", "model")}
     rows = [short(found[name]) for name in ("in_context", "no_policy", *RUNS)]
-    results = json.loads(kept.read_text()) if kept.exists() else {}
+    results = kept_rows(kept)
     results[str(args.seed)] = {"tools": args.tools, "seconds": round(time.time() - began), **provenance(), "rows": rows}
     write_text(kept, json.dumps(results, indent=1) + "\n")
     write_text(kept.with_suffix(".md"), table(results))
