@@ -37,7 +37,9 @@ class Start:
 
     model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
     init: str = option(
-        "", "start from the stage before: its run's folder; an adapter is continued, or merged by --full"
+        "",
+        "start from the stage before: its run's folder, or RUN/checkpoints/N; an adapter is continued, or merged "
+        "by --full",
     )
     adapter: str = option("", "start from this LoRA adapter on top of --model")
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)

@@ -19,6 +19,7 @@ import model as qwen
 from data import check_file, write_text
 from support.config import CommonConfig, option, parse, redefault, refuse
 from support.engine import SHARE
+from support.runs import described
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
           "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
@@ -90,7 +91,7 @@ def architecture(name):
             "vision_config": {**VISION, "intermediate_size": vision, "out_hidden_size": width},
         }
     else:
-        folder = qwen.find_folder(name)
+        folder = described(name)
         raw = qwen.read_json(folder / "config.json")
     with torch.device("meta"):
         return qwen.Qwen25VL(qwen.Config.from_json(raw))

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 from pathlib import Path
@@ -114,9 +115,11 @@ def quiet(main, argv):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody has, of those that the kernel gives to nobody by itself until a run listens on it."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port := random.SystemRandom().randrange(15000, 32768)))
+            return port
 
 
 def start(work, log, **environment):

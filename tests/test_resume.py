@@ -410,7 +410,7 @@ def test_a_closed_stdout_ends_no_training(folder, tmp_path):
         train_sft.main(words)
 
     process = start(work, tmp_path / "log")
-    process.join(60)
+    process.join(300)
     os.close(writer)
     assert process.exitcode == 0 and same(tmp_path / "run", folder / "sft-whole")
 

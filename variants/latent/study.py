@@ -22,7 +22,7 @@ import torch
 import evaluate
 import train_rl
 import train_sft
-from data import command
+from data import claim, command
 from data.clevr_policy import write_jsonl
 from data.dataset import load_items, load_policies
 from rollout import PolicyRollout
@@ -93,6 +93,7 @@ ARMS = {  # rows of the table
     "no_cycle_rl": "codes without cycle, RL",
 }
 TOP_P = 0.9
+OURS = "captions chains others *.log *.draft-* results.json latent.png *.tmp".split()  # what <out>/seedN holds, too
 
 
 # -- 1. data and runs --------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def measure_chain(name, out):
 
 def one_seed(out, seed, only=None):
     torch.set_num_threads(1)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, "variants.latent.study", (*RUNS, *OURS))
     place = out / "results.json"
     results = json.loads(place.read_text()) if place.exists() else {"seed": seed, "seconds": {}, "rows": {}}
     if not (out / "captions").exists():
