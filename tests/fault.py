@@ -259,7 +259,9 @@ def exports(folder, verdict):
     killed = run(out, in_export(lambda: os.kill(os.getpid(), signal.SIGKILL)))[:2] == (-9, False)
     good = run(out)[:2] == run(folder / "expected")[:2] == (0, True)
     bits = [(path / "model.safetensors").read_bytes() for path in (out, folder / "expected")]
-    verdict("export: SIGKILL while it is written: no folder, the next one is whole", killed and good and len({*bits}) == 1)
+    verdict(
+        "export: SIGKILL while it is written: no folder, the next one is whole", killed and good and len({*bits}) == 1
+    )
 
 
 def pages(folder, verdict):

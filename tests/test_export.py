@@ -125,9 +125,7 @@ def test_a_checkpoint_starts_a_run_as_a_run_that_ended_there_does(folder, tmp_pa
     """And what started from it needs it no longer: its run may prune it, and `best` moves."""
     shutil.copytree(folder / before, tmp_path / "before")
     shutil.copytree(step(folder / before), tmp_path / "before" / "checkpoints" / "best")
-    first = arguments(
-        folder / "model", folder / "data", tmp_path / "ended", full=before == "full", steps=2, lr="1e-2"
-    )
+    first = arguments(folder / "model", folder / "data", tmp_path / "ended", full=before == "full", steps=2, lr="1e-2")
     quiet(train_sft.main, first)
     words = lambda out, **more: arguments(
         folder / "model", folder / "data", tmp_path / out, init=tmp_path / more.pop("init"), steps=2, **flags, **more
@@ -165,7 +163,8 @@ def test_bad_input_leaves_no_copy_of_a_checkpoint(folder, tmp_path):
     """Nor does it take that of the run which --overwrite would have deleted."""
     start = step(folder / "full")
     words = lambda *more, **flags: [
-        *arguments(folder / "model", folder / "data", tmp_path / "run", init=start, full=True, steps=1, **flags), *more
+        *arguments(folder / "model", folder / "data", tmp_path / "run", init=start, full=True, steps=1, **flags),
+        *more,
     ]
     with pytest.raises(InputError, match="--max-response"):
         quiet(train_sft.main, words("--max-response", "1"))
