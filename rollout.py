@@ -17,7 +17,7 @@ from data import InputError
 from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
-from support.batching import Ahead, batches, lay_out, learned_hidden, rng
+from support.batching import Ahead, batches, lay_out, learned_hidden, padded_tokens, rng
 from support.config import option
 from support.dialogue import Dialogues, as_judged
 from support.engine import common_length, sample
@@ -233,8 +233,7 @@ class Sampler:
         self.drawn = {**told, "draws": number + 1 - cursor} if self.tries else {"failed": told["failed"]}
         if not self.rollout.sampler:
             self.rollout.prefixes.clear()  # the weights are about to move
-        full = found >= size
-        return Responses(groups, places, len(self.rewards), run.device) if full else None, number + 1
+        return Responses(groups, places, len(self.rewards), run.device) if found >= size else None, number + 1
 
     @property
     def too_many_failed(self):
@@ -281,6 +280,14 @@ class Responses:
         self.mask, self.logp_sampler = mask.to(device), logp_sampler.to(device)
         self.logp_old = self.A = self.kept = None
 
+    def pairs(self, rows, with_policy=False):
+        """[(prompt: Encoded, Response)] of the responses `rows`, the policy in the prompt or not."""
+        return [(getattr(self.groups[self.rows[n][0]], "policy_" * with_policy + "prompt"), self.list[n]) for n in rows]
+
+    def micro_batches(self, run, model, which):
+        """The responses marked in `which` (B,) as lists of rows that are read together, see Run.micro_batches."""
+        return run.micro_batches(which.nonzero()[:, 0].tolist(), lambda rows: padded_tokens(model, self.pairs(rows)))
+
     def take(self, rows):
         """The responses `rows` as a MicroBatch, on the device."""
         mask = self.mask[rows]
@@ -310,11 +317,7 @@ class MicroBatch:
 
     def read(self, model, temperature, pad_id, with_policy=False):
         """log pi (b,R) of the responses given x, or given (P, x); entropies (b,R) and hidden states (L,D)."""
-        groups = {}  # those of one prompt together: it is read once, and they follow it (batching.pack)
-        for row in self.rows:
-            groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row])
-        prompts = [getattr(self.data.groups[g], "policy_prompt" if with_policy else "prompt") for g in groups]
-        batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
+        batch = lay_out(model, self.data.pairs(self.rows, with_policy), pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
         if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
             tokens = tokens.new_tensor(actions)  # these were drawn, and the words followed: model.Decoder

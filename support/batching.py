@@ -7,6 +7,7 @@ Axes: model.py.
 """
 
 import dataclasses
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,27 +193,47 @@ def pack(model, prompts, responses, pad_id):
     )
 
 
+def row_lengths(prompts, responses):
+    """Tokens of each row, of responses packed after one prompt and of one a row."""
+    lengths = [[len(getattr(response, "tokens", response)) for response in group] for group in responses]
+    packed = [len(prompt.input_ids) - 1 + sum(group) for prompt, group in zip(prompts, lengths)]
+    return packed, [len(prompt.input_ids) + length for prompt, group in zip(prompts, lengths) for length in group]
+
+
 def packing_pays(model, prompts, responses, most=1 << 14):
     """Are responses packed after one prompt (dense mask) cheaper to read than one by one (causal), in operations?"""
     c = model.config
     per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
-    lengths = [[len(getattr(response, "tokens", response)) for response in group] for group in responses]
-    packed = [len(prompt.input_ids) + sum(group) for prompt, group in zip(prompts, lengths)]
-    alone = [len(prompt.input_ids) + length for prompt, group in zip(prompts, lengths) for length in group]
+    packed, alone = row_lengths(prompts, responses)
     cost = lambda lengths, dense: sum(t * (per_token + dense * t) for t in lengths)
     return max(packed) <= most and cost(packed, dense=2) < cost(alone, dense=1)
 
 
-def lay_out(model, prompts, responses, pad_id):
-    """All responses as one Batch: packed after their prompts where that pays, else one per row."""
-    if prompts and packing_pays(model, prompts, responses):
+def by_prompt(pairs):
+    """[(prompt, response)], those of one prompt one after the other -> prompts, and [[response]] to each."""
+    groups = [[*group] for _, group in itertools.groupby(pairs, lambda pair: id(pair[0]))]
+    return [group[0][0] for group in groups], [[response for _, response in group] for group in groups]
+
+
+def padded_tokens(model, pairs):
+    """How many tokens `lay_out` makes of them, padding included."""
+    given = by_prompt(pairs)
+    packed, alone = row_lengths(*given)
+    lengths = packed if packing_pays(model, *given) else alone
+    return len(lengths) * max(lengths)
+
+
+def lay_out(model, pairs, pad_id):
+    """[(prompt, response)] as one Batch: responses packed after their prompts where that pays, else one per row."""
+    prompts, responses = by_prompt(pairs)
+    if pairs and packing_pays(model, prompts, responses):
         return pack(model, prompts, responses, pad_id)
     rows = []
-    for prompt, group in zip(prompts, responses):
-        for tokens, written, pictures in map(tokens_of, group):
-            pixels, grids = pictures_of([prompt, *pictures])
-            learn = torch.cat([torch.zeros_like(prompt.input_ids, dtype=torch.bool), written])
-            rows.append((dataclasses.replace(prompt, pixel_values=pixels, grid_thw=grids), tokens, learn))
+    for prompt, response in pairs:
+        tokens, written, pictures = tokens_of(response)
+        pixels, grids = pictures_of([prompt, *pictures])
+        learn = torch.cat([torch.zeros_like(prompt.input_ids, dtype=torch.bool), written])
+        rows.append((dataclasses.replace(prompt, pixel_values=pixels, grid_thw=grids), tokens, learn))
     return collate(*zip(*rows), pad_id=pad_id)
 
 

@@ -72,7 +72,9 @@ class Update:
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     batch_size: int = option(128, "items per update, over all ranks and micro-batches", least=1)
-    micro_batch: int = option(4, "items per forward pass; fewer need less memory, same results", least=1)
+    micro_tokens: int = option(
+        8192, "tokens per forward pass, padding included, or one row; fewer need less memory, same results", least=1
+    )
     epochs: float = option(1.0, "passes over the data", above=0)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
 

@@ -51,7 +51,7 @@ PORO = {
     "policy_rollouts": 2,
     "check": 0,
     "max_response": 6,
-    "micro_batch": 16,
+    "micro_tokens": 8192,
     "reward": "small:length",
 }
 RUNS = {  # name: (stage, ranks, flags)

@@ -21,6 +21,7 @@ from model import Processor, load_pretrained, save_pretrained
 from rollout import PolicyRollout, Responses
 from support.batching import collate, token_logprobs
 from support.config import parse
+from training import Run
 
 REWARDS = Path(__file__).with_name("reward_functions.py")
 
@@ -35,6 +36,7 @@ def rl_folder(folder):
 def config(folder, method=train_rl, **flags):
     """The config of train_rl or of a variant."""
     flags = {"batch_size": 4, "group_size": 2, "policy_rollouts": 2, "max_response": 6, "check": 0, **flags}
+    flags = {"micro_tokens": 8192, **flags}
     Config = getattr(method, "Config", train_rl.Config)
     return parse(Config, "", arguments(folder / "model", folder / "data", folder / "out", **flags))
 
@@ -46,7 +48,7 @@ def run(folder, name, data="data", model="model", method=train_rl, **flags):
         "batch_size": 4,
         "group_size": 8,
         "policy_rollouts": 0,
-        "micro_batch": 64,
+        "micro_tokens": 8192,
         "max_response": 3,
         "lr": 1e-2,
         "reward": f"{REWARDS}:vowels",
@@ -65,6 +67,8 @@ class Bench:
     def __init__(self, config, rank=0, world=1, common=None):
         self.config, self.rank, self.world, self.common = config, rank, world, common
         self.device, self.fsdp, self.workers, self.gradients = torch.device("cpu"), False, 0, []
+
+    micro_batches = Run.micro_batches
 
     def sum(self, x):
         if self.world == 1:
@@ -86,10 +90,6 @@ class Bench:
 
     def gathered(self, model):
         return nullcontext()
-
-    def micro_batches(self, rows):
-        size = self.config.micro_batch
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def reduce_gradients(self, model):
         pass

@@ -14,7 +14,7 @@ from data import command
 ROOT = Path(__file__).resolve().parent.parent
 CONSTANT = {  # every test's runs are small and quiet
     "--batch-size": "4",
-    "--micro-batch": "2",
+    "--micro-tokens": "220",
     "--lr": "1e-3",
     "--device": "cpu",
     "--max-response": "64",

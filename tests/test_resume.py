@@ -497,7 +497,7 @@ def test_resume_refuses_another_config_but_takes_another_path_to_the_same_goal(f
     assert train(folder, tmp_path / "run", "cpt") == 0
     with pytest.raises(InputError, match="lr 0.001 -> 0.002"):
         train(folder, tmp_path / "run", "cpt", resume=True, lr=2e-3)
-    assert train(folder, tmp_path / "run", "cpt", resume=True, micro_batch=1, save_every=1) == 0
+    assert train(folder, tmp_path / "run", "cpt", resume=True, micro_tokens=1, save_every=1) == 0
     for a, b in zip(metrics(tmp_path / "run"), metrics(folder / "cpt-whole")):
         assert a == pytest.approx(b, rel=1e-5)
 

@@ -38,12 +38,12 @@ from variants.latent import train as latent
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "tiny" / "base"
 COMMON = "--resume --save-every 2m --keep 1 --beta2 0.98 --max-prompt 1000 --device cpu".split()
-SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-batch 24 --schedule cosine --warmup 10"
-SFT = "--split sft.jsonl --batch-size 16 --micro-batch 16 --lr 3e-4 --steps 40"
-LATENT = "--batch-size 16 --micro-batch 16 --warmup 20 --keep-states"
-RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0"
+SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-tokens 100000 --schedule cosine --warmup 10"
+SFT = "--split sft.jsonl --batch-size 16 --micro-tokens 100000 --lr 3e-4 --steps 40"
+LATENT = "--batch-size 16 --micro-tokens 100000 --warmup 20 --keep-states"
+RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-tokens 100000 --check 0"
 RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 60"
-POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0 --steps 30"
+POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-tokens 100000 --check 0 --steps 30"
 INVERSE = f"{LATENT} --codes 16 --inverse-blocks 2 --policy-blocks 3 --lr 3e-3"
 
 # name: (script or stage, the run it starts from, flags); the data folder of those named chain_ is another one
