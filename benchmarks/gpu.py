@@ -51,7 +51,7 @@ FULL = SimpleNamespace(
     model="7B",
     decode=[(rows, prefix) for prefix in (0, 4000) for rows in (64, 256, 512)],
     prompt=500,
-    tokens=24,
+    tokens=36,
     learn=(4, 1000),
     repeats=50,
 )
@@ -69,10 +69,11 @@ TINY = SimpleNamespace(
     model="tiny",
     decode=[(4, 0), (8, 20)],
     prompt=12,
-    tokens=4,
+    tokens=10,
     learn=(2, 24),
     repeats=3,
 )
+WARM = 6  # steps of decoding that are not timed: a few plain ones, and the one that records a graph
 MINUTES = 8  # for all parts; what comes after is not begun
 PEAK = 989e12  # dense bf16 operations a second that an H100 or H200 is sold with, for the MFU
 
@@ -328,7 +329,7 @@ def random_model(size):
 
 def decode(size):
     """Steps of decoding: milliseconds beside what reading weights, keys and values takes, and the host's share."""
-    from support.engine import sample
+    from support.engine import Decoder, sample
 
     model = random_model(size).eval()
     config = model.config
@@ -336,13 +337,17 @@ def decode(size):
     words = lambda n: torch.randint(10, min(V, 100_000) - 30, (n,), generator=generator)
     weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("visual"))
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * half(size).itemsize
-    waited, tolist = [0.0], torch.Tensor.tolist
+    waited, stamps, tolist, step = [0.0], [], torch.Tensor.tolist, Decoder.step  # stamps: after each step
 
     def timed(self):
         start = time.perf_counter()
         values = tolist(self)
         waited[0] += time.perf_counter() - start
         return values
+
+    def stamped(self, *args):
+        step(self, *args)
+        stamps.append((time.perf_counter(), waited[0]))
 
     cases = [(*case, False) for case in size.decode] + [(*size.decode[0], True)]
     for rows, prefix, model.compiled in cases:
@@ -352,24 +357,24 @@ def decode(size):
 
         def write(tokens):
             how = dict(shared=[prefix] * len(prompts), prefixes=held, budget=budget)
-            start = time.perf_counter()
             sample(model, prompts, 4, max_tokens=tokens, min_tokens=tokens, stop_ids=[2], **how)
-            return time.perf_counter() - start
 
         def measure():
             write(2)  # compiles, and reads the policy
             if size.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            short, waited[0] = write(2), 0.0
-            with mock.patch.object(torch.Tensor, "tolist", timed):
-                seconds = (write(size.tokens) - short) / (size.tokens - 2)
+            stamps.clear()
+            with mock.patch.object(torch.Tensor, "tolist", timed), mock.patch.object(Decoder, "step", stamped):
+                write(size.tokens)
+            (began, idle), *between, (ended, idled) = stamps[WARM:-1]  # the last one ends responses
+            seconds, idle = (ended - began) / (len(between) + 1), (idled - idle) / (len(between) + 1)
             moved = weights + per_token * (rows * size.tokens / 2 + rows // 4 * size.prompt + prefix)
             return {
                 "ms a step": 1e3 * seconds,
                 "tokens/s": rows / seconds,
                 "GB moved": moved / 1e9,
                 "TB/s": moved / seconds / 1e12,
-                "host ms a step": 1e3 * (seconds - waited[0] / size.tokens),
+                "host ms a step": 1e3 * (seconds - idle),
                 "peak GB": peak_gb(size),
             }
 
