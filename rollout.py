@@ -17,7 +17,7 @@ from data import InputError
 from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
-from support.batching import Ahead, batches, lay_out, learned_hidden, padded_tokens, rng
+from support.batching import Ahead, batches, lay_out, learned_hidden, read_together, rng
 from support.config import option
 from support.dialogue import Dialogues, as_judged
 from support.engine import common_length, sample
@@ -254,7 +254,7 @@ class Sampler:
 
 
 class Responses:
-    """The responses of this rank's groups as tensors: B of them, of R tokens at most, in the order of the groups.
+    """The responses of this rank's groups, if it has any, as tensors: B, of R tokens at most, in the groups' order.
 
     places: of each group in the step, over all ranks. ids, aware, lengths (B,): group, was P in the prompt, tokens.
     rewards (B,F) float64, NaN where one failed. mask (B,R): 1 where a response has written a token, not read it.
@@ -269,8 +269,7 @@ class Responses:
         self.list = [groups[g].responses[i] for g, i in self.rows]
         self.ids = torch.tensor([g for g, _ in self.rows], dtype=torch.long)
         self.aware = torch.tensor([groups[g].aware[i] for g, i in self.rows], dtype=torch.bool)
-        nothing = torch.zeros(0, n_rewards, dtype=torch.float64)  # of a rank that has no live group
-        self.rewards = torch.cat([nothing, *(group.rewards for group in groups)])
+        self.rewards = torch.cat([torch.zeros(0, n_rewards, dtype=torch.float64), *(group.rewards for group in groups)])
         mask = torch.zeros(len(self.list), max([1, *(len(response.tokens) for response in self.list)]))
         logp_sampler = torch.zeros_like(mask)
         for row, logp, response in zip(mask, logp_sampler, self.list):
@@ -281,12 +280,13 @@ class Responses:
         self.logp_old = self.A = self.kept = None
 
     def pairs(self, rows, with_policy=False):
-        """[(prompt: Encoded, Response)] of the responses `rows`, the policy in the prompt or not."""
-        return [(getattr(self.groups[self.rows[n][0]], "policy_" * with_policy + "prompt"), self.list[n]) for n in rows]
+        """{n: (prompt: Encoded, Response)} of the responses n in `rows`, the policy in the prompt or not."""
+        prompt = "policy_prompt" if with_policy else "prompt"
+        return {n: (getattr(self.groups[self.rows[n][0]], prompt), self.list[n]) for n in rows}
 
     def micro_batches(self, run, model, which):
-        """The responses marked in `which` (B,) as lists of rows that are read together, see Run.micro_batches."""
-        return run.micro_batches(which.nonzero()[:, 0].tolist(), lambda rows: padded_tokens(model, self.pairs(rows)))
+        """The responses marked in `which` (B,) as lists of rows that are read together."""
+        return read_together(run, model, self.pairs(which.nonzero()[:, 0].tolist()))
 
     def take(self, rows):
         """The responses `rows` as a MicroBatch, on the device."""
@@ -317,7 +317,7 @@ class MicroBatch:
 
     def read(self, model, temperature, pad_id, with_policy=False):
         """log pi (b,R) of the responses given x, or given (P, x); entropies (b,R) and hidden states (L,D)."""
-        batch = lay_out(model, self.data.pairs(self.rows, with_policy), pad_id).to(self.mask.device)
+        batch = lay_out(model, [*self.data.pairs(self.rows, with_policy).values()], pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
         if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
             tokens = tokens.new_tensor(actions)  # these were drawn, and the words followed: model.Decoder

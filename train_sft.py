@@ -124,9 +124,10 @@ def reader(run, own, replay, pad_id):
 
 
 def micro_batches(run, rows, pad_id):
-    """A rank's rows (prompt, target, learn) as [Batch], see Run.micro_batches."""
-    tokens = lambda part: len(part) * max(len(prompt.input_ids) + len(target) for prompt, target, _ in part)
-    return [collate(*zip(*part), pad_id=pad_id) for part in run.micro_batches(rows, tokens)]
+    """A rank's rows (prompt, target, learn) as [Batch], those of one length together, see Run.micro_batches."""
+    length = lambda row: len(row[0].input_ids) + len(row[1])
+    parts = run.micro_batches(sorted(rows, key=length), lambda part: len(part) * max(map(length, part)))
+    return [collate(*zip(*part), pad_id=pad_id) for part in parts]
 
 
 class Replay:

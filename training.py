@@ -41,7 +41,7 @@ from data import InputError, check, command, lasting_output, plain
 from support import folder
 from support.batching import is_fsdp, rng
 from support.checkpoint import Checkpoints, cut_logs, not_finite, to_json, trainable, write_json
-from support.runs import load_weights, locate, run_config
+from support.runs import is_step, load_weights, locate, own_start, run_config
 from support.sharding import shard, unsharded, whole
 
 # -- 1. what a run does to a model -------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ MAY_CHANGE = {  # where a run is resumed: these change the path, not the goal
     "overwrite",
     "save_every",
     "keep",
-    "micro_tokens",
+    "micro_batch",
     "fsdp",
     "device",
     "gradient_checkpointing",
@@ -135,7 +135,13 @@ class Run:
         self.dtype = torch.bfloat16 if half else torch.float32
         several = self.world > 1
         self.fsdp = config.full and {"on": cuda or several, "auto": cuda and several, "off": False}[config.fsdp]
-        self.base, self.adapter = locate(config.init, hub="") if config.init else locate(config.model)
+        self.start = config.init or config.model
+        gone = config.resume and not os.path.exists(self.start)
+        self._copied = is_step(self.start) or gone and bool(folder.matching(self.out, [f"{folder.START}*"]))
+        if self._copied:
+            self.base, self.adapter = self.start, None  # until load() has its copy
+        else:
+            self.base, self.adapter = locate(self.start, hub="" if config.init else "download")
         self.adapter = config.adapter or self.adapter
         self._lock, self._new = None, False
         self.id, self.digests = secrets.token_hex(4), {}  # of this run; of what it reads
@@ -199,6 +205,7 @@ class Run:
         if self.is_main and self._lock and not self._lock.closed:
             if self._new and not self.checkpoints.names():
                 folder.delete(self.out, ["checkpoints", "config.json"])
+            folder.delete(self.out, self._others([f"{folder.START}*"]))
             folder.unlock(self.out, self._lock)
             with contextlib.suppress(OSError):
                 self.out.rmdir()
@@ -217,7 +224,7 @@ class Run:
         folder.keep_apart(out, {f"--{name}": getattr(config, name) for name in read})
         folder.refuse_foreign(out, run_config(out) or self.checkpoints.newest_state())
         self._lock = folder.lock(out)
-        folder.delete(out, folder.matching(out, folder.LEFTOVERS[1:]))  # a kill came while they were written
+        folder.delete(out, self._others(folder.LEFTOVERS[1:]))  # a kill came while they were written
         before = self._before()
         if before and config.resume:
             changed = [
@@ -235,6 +242,11 @@ class Run:
         if before and not config.overwrite:
             raise InputError(f"--out {out}: holds another run, expected a new folder, --resume or --overwrite")
         return False
+
+    def _others(self, patterns):
+        """What is in the folder of these names, but for the start of the run that it holds."""
+        own = f"{folder.START}{self._before().get('run')}"
+        return [name for name in folder.matching(self.out, patterns) if name != own]
 
     def _before(self):
         """The identity of the run in the folder; {} where there is none."""
@@ -351,15 +363,15 @@ class Run:
         return x.tolist()
 
     def micro_batches(self, rows, tokens):
-        """Split a rank's rows, in their order, into parts of at most --micro-tokens tokens; a longer row stands alone.
+        """Split a rank's rows, in their order, into parts of no more tokens than --micro-batch of the longest have.
 
         tokens(part): how many there are in a part as it is read, padding included.
         Under FSDP each forward pass is a collective: a rank with fewer parts than another adds empty ones, for which it
         reads a token of padding (`collate`), or the others would wait for it for ever.
         """
-        parts = []
+        parts, most = [], self.config.micro_batch * max((tokens([row]) for row in rows), default=0)
         for row in rows:
-            if not parts or tokens([*parts[-1], row]) > self.config.micro_tokens:
+            if not parts or tokens([*parts[-1], row]) > most:
                 parts.append([])
             parts[-1].append(row)
         missing = int(self.max(len(parts))) - len(parts) if self.fsdp else 0
@@ -391,7 +403,12 @@ class Run:
         dtype, to which autocast rounds the policy's; its adapter is beside or in the weights where the policy's is.
         """
         config = self.config
-        base, adapter = locate(config.model) if frozen == "base" else (self.base, self.adapter)
+        if not frozen and self._copied:
+            place = self.out / f"{folder.START}{self.id}"
+            self.base, adapter = self.on_main(lambda: own_start(qwen, self.start, place, self.dtype, config.full))
+            self.adapter = config.adapter or adapter
+        elsewhere = frozen == "base" and config.init
+        base, adapter = locate(config.model) if elsewhere else (self.base, self.adapter)
         torch.manual_seed(config.seed)  # a new adapter is drawn alike on every rank
         exact = config.full and not (frozen and self.fsdp)  # an adapter is merged before it is rounded
         # sharded: only shapes now; shard() then reads each rank's rows, and merges an adapter's into them
@@ -668,7 +685,7 @@ class Run:
                 self.on_main(lambda: qwen.save_adapter(model, self.out / "adapter"))
             asked = self._save_steps or (self.out / "checkpoints" / "best").exists()
             if self.is_main and not asked:  # nobody asked for those of certain steps: they guarded the run
-                folder.delete(self.out, ["checkpoints"])
+                folder.delete(self.out, ["checkpoints", f"{folder.START}{self.id}"])
 
 
 # -- 3. what it tells --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 from fnmatch import fnmatch
@@ -24,14 +25,17 @@ class InputError(ValueError):
         super().__init__(plain(text))
 
 
-def refuse_strangers(folder, own=(), flag="--out"):
-    """Raise InputError where a folder holds names that fit none of the patterns `own`, which we write there."""
+def refuse_strangers(folder, own=(), flag="--out", unless=""):
+    """Raise InputError where a folder holds names that fit none of the patterns `own`, which we write there.
+
+    unless: said in brackets, when they may be ours all the same.
+    """
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     names = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         expected = "expected a new or empty folder"
-        raise InputError(f"{flag} {folder}: found {names[0]}{more}, which we did not write, {expected}")
+        raise InputError(f"{flag} {folder}: found {names[0]}{more}, which we did not write{unless}, {expected}")
 
 
 MADE = ".made"  # says which command has made a folder
@@ -46,7 +50,10 @@ def claim(folder, command, own, fresh=False):
     if os.path.isfile(mark):
         with open(mark, encoding="utf-8", errors="replace") as file:
             ours = file.read(200) == f"{command}\n"
-    refuse_strangers(folder, (MADE, *own) if ours else ())
+    refuse_strangers(folder, (MADE, *own))
+    if not ours:
+        older = f" (if {command} did, before it marked its folders: echo {command} > {shlex.quote(mark)})"
+        refuse_strangers(folder, unless=older)
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder, exist_ok=True)

@@ -104,7 +104,7 @@ class Pictures:
 
 def count(processor, texts):
     """Tokens of texts, as many ints."""
-    return [len(found.ids) for found in processor.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [len(found) for found in processor.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def holds_policy(item, policy):
@@ -408,7 +408,8 @@ if __name__ == "__main__":
 
     def load_processor(path):
         from model import Processor  # the only thing that takes torch
+        from support.runs import described
 
-        return Processor.from_pretrained(path)
+        return Processor.from_pretrained(described(path))
 
     command(lambda: main(load=load_processor))

@@ -556,7 +556,8 @@ if __name__ == "__main__":
 
     def load_processor(path):
         from model import Processor  # the only thing that takes torch, and only with --model
+        from support.runs import described
 
-        return Processor.from_pretrained(path)
+        return Processor.from_pretrained(described(path))
 
     command(lambda: main(load=load_processor))

@@ -15,16 +15,15 @@ import torch
 
 from data import InputError
 from support.config import refuse
-from support.files import find_folder, read_json, shown, write_json
+from support.files import read_json, shown, write_json
 from support.layouts import pictures_to_save
-from support.runs import locate, open_model, recorded_base
+from support.runs import described, open_model
 from support.template import find_template
 
 
 def describe(qwen, path):
     """Print the architecture of a checkpoint from its config alone: sizes, parameters by part, memory."""
-    step = (Path(path) / "state.json").is_file()
-    folder = find_folder(recorded_base(Path(path).resolve().parent.parent) if step else locate(path)[0])
+    folder = described(path)
     config = qwen.Config.from_json(read_json(folder / "config.json"), folder / "config.json")
     with torch.device("meta"):
         model = qwen.Qwen25VL(config)

@@ -37,7 +37,9 @@ class Start:
 
     model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
     init: str = option(
-        "", "start from the stage before: its run's folder; an adapter is continued, or merged by --full"
+        "",
+        "start from the stage before: its run's folder, or RUN/checkpoints/N; an adapter is continued, or merged "
+        "by --full",
     )
     adapter: str = option("", "start from this LoRA adapter on top of --model")
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
@@ -72,8 +74,8 @@ class Update:
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     batch_size: int = option(128, "items per update, over all ranks and micro-batches", least=1)
-    micro_tokens: int = option(
-        8192, "tokens per forward pass, padding included, or one row; fewer need less memory, same results", least=1
+    micro_batch: int = option(
+        4, "items per forward pass, of the longest; more of shorter ones; fewer need less memory, same results", least=1
     )
     epochs: float = option(1.0, "passes over the data", above=0)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)

@@ -17,8 +17,10 @@ from pathlib import Path
 from data import InputError, refuse_strangers
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "validation.jsonl")
-OWN = (*LOGS, "tensorboard", "checkpoints", "model", "adapter", "config.json")  # deleted in this order: what says whose
-LEFTOVERS = (".lock", ".model.*", ".adapter.*", "*.tmp")  # the folder is goes last
+# deleted in this order: what says whose the folder is goes last
+OWN = (*LOGS, "tensorboard", "checkpoints", "model", "adapter", "config.json")
+START = ".start."  # and the run's id: what it starts from, where that is another run's checkpoint
+LEFTOVERS = (".lock", f"{START}*", ".model.*", ".adapter.*", "*.tmp")
 SAMPLE = 1 << 16  # bytes; longer files than 4,096 of them are read in so many places
 
 

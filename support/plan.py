@@ -19,6 +19,7 @@ import model as qwen
 from data import check_file, write_text
 from support.config import CommonConfig, option, parse, redefault, refuse
 from support.engine import SHARE
+from support.runs import described
 
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3, "patch_size": 14,
           "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
@@ -50,7 +51,7 @@ class Config:
     prompt: int = option(4096, "tokens of the longest prompt that is learned from, pictures included", least=1)
     response: int = option(2048, "tokens of the longest response", least=1)
     patches: int = option(1024, "patches of the pictures in a prompt (four make a token)", least=0)
-    micro_tokens: int = redefault(CommonConfig, "micro_tokens", 1)
+    micro_batch: int = redefault(CommonConfig, "micro_batch", 1)
     gradient_checkpointing: bool = redefault(CommonConfig, "gradient_checkpointing", False)
     train_vision: bool = redefault(CommonConfig, "train_vision", True)
     dtype: str = option("bfloat16", "of matrix products", choices=("float32", "bfloat16"))
@@ -90,7 +91,7 @@ def architecture(name):
             "vision_config": {**VISION, "intermediate_size": vision, "out_hidden_size": width},
         }
     else:
-        folder = qwen.find_folder(name)
+        folder = described(name)
         raw = qwen.read_json(folder / "config.json")
     with torch.device("meta"):
         return qwen.Qwen25VL(qwen.Config.from_json(raw))
@@ -128,32 +129,26 @@ def counting(parameters):
         F.scaled_dot_product_attention = original
 
 
-def pass_tokens(config):
-    """Of a micro-batch: --micro-tokens, or one row that is longer."""
-    return max(config.micro_tokens, config.prompt + config.response)
-
-
 def activations(model, config):
     """Bytes of a micro-batch: (kept by a text block, its input's, kept by the vision tower); changes the model."""
     dtype, text = getattr(torch, config.dtype), model.config
-    tokens = pass_tokens(config)
-    pictures = tokens // (config.prompt + config.response)
+    rows, tokens = config.micro_batch, config.prompt + config.response
     block = model.model.layers[0].to(dtype).requires_grad_(config.full)
     if not config.full:
         for leaf in qwen.TEXT_TARGETS:
             owner = block.mlp if hasattr(block.mlp, leaf) else block.self_attn
             setattr(owner, leaf, qwen.LoRALinear(getattr(owner, leaf), config.lora_rank, 1.0, 0.0, False))
-    x = torch.empty(1, tokens, text.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-    turn = torch.empty(1, 1, tokens, text.head_dim // 2, dtype=dtype, device="meta")
+    x = torch.empty(rows, tokens, text.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    turn = torch.empty(rows, 1, tokens, text.head_dim // 2, dtype=dtype, device="meta")
     with counting(block.parameters()) as kept:
         block(x, turn, turn, None, None)
     vision = [0]
     if config.full and config.train_vision and config.patches:
         tower = model.visual.to(dtype).requires_grad_(True)
         side = max(2, round((config.patches / 4) ** 0.5)) * 2
-        pixels = torch.empty(pictures * side * side, tower.patch_embed.proj.weight[0].numel(), device="meta")
+        pixels = torch.empty(rows * side * side, tower.patch_embed.proj.weight[0].numel(), device="meta")
         with counting(tower.parameters()) as vision:
-            tower(pixels, torch.tensor([[1, side, side]] * pictures))
+            tower(pixels, torch.tensor([[1, side, side]] * rows))
     return kept[0], x.numel() * x.element_size(), vision[0]
 
 
@@ -205,8 +200,8 @@ def plan(config):
         parts["start model"] = width * total / ranks if config.full else 0
     layers = text.num_hidden_layers
     kept = (layers * x + block if config.gradient_checkpointing else layers * block) + tower
-    learned = pass_tokens(config) - (config.prompt if config.stage == "rl" else 0)
-    head = learned * text.hidden_size * 8 + (4 * text.vocab_size * text.hidden_size if config.full else 0)
+    tokens = config.micro_batch * (config.response if config.stage == "rl" else config.prompt + config.response)
+    head = tokens * text.hidden_size * 8 + (4 * text.vocab_size * text.hidden_size if config.full else 0)
     phases = {"learning": kept + 2 * x + block / 2 + head + 2 * 4 * 2048 * text.vocab_size}
     held = 0
     if config.stage == "rl":
@@ -246,7 +241,7 @@ def latent_plan(config, text, total, layer, block, x, width):
     parts["start model"] = frozen + width * tuned if config.reference else 0
     policy = LATENT["policy"]
     kept = policy * x + block if config.gradient_checkpointing else policy * block
-    head = (pass_tokens(config) - config.prompt) * text.hidden_size * 8
+    head = config.micro_batch * config.response * text.hidden_size * 8
     layers = text.num_hidden_layers + policy
     whole = width * (tuned + rows)
     held, sampled = sampling(config, text, layers, width, sum(parts.values()), whole)
@@ -264,8 +259,8 @@ def advice(config, result):
         levers.append(f"--budget {config.budget // 2}: sampling holds fewer tokens at a time")
     if not config.gradient_checkpointing:
         levers.append("--gradient-checkpointing: keeps the inputs of blocks only, a third more time")
-    if config.micro_tokens > config.prompt + config.response:
-        levers.append(f"--micro-tokens {config.micro_tokens // 2}: the same result, smaller passes")
+    if config.micro_batch > 1:
+        levers.append(f"--micro-batch {config.micro_batch // 2}: the same result, smaller passes")
     if config.latent and config.reference:
         levers.append("--no-reference: a loss without KL, such as dapo")
     if config.full and not config.latent:
@@ -298,10 +293,10 @@ def table(config):
     """The four sizes in the paper's three stages as a Markdown table, each on the fewest GPUs that do."""
     config = dataclasses.replace(config, gradient_checkpointing=True)
     lines = [
-        f"GB on each GPU with --gradient-checkpointing, --micro-tokens {config.micro_tokens}, prompts of "
-        f"{config.prompt} tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; "
-        f"GPUs: the fewest, in powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and "
-        "sampling holds whole ones. Computed, not measured.\n",
+        f"GB on each GPU with --gradient-checkpointing, --micro-batch {config.micro_batch}, prompts of {config.prompt} "
+        f"tokens ({config.patches} patches), responses of {config.response}, {config.dtype}; GPUs: the fewest, in "
+        f"powers of two, of {config.memory:g} GB; none: LoRA replicates the frozen weights, and sampling holds "
+        "whole ones. Computed, not measured.\n",
         "| model | stage | GPUs | weights, gradients, AdamW | learning | sampling | peak |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

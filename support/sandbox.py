@@ -28,20 +28,22 @@ class Spent(BaseException):
     """The template's budget is used up; nothing between here and `within_budget` may catch it."""
 
 
-def within_budget(work, **values):
-    """work(**values), ended where it takes more steps, or makes a longer text, than a chat can need."""
+def within_budget(work):
+    """work(), ended where it takes more steps, or makes a longer text, than a chat can need."""
     left, before = STEPS, sys.gettrace()
 
     def watch(frame, event, value):
         nonlocal left
         left -= 1
+        if event == "call":  # of Jinja's own functions the lines do not count
+            frame.f_trace_lines = frame.f_code.co_filename == "<template>"
         if left < 0 or event == "return" and isinstance(value, str) and len(value) > LONGEST:
             raise Spent(f"more than {STEPS:,} steps" if left < 0 else f"a text of more than {LONGEST:,} characters")
         return watch
 
     sys.settrace(watch)
     try:
-        return work(**values)
+        return work()
     finally:
         sys.settrace(before)
 
@@ -61,6 +63,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**" or not numbers:
             raise jinja2.TemplateError(f"{operator!r} of {type(left).__name__} and {type(right).__name__}")
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, value, name):
+        if type(value) is dict and name in value and not hasattr(dict, name):  # what most of a template does
+            return value[name]
+        return super().getattr(value, name)
 
     def is_safe_attribute(self, value, name, found):
         return name not in GROWING and super().is_safe_attribute(value, name, found)
@@ -134,8 +141,10 @@ class Template:
                 ]
             chat.append({**message, "content": content})
         values = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        template = self.template
+        context = template.new_context({**template.environment.globals, **self.tokens, **values}, shared=True)
         try:
-            return within_budget(self.template.render, **self.tokens, **values)
+            return within_budget(lambda: template.environment.concat(template.root_render_func(context)))
         except (Exception, Spent) as error:  # a template may raise anything
             raise self._bad(error, "one that renders this chat") from None
 

@@ -5,9 +5,9 @@
 Each of the three stages runs on a tiny random model, alone and as two ranks (replicated and FSDP2). SIGKILL meets it,
 or one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and
 killed again, through several runs where the kills need more than one. Then signals, a disk that fills and a kill in a
-save and in the export, a broken item, a closed stdout, damaged checkpoints, and the same for evaluations, studies and
-pages. A command starts as a copy of this process, which has imported torch already: the kills then meet the training
-and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed one's bits.
+save and in the export, a broken item, a closed stdout, damaged checkpoints, and the same for exports, evaluations,
+studies and pages. A command starts as a copy of this process, which has imported torch already: the kills then meet the
+training and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed one's bits.
 """
 
 import argparse
@@ -41,6 +41,7 @@ import train_cpt  # noqa: E402
 import train_rl  # noqa: E402
 import train_sft  # noqa: E402
 from data import InputError  # noqa: E402
+from support import chat  # noqa: E402
 from support.checkpoint import code_version  # noqa: E402
 from tiny import demo, report, study  # noqa: E402
 
@@ -51,7 +52,7 @@ PORO = {
     "policy_rollouts": 2,
     "check": 0,
     "max_response": 6,
-    "micro_tokens": 8192,
+    "micro_batch": 16,
     "reward": "small:length",
 }
 RUNS = {  # name: (stage, ranks, flags)
@@ -243,6 +244,26 @@ def evaluations(folder, verdict):
     verdict("evaluation: SIGKILL while it is saved: the next one adds its row", killed and again and clean)
 
 
+def exports(folder, verdict):
+    """A disk that fills, and a kill, in model.py --export: no folder, or the whole one; the next try makes it."""
+
+    def run(out, before=lambda: None):
+        work = lambda: (before(), chat.export(qwen, folder / "whole" / "sft", out))
+        process = start(work, folder / "export.log")
+        process.join()
+        return process.exitcode, out.exists(), len(list(folder.glob(f".{out.name}.*")))
+
+    out = folder / "served"
+    full = run(out, lambda: full_disk(50_000)) == (2, False, 0)
+    verdict("export: the disk fills while it is written: no folder, nothing half-written", full)
+    killed = run(out, in_export(lambda: os.kill(os.getpid(), signal.SIGKILL)))[:2] == (-9, False)
+    good = run(out)[:2] == run(folder / "expected")[:2] == (0, True)
+    bits = [(path / "model.safetensors").read_bytes() for path in (out, folder / "expected")]
+    verdict(
+        "export: SIGKILL while it is written: no folder, the next one is whole", killed and good and len({*bits}) == 1
+    )
+
+
 def pages(folder, verdict):
     """A disk that fills, and a kill, while a study's tables or a demo's page are written: the earlier ones stay."""
     rows = lambda n: [{**row, "policy": i} for i in range(n) for row in json.loads(STUDY.read_text())["rows"][:2]]
@@ -285,6 +306,7 @@ def main():
     parser.add_argument("--table", help="write the verdicts as a table to this .md file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run then goes on
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         rows, seconds = trials(Path(folder), args.kills, random.Random(args.seed))
     held, kills = sum(row[-1] for row in rows), sum(row[1] for row in rows)
@@ -404,6 +426,7 @@ def trials(folder, kills, rng):
         kept = before == sorted(out.glob("checkpoints/*"))
         verdict(f"{name}: both checkpoints are damaged: refused, nothing deleted", refused and kept)
 
+    exports(folder, verdict)
     evaluations(folder, verdict)
     pages(folder, verdict)
     return rows, time.time() - began

@@ -36,7 +36,6 @@ def rl_folder(folder):
 def config(folder, method=train_rl, **flags):
     """The config of train_rl or of a variant."""
     flags = {"batch_size": 4, "group_size": 2, "policy_rollouts": 2, "max_response": 6, "check": 0, **flags}
-    flags = {"micro_tokens": 8192, **flags}
     Config = getattr(method, "Config", train_rl.Config)
     return parse(Config, "", arguments(folder / "model", folder / "data", folder / "out", **flags))
 
@@ -48,7 +47,7 @@ def run(folder, name, data="data", model="model", method=train_rl, **flags):
         "batch_size": 4,
         "group_size": 8,
         "policy_rollouts": 0,
-        "micro_tokens": 8192,
+        "micro_batch": 64,
         "max_response": 3,
         "lr": 1e-2,
         "reward": f"{REWARDS}:vowels",

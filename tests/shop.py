@@ -27,9 +27,9 @@ from model import load_pretrained  # noqa: E402
 
 PAGE = ROOT / "benchmarks" / "results" / "shop.md"
 RUBRIC = "policy {policy} query {query} reference <{reference}> response <{response}>"
-SFT = "--full --lr 3e-3 --warmup 10 --steps 120 --batch-size 16"
+SFT = "--full --lr 3e-3 --warmup 10 --steps 120 --batch-size 16 --micro-batch 16"
 # No policy-aware half: a model of random weights does not follow a policy that it reads, as train_rl.py warns.
-RL = "--lr 1e-4 --steps 30 --batch-size 8 --group-size 8 --policy-rollouts 0 --max-response 80"
+RL = "--lr 1e-4 --steps 30 --batch-size 8 --micro-batch 16 --group-size 8 --policy-rollouts 0 --max-response 80"
 QUERIES = 96
 
 

@@ -32,7 +32,7 @@ from training import Run  # noqa: E402
 
 FLAGS = {
     "batch_size": 2,
-    "micro_tokens": 8192,
+    "micro_batch": 8,
     "group_size": 2,
     "policy_rollouts": 2,
     "max_response": 4,

@@ -44,6 +44,7 @@ import evaluate
 import model as qwen
 import tiny.data
 import tiny.demo
+import tiny.dialogues
 import tiny.pretrain
 import tiny.score
 import tiny.study
@@ -54,14 +55,17 @@ import training
 from data import InputError
 from support.config import parse
 from variants import gdpo, halves, icpo, noisy, opcd, tis
+from variants.latent import captions
+from variants.latent import study as latent_study
 
 PAGE = ROOT / "tests" / "BAD_INPUT.md"
 TRAINS = {"cpt": train_cpt, "sft": train_sft, "rl": train_rl}
 TRAINS |= {"gdpo": gdpo, "halves": halves, "icpo": icpo, "noisy": noisy, "opcd": opcd, "tis": tis}
 OTHERS = {f"data.{name}": getattr(data, name) for name in "benchmarks clevr_policy cot gta_policy inspect".split()}
 OTHERS |= {f"data.{name}": getattr(data, name) for name in "oracle override own check shop".split()}
-OTHERS |= {f"tiny.{name}": getattr(tiny, name) for name in "data demo pretrain score study".split()}
+OTHERS |= {f"tiny.{name}": getattr(tiny, name) for name in "data demo dialogues pretrain score study".split()}
 OTHERS |= {f"benchmarks.{name}": getattr(benchmarks, name) for name in "clevr efficiency gpu rollout train".split()}
+OTHERS |= {"latent.captions": captions, "latent.study": latent_study}
 CONFIGS = [ROOT / f"{name}.py" for name in ("train_cpt", "train_sft", "train_rl", "evaluate", "support/plan")]
 CONFIGS += [path for path in sorted(ROOT.glob("variants/*.py")) if "\nclass Config(" in path.read_text()]
 SECONDS, GIGABYTES = 20, 1  # a row may take so much, beside what the tests hold already
@@ -250,7 +254,7 @@ def test_there_are_two_hundred_and_the_heading_says_so():
 def test_the_line_reaches_the_terminal_and_the_exit_code_is_2(sound, tmp_path):
     main, argv = call(sound, f"sft --lr -1 --out {tmp_path}/out")
     process = start(lambda: main(argv), tmp_path / "log")
-    process.join(60)
+    process.join(300)
     said = (tmp_path / "log").read_text()
     assert process.exitcode == 2 and said.startswith("error: --lr: found -1.0") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()

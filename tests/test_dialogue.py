@@ -352,7 +352,7 @@ def test_whatever_a_tool_does_ends_in_a_text(processor, tmp_path):
             "number",
         )
         assert dialogue.reply(said("bye"), 1000) is None and dialogue.end(said("bye"), True)[0]
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 120  # the pattern would take days
     assert sum(rewards.failures.counts.values()) == 4
     assert "b 2" in processor.decode(
         other.reply(said("the process is new"), 1000).input_ids.tolist()

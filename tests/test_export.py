@@ -119,6 +119,65 @@ def test_a_step_of_a_run_that_went_on_from_an_adapter_has_it(folder, tmp_path):
     assert same(weights(open_model(qwen, step(tmp_path / "run"))[0]), weights(open_model(qwen, tmp_path / "run")[0]))
 
 
+@pytest.mark.parametrize("flags", [{"full": True}, {"full": True, "fsdp": "on"}, {}], ids=["full", "fsdp", "lora"])
+@pytest.mark.parametrize("before", ["full", "lora"])
+def test_a_checkpoint_starts_a_run_as_a_run_that_ended_there_does(folder, tmp_path, before, flags):
+    """And what started from it needs it no longer: its run may prune it, and `best` moves."""
+    shutil.copytree(folder / before, tmp_path / "before")
+    shutil.copytree(step(folder / before), tmp_path / "before" / "checkpoints" / "best")
+    first = arguments(folder / "model", folder / "data", tmp_path / "ended", full=before == "full", steps=2, lr="1e-2")
+    quiet(train_sft.main, first)
+    words = lambda out, **more: arguments(
+        folder / "model", folder / "data", tmp_path / out, init=tmp_path / more.pop("init"), steps=2, **flags, **more
+    )
+    if before == "full" and not flags:
+        with pytest.raises(InputError, match="found whole weights, expected for an adapter a base that stays where it"):
+            quiet(train_sft.main, words("run", init="before/checkpoints/best"))
+        assert not (tmp_path / "run").exists()
+        return
+    expected = quiet(train_sft.main, words("expected", init="ended"))[0]
+    assert quiet(train_sft.main, words("run", init="before/checkpoints/best", save_every=1))[0] == expected == 0
+    shutil.rmtree(tmp_path / "before" / "checkpoints")
+    assert same(weights(open_model(qwen, tmp_path / "run")[0]), weights(open_model(qwen, tmp_path / "expected")[0]))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for path in (step(tmp_path / "moved"), tmp_path / "moved"):  # an adapter's product is added in another order
+        ours, theirs = (weights(open_model(qwen, each)[0]) for each in (path, tmp_path / "expected"))
+        assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in theirs)
+
+
+def test_a_run_that_began_at_a_checkpoint_is_resumed_without_it(folder, tmp_path):
+    shutil.copytree(folder / "full", tmp_path / "before")
+    first = sorted((tmp_path / "before" / "checkpoints").iterdir())[0]
+    words = lambda out, **more: arguments(
+        folder / "model", folder / "data", tmp_path / out, init=first, full=True, steps=2, save_every=1, **more
+    )
+    for out in ("whole", "run"):
+        assert quiet(train_sft.main, words(out))[0] == 0
+    for path in (tmp_path / "run" / "model", step(tmp_path / "run"), first):
+        shutil.rmtree(path)
+    assert quiet(train_sft.main, words("run", resume=True))[0] == 0
+    assert same(weights(open_model(qwen, tmp_path / "run")[0]), weights(open_model(qwen, tmp_path / "whole")[0]))
+
+
+def test_bad_input_leaves_no_copy_of_a_checkpoint(folder, tmp_path):
+    """Nor does it take that of the run which --overwrite would have deleted."""
+    start = step(folder / "full")
+    words = lambda *more, **flags: [
+        *arguments(folder / "model", folder / "data", tmp_path / "run", init=start, full=True, steps=1, **flags),
+        *more,
+    ]
+    with pytest.raises(InputError, match="--max-response"):
+        quiet(train_sft.main, words("--max-response", "1"))
+    assert not (tmp_path / "run").exists()
+    quiet(train_sft.main, words(save_every=1))
+    before = {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(InputError, match="--max-response"):
+        quiet(train_sft.main, words("--max-response", "1", overwrite=True))
+    assert before == {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")}
+    quiet(train_sft.main, words(overwrite=True))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl", "model"]
+
+
 def test_a_merge_in_bf16_says_what_rounding_costs(folder, tmp_path, capsys):
     model = add_lora(load_pretrained(folder / "half"), 4, 8)
     for p in lora_parameters(model):
@@ -197,8 +256,9 @@ def test_no_name_but_model_s_is_asked_for_at_the_hub(folder, tmp_path, monkeypat
             locate(recorded(tmp_path / "theirs", base))
 
 
-def test_a_step_is_no_start_and_a_damaged_one_is_named(folder, tmp_path):
-    with pytest.raises(InputError, match="found a checkpoint of a run, .* python model.py --export"):
+def test_a_step_is_no_base_and_a_damaged_one_is_named(folder, tmp_path):
+    """--init copies one; --model beside --init, which only a frozen sampler reads, has no folder to copy it to."""
+    with pytest.raises(InputError, match="found a checkpoint of a run, .*python model.py --export"):
         locate(step(folder / "full"))
     run = Path(shutil.copytree(folder / "full", tmp_path / "run"))
     (shard,) = step(run).glob("*.safetensors")

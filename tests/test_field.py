@@ -476,7 +476,7 @@ def test_gradient_is_that_of_two_forward_passes(folder, drawn, name):
     if name == "srpo":
         groups = [dataclasses.replace(group, rewards=torch.zeros_like(group.rewards)) for group in groups]
     flags = {"sdpg": dict(distil=0.3, top_tokens=1000), "srpo": dict(top_tokens=1000)}.get(name, {})
-    settings = config(folder, method, micro_tokens=300, clip_low=0.2, clip_high=0.2, beta=0.0, **flags)
+    settings = config(folder, method, micro_batch=4, clip_low=0.2, clip_high=0.2, beta=0.0, **flags)
     A = torch.linspace(-1.5, 2.0, 16)
     wide = dict(settings=settings, drawn=(model, start, groups, processor), method=method, A=A)
     if name == "sdpg":  # past its warm-up
@@ -508,8 +508,8 @@ def test_gradient_does_not_depend_on_how_the_work_is_split(folder, drawn, name):
         drawn = model, start, groups, processor
     if name == "sdpg":
         flags = dict(beta=0.0)
-    whole = gradients(config(folder, method, inner_epochs=2, **flags), drawn, method, off_policy=True)
-    split = config(folder, method, micro_tokens=250, inner_epochs=2, **flags)
+    whole = gradients(config(folder, method, micro_batch=16, inner_epochs=2, **flags), drawn, method, off_policy=True)
+    split = config(folder, method, micro_batch=3, inner_epochs=2, **flags)
     assert len(whole) == 2 and distance(gradients(split, drawn, method, world=2, off_policy=True), whole) < 1e-5
 
 

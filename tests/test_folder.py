@@ -17,7 +17,7 @@ import evaluate
 import model as qwen
 import train_cpt
 import train_sft
-from data import InputError, inspect
+from data import InputError, claim, inspect
 from support import folder as house
 from support.chat import export
 from support.folder import digest, keep_apart, lock, unlock
@@ -86,6 +86,22 @@ def test_an_evaluation_touches_no_folder_but_its_own(folder, tmp_path, place, na
     ):
         quiet(evaluate.main, [*words, "--device", "cpu"])
     assert contents(tmp_path) == before
+
+
+def test_a_folder_of_ours_from_before_the_mark_is_taken_as_its_line_says(tmp_path):
+    """Not by itself, as it may be a user's: neither its runs go on nor does --overwrite delete them."""
+    own, out = ("data", "*.log"), tmp_path / "a b"
+    (out / "data").mkdir(parents=True)
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="which we did not write .if tiny.demo did, .*, expected a new") as refused:
+            claim(out, "tiny.demo", own, fresh)
+    os.system(str(refused.value).split("folders: ")[1].split("), expected")[0])
+    assert claim(out, "tiny.demo", own) and (out / "data").exists()
+    assert not claim(out, "tiny.demo", own, fresh=True) and not (out / "data").exists()
+    (out / "notes").touch()
+    for command in ("tiny.demo", "tiny.score"):
+        with pytest.raises(InputError, match="found notes, which we did not write, expected"):
+            claim(out, command, own, fresh=True)
 
 
 def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(folder, tmp_path):

@@ -69,7 +69,7 @@ def test_what_a_function_does_costs_its_response_only(mine, name, capfd):
     """Each evil is followed by a response that is judged well; what is changed is a copy; all is told by kind."""
     order = [how for case in CASES for how in (case, "fine")]
     items = [{"id": how, "answer": "A", "images": ["p"]} for how in order]
-    found = rewards.score(load_rewards(name, 0.5), [""] * len(order), order, items)
+    found = rewards.score(load_rewards(name, 1.0), [""] * len(order), order, items)
     for how, (value,) in zip(order, found):
         expected = CASES[how][0]
         assert value == expected if expected is not None else value != value, how
@@ -105,7 +105,7 @@ def test_an_evaluation_survives_the_same_functions(mine, capsys):
     row = {"policy": "P1", "images": ["images/0.png"], "answer": "A"}
     write_lines(mine / "data" / "test.jsonl", [{**row, "id": how, "question": f"apply {how} :"} for how in CASES])
     words = ["--model", "model", "--data", "data", "--out", "eval", "--device", "cpu", "--max-response", "2"]
-    evaluate.main([*words, "--reward", "wicked:asked,format", "--reward-seconds", "0.5"])
+    evaluate.main([*words, "--reward", "wicked:asked,format", "--reward-seconds", "1"])
     records = {row["id"]: row for row in map(json.loads, (mine / "eval" / "no_policy.jsonl").open())}
     assert {how: record["reward"]["asked"] for how, record in records.items()} == {
         how: value for how, (value, _) in CASES.items()
@@ -168,7 +168,7 @@ def test_its_process_ends_with_the_run(mine):
     ((_, function, _),) = load_rewards("starts:f", 5)
     pids = [function.process.pid, int(function("", "", {}))]
     function.end()
-    for _ in range(50):
+    for _ in range(300):
         alive = [
             pid for pid in pids if Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
         ]
@@ -194,7 +194,7 @@ def test_a_run_goes_on_says_so_and_ends(tmp_path_factory, capfd):
     """A module of ten lines that hangs in a regular expression, exits, forks once and mutates."""
     folder = rl_folder(tmp_path_factory.mktemp("judging"))
     (folder / "ten.py").write_text(TEN_LINES)
-    rows = run(folder, "ten", steps=3, reward=f"accuracy=0.1,{folder}/ten.py:reward", reward_seconds=0.5)
+    rows = run(folder, "ten", steps=3, reward=f"accuracy=0.1,{folder}/ten.py:reward", reward_seconds=1)
     out, errors = capfd.readouterr()
     assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows) and (folder / "ten" / "model").is_dir()
     assert 0 < sum(row["failed"] for row in rows) < 0.1 and all(row["accuracy"] == 0 for row in rows)

@@ -111,7 +111,7 @@ def test_codes_are_drawn_by_the_policy_and_words_follow_from_them(folder):
 def test_rl_moves_the_policy_alone_bit_for_bit(drawn, folder, algorithm, K):
     """With every weight trainable, all others' gradients are exactly 0: u reads h detached, the head reads u alone."""
     model, start, groups, processor = drawn
-    settings = settings_of(folder, algorithm=algorithm, policy_rollouts=K)
+    settings = settings_of(folder, algorithm=algorithm, policy_rollouts=K, micro_batch=16)
     bench, data = Bench(settings), Responses(groups, range(4), 1, torch.device("cpu"))
     data.A, data.kept = torch.linspace(-1.5, 2.0, 16), torch.ones(16, dtype=torch.bool)
     model.train().requires_grad_(True)
@@ -307,7 +307,7 @@ def stages(folder, tmp_path_factory):
             [
                 "--stage",
                 str(stage),
-                *arguments(folder / "plain", data, out / str(stage), steps=2, micro_tokens=8192, **flags),
+                *arguments(folder / "plain", data, out / str(stage), steps=2, micro_batch=4, **flags),
             ],
         )
         assert code == 0, errors
@@ -402,7 +402,7 @@ def test_a_pair_without_its_picture_learns_the_same_tokens(folder):
 def test_a_stage_goes_on_where_it_stopped_bit_for_bit(folder, stages, tmp_path):
     """What a stage does not train is drawn by the seed again, and an epoch's kept batches come in the same order."""
     for name in ("whole", "resumed"):
-        flags = dict(steps=3, micro_tokens=8192, codes=8, inverse_blocks=1, policy_blocks=2, keep_states=True)
+        flags = dict(steps=3, micro_batch=4, codes=8, inverse_blocks=1, policy_blocks=2, keep_states=True)
         words = arguments(folder / "plain", folder / "captions", tmp_path / name, save_every=2, **flags)
         code, errors = quiet(latent.main, ["--stage", "1", *words])
         assert code == 0, errors

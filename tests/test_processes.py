@@ -48,7 +48,7 @@ def alive(pid):
     return False
 
 
-def wait(until, seconds=30):
+def wait(until, seconds=120):
     end = time.time() + seconds
     while not until() and time.time() < end:
         time.sleep(0.02)
@@ -62,7 +62,7 @@ def test_a_signal_ends_all_that_was_started_and_starts_nothing_more(tmp_path, wo
     assert wait(lambda: len(pids(tmp_path)) == 2)
     children = pids(tmp_path)
     os.kill(process.pid, number)
-    process.join(30)
+    process.join(120)
     assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number)
     assert wait(lambda: not any(map(alive, children))) and not (tmp_path / "2.pid").exists()
 

@@ -410,7 +410,7 @@ def test_a_closed_stdout_ends_no_training(folder, tmp_path):
         train_sft.main(words)
 
     process = start(work, tmp_path / "log")
-    process.join(60)
+    process.join(300)
     os.close(writer)
     assert process.exitcode == 0 and same(tmp_path / "run", folder / "sft-whole")
 
@@ -497,7 +497,7 @@ def test_resume_refuses_another_config_but_takes_another_path_to_the_same_goal(f
     assert train(folder, tmp_path / "run", "cpt") == 0
     with pytest.raises(InputError, match="lr 0.001 -> 0.002"):
         train(folder, tmp_path / "run", "cpt", resume=True, lr=2e-3)
-    assert train(folder, tmp_path / "run", "cpt", resume=True, micro_tokens=1, save_every=1) == 0
+    assert train(folder, tmp_path / "run", "cpt", resume=True, micro_batch=1, save_every=1) == 0
     for a, b in zip(metrics(tmp_path / "run"), metrics(folder / "cpt-whole")):
         assert a == pytest.approx(b, rel=1e-5)
 

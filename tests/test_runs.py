@@ -124,15 +124,23 @@ def test_live_is_for_this_machine_and_shows_what_is_new(tmp_path):
 
 
 PROBE = """<script>
-const took = work => { const start = performance.now(); work(); return performance.now() - start }
-const listed = took(list), times = []
-for (const card of [...document.querySelectorAll(".group")].slice(0, 100)) {
-  card.replaceChildren()
-  times.push(took(() => { fill(card); card.getBoundingClientRect() }))
+const took = work => {  // the best of three: other processes may run beside
+  const each = [...Array(3)].map(() => { const start = performance.now(); work(); return performance.now() - start })
+  return Math.min(...each)
 }
+const plain = () => {  // what 2,000 of the simplest cards cost on this machine
+  const box = document.body.appendChild(document.createElement("div"))
+  for (let i = 0; i < 2000; i++) box.appendChild(document.createElement("details")).innerHTML = "<summary>a card</summary>"
+  box.getBoundingClientRect()
+  box.remove()
+}
+const unit = took(plain)
+const listed = took(() => { list(); document.body.getBoundingClientRect() }) / unit
+const card = document.querySelector(".group")
+const filled = took(() => { card.replaceChildren(); fill(card); card.getBoundingClientRect() }) / unit
 const show = name => { filter = name; list(); return document.querySelectorAll(".group").length }
 document.body.dataset.probe = JSON.stringify({
-  listed, fill: times.sort((a, b) => a - b)[20], counts: Object.keys(FILTERS).map(show),
+  unit, listed, filled, counts: Object.keys(FILTERS).map(show),
   wide: document.documentElement.scrollWidth, curves: document.querySelectorAll(".curve").length,
   lines: document.querySelectorAll("polyline").length })
 </script>"""
@@ -147,6 +155,6 @@ def test_thousands_of_groups_are_shown_in_a_browser(tmp_path, width):
     flags = f"--headless=new --no-sandbox --disable-gpu --window-size={width},900 --dump-dom file://{tmp_path}/p.html"
     dom = subprocess.run([CHROMIUM, *flags.split()], capture_output=True, text=True, timeout=400).stdout
     found = json.loads(re.search(r'data-probe="(.*?)"', dom).group(1).replace("&quot;", '"'))
-    assert found["listed"] < 1000 and found["fill"] < 50  # ms; of the best fifth, as other processes may run beside
+    assert found["listed"] < 1 and found["filled"] < 1, found
     assert found["counts"] == [2000, 500, 400, 500, 1000, 0]  # all, dead, cut, aware right, all wrong, failed calls
     assert found["wide"] <= max(width, 500) and found["curves"] == 4 and found["lines"] >= 10

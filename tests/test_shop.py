@@ -26,7 +26,7 @@ import train_sft
 from data.dataset import load_items, load_policies
 
 PAGE = (ROOT / "data" / "OWN.md").read_text()
-TRAIN = "--steps 2 --batch-size 4 --device cpu"
+TRAIN = "--steps 2 --batch-size 4 --micro-batch 4 --device cpu"
 EXTRA = {  # a throw-away run in place of a real one
     "train_cpt": TRAIN,
     "train_sft": TRAIN + " --overwrite",

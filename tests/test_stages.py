@@ -75,7 +75,7 @@ def test_wandb_goes_on_with_the_same_run_after_a_resume(model, folder, stage, mo
 
 def test_validation_loss_is_the_mean_over_all_learned_tokens(model, folder):
     out = folder.parent / "run"
-    flags = {"full": True, "steps": 1, "validate_every": 1, "lr": "1e-30", "micro_tokens": 550}
+    flags = {"full": True, "steps": 1, "validate_every": 1, "lr": "1e-30", "micro_batch": 5}
     train_sft.main(arguments(model, folder, out, **flags))
     config = train_sft.Config(data=str(folder), max_prompt=4096, max_response=64)
     examples = train_sft.Examples(folder, "test.jsonl", Processor.from_pretrained(model), config)

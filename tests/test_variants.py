@@ -282,7 +282,7 @@ def test_opcd_is_the_difference_of_two_forward_passes(folder, drawn, top_tokens)
     With one prompt for both it vanishes.
     """
     _, start, groups, processor = drawn
-    settings = config(folder, opcd, micro_tokens=330, top_tokens=top_tokens)
+    settings = config(folder, opcd, micro_batch=4, top_tokens=top_tokens)
     found = gradients(settings, (start, start, groups, processor), opcd)[0]
     ours = copy.deepcopy(start)
 
@@ -330,8 +330,8 @@ def test_gradient_does_not_depend_on_how_the_work_is_split(folder, drawn, method
         start.head_weight.data *= 20
         drawn = model, start, groups, processor
     flags = dict(inner_epochs=2, **flags)
-    whole = gradients(config(folder, method, **flags), drawn, method, off_policy=True)
-    split = gradients(config(folder, method, micro_tokens=250, **flags), drawn, method, world=2, off_policy=True)
+    whole = gradients(config(folder, method, micro_batch=16, **flags), drawn, method, off_policy=True)
+    split = gradients(config(folder, method, micro_batch=3, **flags), drawn, method, world=2, off_policy=True)
     assert len(whole) == 2 and distance(split, whole) < 1e-6
 
 

@@ -31,11 +31,11 @@ BASES = {"clevr": ROOT / "tiny" / "base", "tools": ROOT / "tiny" / "tools_base"}
 BASE = BASES["clevr"]
 
 COMMON = "--full --no-train-vision --warmup 5 --max-prompt 2000 --max-response 200 --overwrite".split()
-LEARN = "--batch-size 16 --micro-tokens 50000 --beta2 0.98"
+LEARN = "--batch-size 16 --micro-batch 16 --beta2 0.98"
 CPT = f"{LEARN} --steps 60 --lr 5e-4".split()
 SFT = f"{LEARN} --steps 40 --lr 3e-4".split()
 # DAPO's loss (mean over a step's tokens, no KL) on every group: no dynamic sampling. report.LOSS says so under tables.
-RL = "--dynamic-tries 0 --batch-size 8 --micro-tokens 200000 --steps 80 --lr 2e-4 --beta2 0.98 --check 0".split()
+RL = "--dynamic-tries 0 --batch-size 8 --micro-batch 64 --steps 80 --lr 2e-4 --beta2 0.98 --check 0".split()
 GRPO = "--algorithm dapo --group-size 8 --policy-rollouts 0".split()
 PORO = "--algorithm dapo --group-size 4 --policy-rollouts 4".split()  # samples as many responses
 

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data import InputError, command, write_text
+from data import InputError, check_file, claim, command, write_text
 from data.tools import read_turn
 from tiny import processes
 from tiny.demo import BASES, COMMON, GRPO, OTHERS, PORO, RL, ROOT, SFT, call
@@ -36,6 +36,7 @@ RUNS = {  # name: (script, stage that it starts from, flags)
     "sft_grpo": ("train_rl", "sft", [*RL, *GRPO]),
     "sft_poro": ("train_rl", "sft", [*RL, *PORO]),
 }
+OURS = (*RUNS, *"data others eval *.log *.draft-*".split())  # what --out holds
 
 
 class Scene:
@@ -132,7 +133,9 @@ def main(argv=None):
     out, base, kept = Path(args.out).resolve(), Path(args.model).resolve(), Path(args.results)
     if not (base / "model.safetensors").is_file():
         raise InputError(f"{base}: found no checkpoint, expected the base of the tools world (python -m tiny.pretrain)")
-    out.mkdir(parents=True, exist_ok=True)
+    check_file(kept, '"reward/needed"', "--results")
+    check_file(kept.with_suffix(".md"), "`python -m tiny.dialogues`", "--results")
+    claim(out, "tiny.dialogues", OURS)
     data, others, began = out / "data", out / "others", time.time()
     with processes.ended_together():
         shape = ["-m", "tiny.tools", "--dialogues", "--tools", args.tools]

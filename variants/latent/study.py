@@ -22,7 +22,7 @@ import torch
 import evaluate
 import train_rl
 import train_sft
-from data import command
+from data import claim, command
 from data.clevr_policy import write_jsonl
 from data.dataset import load_items, load_policies
 from rollout import PolicyRollout
@@ -38,12 +38,12 @@ from variants.latent import train as latent
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "tiny" / "base"
 COMMON = "--resume --save-every 2m --keep 1 --beta2 0.98 --max-prompt 1000 --device cpu".split()
-SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-tokens 100000 --schedule cosine --warmup 10"
-SFT = "--split sft.jsonl --batch-size 16 --micro-tokens 100000 --lr 3e-4 --steps 40"
-LATENT = "--batch-size 16 --micro-tokens 100000 --warmup 20 --keep-states"
-RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-tokens 100000 --check 0"
+SUPERVISED = "--full --no-train-vision --batch-size 24 --micro-batch 24 --schedule cosine --warmup 10"
+SFT = "--split sft.jsonl --batch-size 16 --micro-batch 16 --lr 3e-4 --steps 40"
+LATENT = "--batch-size 16 --micro-batch 16 --warmup 20 --keep-states"
+RL = "--algorithm dapo --group-size 8 --policy-rollouts 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0"
 RL += " --dynamic-tries 0 --reward variants.latent.captions:judge --steps 60"
-POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-tokens 100000 --check 0 --steps 30"
+POLICY = "--algorithm dapo --dynamic-tries 0 --batch-size 8 --mini-batch 0 --micro-batch 64 --check 0 --steps 30"
 INVERSE = f"{LATENT} --codes 16 --inverse-blocks 2 --policy-blocks 3 --lr 3e-3"
 
 # name: (script or stage, the run it starts from, flags); the data folder of those named chain_ is another one
@@ -93,6 +93,7 @@ ARMS = {  # rows of the table
     "no_cycle_rl": "codes without cycle, RL",
 }
 TOP_P = 0.9
+OURS = "captions chains others *.log *.draft-* results.json latent.png *.tmp".split()  # what <out>/seedN holds, too
 
 
 # -- 1. data and runs --------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def measure_chain(name, out):
 
 def one_seed(out, seed, only=None):
     torch.set_num_threads(1)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, "variants.latent.study", (*RUNS, *OURS))
     place = out / "results.json"
     results = json.loads(place.read_text()) if place.exists() else {"seed": seed, "seconds": {}, "rows": {}}
     if not (out / "captions").exists():

@@ -48,6 +48,7 @@ class Config(CommonConfig):
     lr: float = redefault(CommonConfig, "lr", 1e-4)
     schedule: str = redefault(CommonConfig, "schedule", "cosine")
     batch_size: int = redefault(CommonConfig, "batch_size", 16)
+    micro_batch: int = redefault(CommonConfig, "micro_batch", 16)
 
 
 # -- 1. what is read ---------------------------------------------------------------------------------------------------
