@@ -293,7 +293,7 @@ def test_a_step_of_decoding_launches_little_and_waits_once(tmp_path, monkeypatch
 
 @pretend
 def test_the_benchmark_of_decoding_runs_on_a_gpu(monkeypatch):
-    """Its first run is on a GPU that is lent for minutes: the arena has what its rows need, and the graph is replayed."""
+    """Its first run is on a GPU lent for minutes: the arena has what its rows need, and the graph is replayed."""
     from types import SimpleNamespace
 
     from benchmarks import gpu
