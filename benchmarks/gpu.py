@@ -335,7 +335,7 @@ def decode(size):
     config = model.config
     V, generator = config.vocab_size, torch.Generator().manual_seed(0)
     words = lambda n: torch.randint(10, min(V, 100_000) - 30, (n,), generator=generator)
-    weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("visual"))
+    weights = sum(p.nbytes for p in model.model.layers.parameters()) + model.head_weight.nbytes
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * half(size).itemsize
     waited, stamps, tolist, step = [0.0], [], torch.Tensor.tolist, Decoder.step  # stamps: after each step
 
