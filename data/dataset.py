@@ -12,6 +12,7 @@ have no kinds. Pictures are read from the data folder, or from `media`, another 
 """
 
 import json
+import math
 import os
 from collections import Counter
 
@@ -77,10 +78,15 @@ def no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def finite(text):
+    """A number with a point or an exponent; 1e999 would be infinity."""
+    return value if math.isfinite(value := float(text)) else no_constant(text)
+
+
 def parse_json(text, where):
     """The value of a JSON text; raises InputError for what is none, NaN and Infinity, and halves of characters."""
     try:
-        value = json.loads(text, parse_constant=no_constant)
+        value = json.loads(text, parse_constant=no_constant, parse_float=finite)
         if "\\ud" in text.lower():  # an escape may spell half of a character, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
         return value

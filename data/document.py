@@ -7,6 +7,7 @@ for item in cpt_items(policy, sft_items, rng): ...                          of e
 import os
 import re
 from collections import Counter
+from urllib.parse import unquote
 
 from data import InputError
 from data.dataset import IMAGE, clip
@@ -19,10 +20,13 @@ NUMBERED = re.compile(  # "1. ", "2) ", "1.1 ", "**3.** ", "Rule 4: ", "§ 5 "
     r"(?:\*\*)?:?[ \t]+\S",
     re.I,
 )
+FENCE = re.compile(r" {0,3}(```|~~~)")  # around code
+POINT = re.compile(r"^(?=[-*+•–] +\S)", re.M)
 PICTURE = re.compile(
-    r"!\[(?P<alt>[^\]]*)\]\(\s*<?(?P<path>[^)\s>]+)>?(?:\s+[\"'][^)]*)?\)"  # ![alt](path "title")
+    r"!\[(?P<alt>[^\]]*)\]\(\s*(?:<(?P<spaced>[^<>\n]+)>|(?P<path>(?:[^()\s<>]|\([^()\s]*\))+))"  # ![alt](path
+    r"(?:\s+[\"'][^)]*)?\s*\)"  # "title")
     r"|!\[(?P<words>[^\]]*)\]\[(?P<key>[^\]]*)\]"  # ![alt][key], with [key]: path elsewhere
-    r"|<img\b[^>]*?\bsrc=[\"'](?P<src>[^\"']+)[\"'][^>]*>"
+    r"|<img\b[^>]*?\bsrc\s*=\s*(?:[\"'](?P<src>[^\"']+)[\"']|(?P<bare>[^\s\"'>]+))[^>]*>"
     r"|<image>",
     re.I,
 )
@@ -33,16 +37,19 @@ def sections(text):
     next.
 
     A heading without text of its own is no section. Numbers that begin anew under another heading are named with it. A
-    text without headings and numbers is split at its empty lines.
+    text without headings and numbers is split at its bullet points, or at its empty lines.
     """
-    parts, heading, fenced = [["", "", []]], "", False  # [heading, number, lines]
+    parts, heading, fence, depth = [["", "", []]], "", "", 0  # [heading, number, lines]
     for line in text.split("\n"):
-        fenced ^= line.lstrip().startswith("```")
-        head, number = (None, None) if fenced else (HEADING.match(line), NUMBERED.match(line))
+        if (mark := FENCE.match(line)) and fence in ("", mark[1]):
+            fence = "" if fence else mark[1]
+        head, number = (None, None) if fence else (HEADING.match(line), NUMBERED.match(line))
+        indent = len(line) - len(line.lstrip())
         if head:
             heading = head.group(2).strip("*_ ")
             parts.append([heading, "", [line]])
-        elif number:
+        elif number and not (parts[-1][1] and indent > depth):  # what is numbered within a rule is part of it
+            depth = indent
             parts.append([heading, next(filter(None, number.groups())), [line]])
         else:
             parts[-1][2].append(line)
@@ -52,12 +59,16 @@ def sections(text):
         if number or head and "".join(lines[1:]).strip()
     ]
     if not found:
-        blocks = [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
-        found = [("", str(k), block) for k, block in enumerate(blocks, 1)] if len(blocks) > 1 else []
-        return [{"id": f"paragraph {number}", "section": block} for _, number, block in found]
+        points = [block.strip() for block in POINT.split(text) if POINT.match(block)]
+        name, blocks = "point", points
+        if len(points) < 2:
+            name, blocks = "paragraph", [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
+        blocks = blocks if len(blocks) > 1 else []
+        return [{"id": f"{name} {k}", "section": block} for k, block in enumerate(blocks, 1)]
     often, used, out = Counter(number for _, number, _ in found if number), Counter(), []
     for head, number, body in found:
-        name = head if not number else f"rule {number}" if often[number] == 1 else f"{head}, rule {number}"
+        under = f"{head}, " if head and often[number] > 1 else ""
+        name = f"{under}rule {number}" if number else head
         used[name] += 1
         out.append({"id": name if used[name] == 1 else f"{name} ({used[name]})", "section": body})
     return out
@@ -83,7 +94,7 @@ def read_policy(path, name, place, extra, store):
     root, extra, images, sizes, alts = os.path.dirname(os.path.abspath(path)), list(extra), [], [], []
 
     def mark(found):
-        file = found["path"] or found["src"]
+        file = found["path"] or found["spaced"] or found["src"] or found["bare"]
         if found["key"] is not None:
             file = keys.get((found["key"] or found["words"]).lower())
             if file is None:
@@ -92,6 +103,8 @@ def read_policy(path, name, place, extra, store):
             raise InputError(
                 f"--policy {path}: {IMAGE} without a file, expected --policy-image FILE for each, or ![](FILE)"
             )
+        elif file and not os.path.exists(os.path.join(root, file)):
+            file = file if file.startswith("data:") else unquote(file)  # my%20box.png
         picture, _, size = store.add(source(file or extra.pop(0), [root], f"--policy {path}"), f"--policy {path}")
         images.append(picture), sizes.append(size)
         alts.append((found["alt"] or found["words"] or "").strip() or "a picture")

@@ -34,6 +34,8 @@ from data.dataset import IMAGE, clip, parse_json
 CHUNK = 1 << 20  # characters of a JSON file read at a time
 SUFFIX = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
+OPENED = [kind for kind in SUFFIX if kind != "MPO"]  # which has no reader of its own: a JPEG turns out to be one
+
 # -- 1. rows of a file -------------------------------------------------------------------------------------------------
 
 
@@ -50,9 +52,12 @@ def read_rows(path, refuse=None, expected="a .jsonl, .json, .csv, .tsv or .parqu
     try:
         for where, row in read(path):
             try:
+                if isinstance(row, InputError):
+                    raise row
                 row = row if read in (_parquet, _table) else parse_json(row, where)
                 if not isinstance(row, dict):
-                    raise InputError(f"{where}: {type(row).__name__} found, expected an object")
+                    hint = " (a list of rows belongs in a .json file)" if isinstance(row, list) else ""
+                    raise InputError(f"{where}: {type(row).__name__} found, expected an object{hint}")
             except InputError as error:
                 if refuse is None:
                     raise
@@ -79,10 +84,8 @@ def _json(path):
             yield from _jsonl(path)
             return
         if text[:1] == "{":  # one object, which may hold the list: {"data": [...]}
-            whole = parse_json(text + file.read(), path)
-            lists = [rows for rows in whole.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-            only = lists[0] if len(whole) == len(lists) == 1 else [whole]
-            yield from ((f"{path}: row {k}", json.dumps(row)) for k, row in enumerate(only, 1))
+            rows = _rows_in(parse_json(text + file.read(), path))
+            yield from ((f"{path}: row {k}", json.dumps(row)) for k, row in enumerate(rows, 1))
             return
         if text[:1] != "[":
             raise InputError(f"{path}: not JSON, found {clip(text[:20])}, expected a list of objects")
@@ -91,10 +94,14 @@ def _json(path):
             text = text.lstrip(" \t\r\n,")
             try:
                 if text[:1] == "]":
+                    if rest := (text[1:] + file.read()).strip():
+                        raise InputError(f"{path}: not JSON, found {clip(rest[:20])} after the list")
                     return
                 _, length = scan.raw_decode(text)
                 if length == len(text) and not end:
                     raise ValueError  # a number may go on in the next piece
+            except InputError:
+                raise
             except (ValueError, RecursionError):
                 piece = file.read(more)
                 if not piece:
@@ -104,6 +111,16 @@ def _json(path):
             number, more = number + 1, CHUNK
             yield f"{path}: row {number}", text[:length]
             text = text[length:]
+
+
+def _rows_in(whole):
+    """The rows that an object holds: in its one list of objects, or as its values by their ids; or it is one itself."""
+    lists = [rows for rows in whole.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if whole.keys() & KEYS:
+        return [whole]
+    if len(lists) == 1:
+        return lists[0]
+    return [*whole.values()] if whole and all(isinstance(row, dict) for row in whole.values()) else [whole]
 
 
 def _is_json(line):
@@ -117,15 +134,23 @@ def _is_json(line):
 def _table(path):
     csv.field_size_limit(1 << 27)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
+        head = next(filter(str.strip, file), "")
         marks = "\t" if path.lower().endswith(".tsv") else max(",;\t", key=head.count)
         file.seek(0)
         rows = csv.DictReader(file, delimiter=marks, strict=True)
         try:
+            while rows.fieldnames is not None and not any(map(str.strip, rows.fieldnames)):  # blank lines
+                rows.fieldnames = next(rows.reader, None)
+            names = [name.strip() for name in rows.fieldnames or []]
+            rows.fieldnames = [name.lower() if name.lower() in KEYS else name for name in names]
+            if twice := {name for name in rows.fieldnames if name and rows.fieldnames.count(name) > 1}:
+                raise InputError(f"{path}: found two columns named {clip(min(twice))}, expected each name once")
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 if None in row:
-                    raise InputError(f"{where}: {len(rows.fieldnames)} columns expected, {len(row[None])} more found")
+                    columns = f"{len(rows.fieldnames)} columns expected, {len(row[None])} more found"
+                    yield where, InputError(f"{where}: {columns}")
+                    continue
                 yield where, {key: value for key, value in row.items() if value not in (None, "")}
         except csv.Error as error:
             raise InputError(f"{path}:{rows.line_num}: {error}, expected a table") from None
@@ -188,6 +213,9 @@ def recognise(row, where):
         return "openai"
     if first(row, QUESTIONS) is not None:
         return "verl"
+    kinds = {"conversations": "a list", "messages": "a list", "question": "text"}
+    for key in (key for key in kinds if row.get(key) not in (None, "")):
+        raise InputError(f"{where}: {key} holds {type(row[key]).__name__}, expected {kinds[key]}")
     found = ", ".join(map(str, row))[:200] or "nothing"
     raise InputError(
         f"{where}: found the keys {found}, expected messages, conversations, prompt, problem or question (--map)"
@@ -198,6 +226,8 @@ QUESTIONS = ("problem", "prompt", "question", "query", "instruction", "input")
 ANSWERS = ("reward_model.ground_truth", "ground_truth", "answer", "solution", "completion", "response", "output")
 THOUGHTS = ("cot", "reasoning", "reasoning_content", "rationale", "thinking", "extra_info.reasoning")
 GROUPS = ("conversation_id", "conversation", "dialog_id", "thread_id", "ticket", "session_id")
+KEYS = {"messages", "conversations", "image", "images", "image_path", "img", "system", "policy", "id", "boxed"}
+KEYS |= {key.split(".")[0] for key in (*QUESTIONS, *ANSWERS, *THOUGHTS, *GROUPS)}  # what is read of a row
 
 
 def get(row, path):
@@ -208,7 +238,9 @@ def get(row, path):
 
 
 def first(row, paths):
-    return next((value for value in (get(row, path) for path in paths) if value not in (None, "", [])), None)
+    for path in paths:
+        if (value := get(row, path) if "." in path else row.get(path)) not in (None, "", []):
+            return value
 
 
 def renamed(row, names):
@@ -220,14 +252,14 @@ def renamed(row, names):
 # -- 3. the formats ----------------------------------------------------------------------------------------------------
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
-SPEAKERS |= {"bing": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant"}
+SPEAKERS |= {"bing": "assistant", "ai": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant"}
 SPEAKERS |= {"system": "system", "developer": "system"}
 SPEAKERS |= {"tool": "tool", "function": "tool", "observation": "tool", "function_call": "assistant"}
 
 
 def openai(row, where):
     chat, pictures = chat_turns(row["messages"], where)
-    return conversation(chat, fill(pictures, column(row, where), where), row, where)
+    return conversation(system(row, where) + chat, fill(pictures, column(row, where), where), row, where)
 
 
 def llava(row, where):
@@ -238,9 +270,7 @@ def llava(row, where):
         if not isinstance(text, str):
             raise InputError(f"{where}: turn {k} of conversations holds {clip(turn)}, expected from and value")
         chat.append((role(speaker, where), text))
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        chat.insert(0, ("system", row["system"]))
-    return conversation(chat, column(row, where), row, where)
+    return conversation(system(row, where) + chat, column(row, where), row, where)
 
 
 def verl(row, where):
@@ -252,8 +282,7 @@ def verl(row, where):
         chat = [("user", f"{asked}\n{extra}" if isinstance(extra, str) and extra.strip() else asked)]
     else:
         raise InputError(f"{where}: the prompt is {type(asked).__name__}, expected text or a list of messages")
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        chat.insert(0, ("system", row["system"]))
+    chat = system(row, where) + chat
     if isinstance(answer, list):  # TRL's completion
         said, _ = chat_turns(answer, where)
         answer = said[-1][1] if said else ""
@@ -274,8 +303,7 @@ def own(row, where):
         raise InputError(f"{where}: the answer is empty")
     answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], ensure_ascii=False)
     chat = chat_turns(row["messages"], where)[0] if "messages" in row else [("user", row["question"])]
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        chat.insert(0, ("system", row["system"]))
+    chat = system(row, where) + chat
     example = conversation([*chat, ("assistant", answer)], column(row, where), row, where)
     example.boxed = row["boxed"] if isinstance(row.get("boxed"), bool) else True
     example.id = row["id"] if isinstance(row.get("id"), str) else ""
@@ -283,6 +311,14 @@ def own(row, where):
 
 
 FORMATS = {"openai": openai, "llava": llava, "verl": verl, "own": own}
+
+
+def system(row, where):
+    """The turn of a row's own system prompt, if it has any."""
+    text = row.get("system") or ""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: key 'system' holds {type(text).__name__}, expected text")
+    return [("system", text)] if text.strip() else []
 
 
 def role(speaker, where):
@@ -299,6 +335,8 @@ def chat_turns(messages, where):
         if not isinstance(message, dict):
             raise InputError(f"{here} is {type(message).__name__}, expected role and content")
         who, content, text = role(message.get("role"), here), message.get("content"), ""
+        if not isinstance(content, (str, dict, list, tuple, type(None))):
+            raise InputError(f"{here} holds {type(content).__name__}, expected text or a list of parts")
         for part in [content] if isinstance(content, (str, dict)) else content or []:
             part = {"type": "text", "text": part} if isinstance(part, str) else part
             kind = part.get("type") if isinstance(part, dict) else None
@@ -310,9 +348,12 @@ def chat_turns(messages, where):
                 text += IMAGE
             elif kind != "refusal":
                 raise InputError(f"{here} has a part {clip(kind)}, expected text and image_url")
-        for call in message.get("tool_calls") or []:
+        calls, old = message.get("tool_calls") or [], message.get("function_call")
+        for call in [*calls, *([{"function": old}] if old else [])]:
             text += tool_call(call, here)
         if thoughts := message.get("reasoning_content") or message.get("reasoning"):
+            if not isinstance(thoughts, str):
+                raise InputError(f"{here} has reasoning of {type(thoughts).__name__}, expected text")
             text = f"<think>{thoughts}</think>{text}"
         chat.append((who, text))
     return chat, pictures
@@ -344,7 +385,10 @@ def column(row, where):
         (row[key] for key in ("images", "image", "image_path", "img") if row.get(key) not in (None, "", [])), []
     )
     if isinstance(value, str) and not value.startswith("data:"):  # a table's cell
-        value = parse_json(value, where) if value.lstrip().startswith("[") else value.split(";")
+        if value.lstrip().startswith("["):
+            value = parse_json(value if '"' in value else value.replace("'", '"'), where)  # or as Python prints a list
+        else:
+            value = value.split(";")
         value = [name.strip() if isinstance(name, str) else name for name in value]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -354,6 +398,8 @@ def conversation(chat, pictures, row, where):
     chat = [
         ("user", f"<tool_response>\n{text}\n</tool_response>") if who == "tool" else (who, text) for who, text in chat
     ]
+    if chat and chat[0][0] == "system" and not chat[0][1].strip():
+        chat = chat[1:]
     said = len(chat)
     while chat and chat[-1][0] != "assistant":
         chat = chat[:-1]
@@ -367,6 +413,8 @@ def conversation(chat, pictures, row, where):
         raise InputError(f"{where}: turn {empty[0]} is empty")
     cot, answer = split_thoughts(chat[-1][1])
     cot = str(first(row, THOUGHTS) or cot).strip()
+    if "<think>" in answer:
+        raise InputError(f"{where}: a <think> without its </think>")
     if IMAGE in chat[-1][1]:
         raise InputError(f"{where}: {IMAGE} in what is to be learned, expected text")
     answer, boxed = unboxed(answer)
@@ -380,13 +428,15 @@ def conversation(chat, pictures, row, where):
     if marks not in (0, len(pictures)):
         raise InputError(f"{where}: {marks} {IMAGE} in the text, {len(pictures)} pictures")
     policy, group = row.get("policy"), first(row, GROUPS)
+    if not isinstance(policy, (str, type(None))):
+        raise InputError(f"{where}: key 'policy' holds {type(policy).__name__}, expected a name")
     return Example(
         turns=kept,
         pictures=pictures,
         answer=answer,
         cot=cot,
         boxed=boxed or None,
-        policy=policy if isinstance(policy, str) else "",
+        policy=policy or "",
         conversation=str(group) if isinstance(group, (str, int)) else "",
         left_out=left_out,
     )
@@ -402,7 +452,9 @@ def source(picture, roots, where):
     Raises InputError for what lies on the network or nowhere.
     """
     if isinstance(picture, dict):
-        picture = picture.get("bytes") or picture.get("path") or picture.get("url")
+        held = picture.get("bytes")
+        held = f"data:;base64,{held}" if isinstance(held, str) else held  # as JSON has it
+        picture = held or picture.get("path") or picture.get("url")
     if isinstance(picture, (bytes, bytearray)):
         return bytes(picture)
     if not isinstance(picture, str) or not picture.strip() or "\0" in picture:
@@ -457,7 +509,7 @@ class Store:
             else:
                 with open(picture, "rb") as file:
                     content = file.read()
-            with Image.open(io.BytesIO(content), formats=list(SUFFIX)) as image:
+            with Image.open(io.BytesIO(content), formats=OPENED) as image:
                 kind, size = image.format, image.size
         except Exception as error:  # Pillow's readers raise anything on damaged files
             found = f"picture {clip(picture)} found {type(error).__name__}"

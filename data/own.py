@@ -31,23 +31,9 @@ from data.check import Length, advice, count
 from data.clevr_policy import NewFolder, write_json
 from data.dataset import IMAGE, PLACES, clip, messages, target
 from data.document import cpt_items, read_policy
-from data.formats import (
-    ANSWERS,
-    FORMATS,
-    GROUPS,
-    QUESTIONS,
-    THOUGHTS,
-    OnTheNetwork,
-    Store,
-    read_rows,
-    recognise,
-    renamed,
-    source,
-)
+from data.formats import FORMATS, KEYS, OnTheNetwork, Store, read_rows, recognise, renamed, source
 from data.rewards import accuracy
 
-READ = {key.split(".")[0] for key in (*QUESTIONS, *ANSWERS, *THOUGHTS, *GROUPS)}
-READ |= {"messages", "conversations", "image", "images", "image_path", "img", "system", "policy", "id", "boxed"}
 BATCH = 256  # prompts tokenized at a time
 
 # -- 1. items ----------------------------------------------------------------------------------------------------------
@@ -87,7 +73,7 @@ class Converter:
                 row = renamed(row, self.options.names)
                 kind = self.options.format or recognise(row, where)
                 self.formats[kind] += 1
-                self.ignored.update(row.keys() - READ)
+                self.ignored.update(row.keys() - KEYS)
                 for example in self.unrolled(row, kind, where):
                     yield self.item(example, where, roots)
             except OnTheNetwork:
@@ -128,9 +114,8 @@ class Converter:
         item |= {"answer": example.answer, **({"cot": example.cot} if example.cot else {})}
         item |= {} if boxed else {"boxed": False}
         if accuracy(None, target(item), item) != 1:
-            raise InputError(
-                f"{where}: the answer's braces do not balance, so that nobody could box it (--answer text)"
-            )
+            inside = "has a box inside other text" if "\\boxed" in item["answer"] else "has braces that do not balance"
+            raise InputError(f"{where}: the answer {inside}, so that nobody could box it (--answer text)")
         content = json.dumps([chat, digests, item["answer"], item.get("system")])
         digest = hashlib.sha1(content.encode(errors="replace")).digest()[:10]
         if digest in self.seen:

@@ -6,8 +6,9 @@ Each of the three stages runs on a tiny random model, alone and as two ranks (re
 or one of its two ranks, after a random part of its time or in the middle of a save; it is continued with --resume and
 killed again, through several runs where the kills need more than one. Then signals, a disk that fills and a kill in a
 save and in the export, a broken item, a closed stdout, damaged checkpoints, and the same for exports, evaluations,
-studies and pages. A command starts as a copy of this process, which has imported torch already: the kills then meet the
-training and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed one's bits.
+studies and pages. A command starts as a copy of this process, which has imported torch already: the kills then meet
+the training and not the imports. The last line is a summary; exit code 0 only if every run ended with the undisturbed
+one's bits.
 """
 
 import argparse

@@ -222,10 +222,94 @@ def test_parquet_with_pictures_as_bytes(shop):
     assert said(items["rl"][0]) == [("user", "<.png>how many?")] and len(items["rl"]) == 5
 
 
-def test_a_list_may_stand_in_an_object(shop):
-    (shop / "w.json").write_text(json.dumps({"data": FORMATS["LLaVA"][0]}, indent=1))
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda rows: {"data": rows},
+        lambda rows: {"version": 2, "tags": ["a"], "data": rows},
+        lambda rows: {f"case {k}": row for k, row in enumerate(rows)},
+    ],
+    ids=["a list", "a list beside other things", "by their ids"],
+)
+def test_rows_may_stand_in_an_object(shop, wrap):
+    (shop / "w.json").write_text(json.dumps(wrap(FORMATS["LLaVA"][0]), indent=1))
     _, _, items = make(shop, name="w.json")
     assert len(items["sft"]) == 5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_of_each_kind_is_read(shop, kind):
+    """Where Pillow has read nothing else before, too: a list of formats that ends at one without a reader of its own
+    would lose those after it."""
+    Image.new("RGB", (60, 56), "blue").save(shop / "p", kind)
+    _, _, items = make(shop, rows=[chat("p")])
+    assert len(items["sft"][0]["images"]) == 1
+
+
+ASKED = {"question": "q", "answer": "a"}
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+ODD = {  # a file as people have it: (name, text, [(system prompt, question, answer)] or the reason)
+    "blank lines before a table": ("t.csv", "\n ,\nquestion,answer\nq,a\n", [("", "q", "a")]),
+    "capitals and spaces": ("t.csv", " Question , ANSWER \nq,a\n", [("", "q", "a")]),
+    "a column twice": ("t.csv", "question,question,answer\nq,r,a\n", "two columns named 'question'"),
+    "a row that is too long": ("t.csv", "question,answer\nq,a\nr,b,c\n", [("", "q", "a")]),
+    "a list as Python prints it": ("t.csv", "question,answer,images\nq,a,\"['box.png']\"\n", [("", "<.png>q", "a")]),
+    "something after the list": ("t.json", json.dumps([ASKED]) + "{}", "found '{}' after the list"),
+    "a list in JSON lines": ("t.jsonl", json.dumps([ASKED]), "belongs in a .json file"),
+    "infinity": ("t.jsonl", '{"question": "q", "answer": 1e999}', "1e999 is not JSON"),
+    "a chat that is a text": ("t.jsonl", json.dumps({"messages": "hello"}), "messages holds str, expected a list"),
+    "a number for a text": (
+        "t.jsonl",
+        json.dumps({"messages": [{"role": "user", "content": 5}]}),
+        "message 0 holds int",
+    ),
+    "an empty system prompt": (
+        "t.jsonl",
+        json.dumps({"messages": [{"role": "system", "content": None}, *TURNS]}),
+        [("", "q", "a")],
+    ),
+    "a system prompt in a column": ("t.jsonl", json.dumps({"messages": TURNS, "system": "s"}), [("s", "q", "a")]),
+    "two system prompts": (
+        "t.jsonl",
+        json.dumps({"messages": [{"role": "system", "content": "s"}, *TURNS], "system": "t"}),
+        "a system prompt after the first turn",
+    ),
+    "a system prompt that is none": (
+        "t.jsonl",
+        json.dumps({**ASKED, "system": 5}),
+        "'system' holds int, expected text",
+    ),
+    "a policy that is none": ("t.jsonl", json.dumps({**ASKED, "policy": 5}), "'policy' holds int, expected a name"),
+    "thoughts without end": ("t.jsonl", json.dumps({**ASKED, "answer": "<think>x"}), "a <think> without its </think>"),
+    "thoughts that are no text": (
+        "t.jsonl",
+        json.dumps({"messages": [TURNS[0], {**TURNS[1], "reasoning": {"a": 1}}]}),
+        "message 1 has reasoning of dict",
+    ),
+    "a solution with its box": (
+        "t.jsonl",
+        json.dumps({"problem": "q", "solution": r"so \boxed{4}"}),
+        "a box inside other",
+    ),
+    "a call as it once was": (
+        "t.jsonl",
+        json.dumps({"messages": [TURNS[0], {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}),
+        [("", "q", '{"name": "f", "arguments": {}}')],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read_or_their_fault_is_named(shop, name):
+    file, text, expected = ODD[name]
+    (shop / file).write_text(text)
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=re.escape(expected)):
+            make(shop, name=file)
+        return
+    _, _, items = make(shop, name=file)
+    found = [(item.get("system", ""), said(item)[-1][1], item["answer"]) for item in items["sft"]]
+    assert found == expected and (shop / "out" / "dropped.txt").exists() == (name == "a row that is too long")
 
 
 def test_pictures_by_path_uri_and_bytes_are_one_file(shop):
@@ -274,12 +358,30 @@ def test_a_policy_is_split_at_headings_and_numbered_rules(shop):
         ("# A\n\n## B\ntext\n## B\nagain", ["B", "B (2)"]),
         ("first\n\nsecond", ["paragraph 1", "paragraph 2"]),
         ("one line", []),
+        ("- a\n- b\n  - within b\n- c", ["point 1", "point 2", "point 3"]),
+        ("1. a\n   1. within a\n   2. too\n2. b", ["rule 1", "rule 2"]),
+        ("  1. a\n  2. b\n1. c", ["rule 1", "rule 2", "rule 1 (2)"]),
+        ("1) a\n2) b", ["rule 1", "rule 2"]),
+        ("§1 a\n\n§ 2 b", ["rule 1", "rule 2"]),
+        ("# A\n~~~\n# no heading\n```\n1. no rule\n~~~\n# B\nb", ["A", "B"]),
         ("# A\n```\n# no heading\n1. no rule\n```\n", ["A"]),
         ("In 2024 we began.\n\n2024 was a year\n", ["paragraph 1", "paragraph 2"]),
     ],
 )
 def test_sections(text, names):
     assert [part["id"] for part in sections(text)] == names
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["![x](<a (1) box.png>)", "![x](a%20(1)%20box.png)", "![](b(1).png 'title')", "<IMG width=5 SRC = b(1).png>"],
+)
+def test_a_picture_of_the_policy_is_found_however_it_is_written(shop, written):
+    for name in ("a (1) box.png", "b(1).png"):
+        (shop / name).write_bytes((shop / "box.png").read_bytes())
+    (shop / "returns.md").write_text(f"# A\nsee {written} here")
+    _, policies, _ = make(shop, rows=[ASKED])
+    assert policies["returns"]["text"] == "# A\nsee <image> here" and len(policies["returns"]["images"]) == 1
 
 
 def test_cpt_items_of_every_kind_come_from_the_policy(shop):
@@ -473,15 +575,20 @@ def test_a_large_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
 
 
 def test_two_thousand_items_a_second(shop):
-    """50,000 items are a log of ordinary size; CPU time and the best of three, as other jobs share the machine."""
+    """50,000 items are a log of ordinary size. Held against the reading of its JSON, which takes 10 microseconds an
+    item where we convert 8,000 a second: both are slower on a machine with other work."""
     rows = [chat(f"photos/{k % 6}.png") for k in range(3000)]
     for k, row in enumerate(rows):
         row["messages"][1]["content"] += str(k)
-    (shop / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (shop / "log.jsonl").write_text(text)
 
-    def seconds():
+    def seconds(work):
         start = time.process_time()
-        main(f"--policy {shop}/returns.md --data {shop}/log.jsonl --out {shop}/out --overwrite".split())
+        work()
         return time.process_time() - start
 
-    assert 3000 / min(seconds() for _ in range(3)) > 2000
+    words = f"--policy {shop}/returns.md --data {shop}/log.jsonl --out {shop}/out --overwrite".split()
+    reading = lambda: [json.loads(line) for line in text.splitlines()]
+    ours, unit = (min(seconds(work) for _ in range(3)) for work in (lambda: main(words), reading))
+    assert ours / unit < 40, (ours, unit)
