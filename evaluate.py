@@ -222,7 +222,8 @@ def evaluate(
 def likelihoods(model, rollout, item, texts):
     """log p of each text as the start of the response to an item, without its policy, [float]."""
     responses = [rollout.processor.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    batch = lay_out(model, [rollout.prompt(item)], [responses], rollout.processor.pad_id)
+    prompt = rollout.prompt(item)
+    batch = lay_out(model, [(prompt, tokens) for tokens in responses], rollout.processor.pad_id)
     logp, _ = token_logprobs(model, batch.to(model.head_weight.device))
     return [float(part.double().sum()) for part in logp.split([len(tokens) for tokens in responses])]
 

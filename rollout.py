@@ -17,7 +17,7 @@ from data import InputError
 from data.dataset import messages
 from data.rewards import score
 from kernels.logprob import linear_logprob
-from support.batching import Ahead, batches, lay_out, learned_hidden, rng
+from support.batching import Ahead, batches, lay_out, learned_hidden, read_together, rng
 from support.config import option
 from support.dialogue import Dialogues, as_judged
 from support.engine import common_length, sample
@@ -233,8 +233,7 @@ class Sampler:
         self.drawn = {**told, "draws": number + 1 - cursor} if self.tries else {"failed": told["failed"]}
         if not self.rollout.sampler:
             self.rollout.prefixes.clear()  # the weights are about to move
-        full = found >= size
-        return Responses(groups, places, len(self.rewards), run.device) if full else None, number + 1
+        return Responses(groups, places, len(self.rewards), run.device) if found >= size else None, number + 1
 
     @property
     def too_many_failed(self):
@@ -255,7 +254,7 @@ class Sampler:
 
 
 class Responses:
-    """The responses of this rank's groups as tensors: B of them, of R tokens at most, in the order of the groups.
+    """The responses of this rank's groups, if it has any, as tensors: B, of R tokens at most, in the groups' order.
 
     places: of each group in the step, over all ranks. ids, aware, lengths (B,): group, was P in the prompt, tokens.
     rewards (B,F) float64, NaN where one failed. mask (B,R): 1 where a response has written a token, not read it.
@@ -270,8 +269,7 @@ class Responses:
         self.list = [groups[g].responses[i] for g, i in self.rows]
         self.ids = torch.tensor([g for g, _ in self.rows], dtype=torch.long)
         self.aware = torch.tensor([groups[g].aware[i] for g, i in self.rows], dtype=torch.bool)
-        nothing = torch.zeros(0, n_rewards, dtype=torch.float64)  # of a rank that has no live group
-        self.rewards = torch.cat([nothing, *(group.rewards for group in groups)])
+        self.rewards = torch.cat([torch.zeros(0, n_rewards, dtype=torch.float64), *(group.rewards for group in groups)])
         mask = torch.zeros(len(self.list), max([1, *(len(response.tokens) for response in self.list)]))
         logp_sampler = torch.zeros_like(mask)
         for row, logp, response in zip(mask, logp_sampler, self.list):
@@ -280,6 +278,15 @@ class Responses:
         self.lengths = mask.sum(1).long()
         self.mask, self.logp_sampler = mask.to(device), logp_sampler.to(device)
         self.logp_old = self.A = self.kept = None
+
+    def pairs(self, rows, with_policy=False):
+        """{n: (prompt: Encoded, Response)} of the responses n in `rows`, the policy in the prompt or not."""
+        prompt = "policy_prompt" if with_policy else "prompt"
+        return {n: (getattr(self.groups[self.rows[n][0]], prompt), self.list[n]) for n in rows}
+
+    def micro_batches(self, run, model, which):
+        """The responses marked in `which` (B,) as lists of rows that are read together."""
+        return read_together(run, model, self.pairs(which.nonzero()[:, 0].tolist()))
 
     def take(self, rows):
         """The responses `rows` as a MicroBatch, on the device."""
@@ -310,11 +317,7 @@ class MicroBatch:
 
     def read(self, model, temperature, pad_id, with_policy=False):
         """log pi (b,R) of the responses given x, or given (P, x); entropies (b,R) and hidden states (L,D)."""
-        groups = {}  # those of one prompt together: it is read once, and they follow it (batching.pack)
-        for row in self.rows:
-            groups.setdefault(self.data.rows[row][0], []).append(self.data.list[row])
-        prompts = [getattr(self.data.groups[g], "policy_prompt" if with_policy else "prompt") for g in groups]
-        batch = lay_out(model, prompts, list(groups.values()), pad_id).to(self.mask.device)
+        batch = lay_out(model, [*self.data.pairs(self.rows, with_policy).values()], pad_id).to(self.mask.device)
         hidden, tokens = learned_hidden(model, batch), batch.labels.flatten()[batch.index]  # (L,D), (L,)
         if actions := [action for row in self.rows for action in self.data.list[row].actions or ()]:
             tokens = tokens.new_tensor(actions)  # these were drawn, and the words followed: model.Decoder

@@ -147,7 +147,6 @@ class Config(Method, Sampling, Judging, Judge, Reporting, CommonConfig):
     split: str = redefault(CommonConfig, "split", "rl.jsonl")
     lr: float = redefault(CommonConfig, "lr", 1e-6)
     batch_size: int = option(384, "queries per step, over all ranks", least=1, most=1 << 20)
-    micro_batch: int = option(4, "responses per forward pass of learning; fewer need less memory", least=1)
     epochs: float = redefault(CommonConfig, "epochs", 2.0)
 
 
@@ -227,7 +226,7 @@ class Learner:
         sequences, tokens = self.run.sum([int(chosen.sum()), int(data.lengths[chosen].sum())])
         counts = {"sequences": sequences, "tokens of the step": step_tokens, "tokens of the update": tokens}
         weights = token_weights(self.loss.over, data.mask, counts, self.config.max_response)  # (B,R)
-        for rows in self.run.micro_batches((chosen & self.live(data)).nonzero()[:, 0].tolist()):
+        for rows in data.micro_batches(self.run, self.model, chosen & self.live(data)):
             micro = data.take(rows)
             with self.run.autocast():
                 micro.logp, micro.entropy, micro.hidden = micro.read(self.model, self.config.temperature, self.pad_id)
@@ -251,7 +250,7 @@ class Learner:
     def logprobs(self, data, which):
         """log pi (B,R) of the responses marked in `which` (B,), as the model is now, and entropies (B,R)."""
         logp, entropy = torch.zeros_like(data.mask), torch.zeros_like(data.mask)
-        for rows in self.run.micro_batches(which.nonzero()[:, 0].tolist()):
+        for rows in data.micro_batches(self.run, self.model, which):
             with self.run.autocast():
                 read = data.take(rows).read(self.model, self.config.temperature, self.pad_id)
             logp[rows], entropy[rows], _ = read

@@ -120,9 +120,14 @@ def reader(run, own, replay, pad_id):
         return [(step, *key) for key in share(chosen, sizes, run.rank, run.world)]
 
     rows = Ahead(keys, lambda step, replayed, i: (replay if replayed else own).encode(step, i), run.workers)
-    return lambda step: [
-        collate(*zip(*part), pad_id=pad_id) for part in run.micro_batches(run.together(lambda: rows(step)))
-    ]
+    return lambda step: micro_batches(run, run.together(lambda: rows(step)), pad_id)
+
+
+def micro_batches(run, rows, pad_id):
+    """A rank's rows (prompt, target, learn) as [Batch], those of one length together, see Run.micro_batches."""
+    length = lambda row: len(row[0].input_ids) + len(row[1])
+    parts = run.micro_batches(sorted(rows, key=length), lambda part: len(part) * max(map(length, part)))
+    return [collate(*zip(*part), pad_id=pad_id) for part in parts]
 
 
 class Replay:
@@ -138,8 +143,8 @@ class Replay:
         config, run = self.config, self.run
         chosen = batches(len(self.examples), replayed_items(config), config.seed + 1, step)[part::parts]
         chosen = chosen[run.rank :: run.world]
-        parts = run.micro_batches([self.examples.encode(step, i) for i in chosen])
-        likelihood(run, model, [collate(*zip(*part), pad_id=self.pad_id) for part in parts])
+        rows = [self.examples.encode(step, i) for i in chosen]
+        likelihood(run, model, micro_batches(run, rows, self.pad_id))
 
 
 @torch.no_grad()
@@ -147,9 +152,9 @@ def held_out_loss(run, model, items, pad_id):
     """L of items that are not learned, over all ranks. items: see `reader`; the first VALIDATION_ITEMS of them."""
     mine = range(run.rank, min(len(items), VALIDATION_ITEMS), run.world)
     total, learned = torch.zeros((), dtype=torch.float64), 0
-    for part in run.micro_batches([items.encode(0, i) for i in mine]):
+    for batch in micro_batches(run, [items.encode(0, i) for i in mine], pad_id):
         with run.autocast():
-            logp, _ = token_logprobs(model, collate(*zip(*part), pad_id=pad_id).to(run.device))  # (L,)
+            logp, _ = token_logprobs(model, batch.to(run.device))  # (L,)
         total, learned = total - logp.double().sum().cpu(), learned + len(logp)
     total, learned = run.sum([float(total), learned])
     return total / learned
@@ -168,13 +173,13 @@ def learn(run, model, processor, own, held_out=None):
     run.examine(processor, *own.source())
     if replay:
         run.examine(processor, *replay.source(), what="the items to replay")
-    micro_batches = reader(run, own, replay, processor.pad_id)
+    read = reader(run, own, replay, processor.pad_id)
     optimizer = run.optimizer(model)
     steps = run.total_steps(len(own), config.batch_size - replayed_items(config))
 
     for step in run.steps(model, optimizer, steps):
         with run.phase("read"):
-            parts = micro_batches(step)
+            parts = read(step)
         with run.phase("learn"):
             loss, tokens, seen = likelihood(run, model, parts)  # L and its number of tokens, over all ranks
             run.reduce_gradients(model)

@@ -362,16 +362,20 @@ class Run:
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
         return x.tolist()
 
-    def micro_batches(self, rows):
-        """Split a rank's rows into parts of at most --micro-batch rows.
+    def micro_batches(self, rows, tokens):
+        """Split a rank's rows, in their order, into parts of no more tokens than --micro-batch of the longest have.
 
+        tokens(part): how many there are in a part as it is read, padding included.
         Under FSDP each forward pass is a collective: a rank with fewer parts than another adds empty ones, for which it
         reads a token of padding (`collate`), or the others would wait for it for ever.
         """
-        size = self.config.micro_batch
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts, most = [], self.config.micro_batch * max((tokens([row]) for row in rows), default=0)
+        for row in rows:
+            if not parts or tokens([*parts[-1], row]) > most:
+                parts.append([])
+            parts[-1].append(row)
         missing = int(self.max(len(parts))) - len(parts) if self.fsdp else 0
-        return parts + [rows[:0]] * missing
+        return parts + [[]] * missing
 
     def reduce_gradients(self, model):
         """Sum the gradients over the ranks, in one flat buffer; FSDP has already done it during the backward pass.

@@ -5,22 +5,32 @@
 Nothing is installed: it runs with the python at hand, and with what lies as wheels in --peers (liger-kernel,
 cut-cross-entropy), if anything does. Parts run one after the other in a process that is killed, and started again for
 the rest, when one takes longer than its limit; gpu.json and gpu.md in --out are written anew after every row. At the
-end the rows of benchmarks/README.md and the kernel's BLOCKS are written, to be looked at and committed. Weights are
-random and made on the GPU, inputs of the loss are planted (benchmarks/logprob.py). --tiny runs the same parts on a CPU
-at toy sizes, in a minute, into a temporary folder: its numbers mean nothing, but each line of this file has been run.
+end the rows of benchmarks/README.md and the kernel's BLOCKS are written, to be looked at and committed: in place, or
+into --out where it is given, as on a machine from which one folder comes back. Weights are random and made on the GPU,
+inputs of the loss are planted (benchmarks/logprob.py). --tiny runs the same parts on a CPU at toy sizes, in a minute,
+into a temporary folder: its numbers mean nothing, but each line of this file has been run.
 """
 
 import argparse
+import atexit
+import gc
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 import model as qwen
 from benchmarks.logprob import RIVALS, machine, planted, step
@@ -41,7 +51,7 @@ FULL = SimpleNamespace(
     model="7B",
     decode=[(rows, prefix) for prefix in (0, 4000) for rows in (64, 256, 512)],
     prompt=500,
-    tokens=24,
+    tokens=36,
     learn=(4, 1000),
     repeats=50,
 )
@@ -59,10 +69,12 @@ TINY = SimpleNamespace(
     model="tiny",
     decode=[(4, 0), (8, 20)],
     prompt=12,
-    tokens=4,
+    tokens=10,
     learn=(2, 24),
     repeats=3,
 )
+WARM = 6  # steps of decoding that are not timed: a few plain ones, and the one that records a graph
+MINUTES = 8  # for all parts; what comes after is not begun
 PEAK = 989e12  # dense bf16 operations a second that an H100 or H200 is sold with, for the MFU
 
 
@@ -78,6 +90,14 @@ def milliseconds(function, size):
         wait()
         times.append(1e3 * (time.perf_counter() - start))
     return min(times)
+
+
+def attempt(row, measure):
+    """The row with what measure() finds, or why it found nothing: what one case lacks must not cost the others."""
+    try:
+        return {**row, **measure()}
+    except Exception as error:  # a peer that is not there, or memory that is not
+        return {**row, "not run": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
 
 
 def peak_gb(size):
@@ -100,56 +120,68 @@ def ceilings(size):
     yield {"": f"product {size.square}^3", "TFLOP/s": 2 * size.square**3 / milliseconds(lambda: a @ a, size) / 1e9}
 
 
-def parity(size):
-    """A tiny model in fp32, here and on the CPU: greedy and drawn tokens, two SFT and two RL steps."""
+def trainer(folder):
+    """A tiny model and data in a folder -> train(script, name, **flags), which gives the metrics of two steps."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import question, tiny_checkpoint
+    from helpers import tiny_checkpoint
     from small import arguments, metrics, quiet, small_data
 
+    tiny_checkpoint(folder / "model", layers=2)
+    small_data(folder / "data")
+
+    def train(script, name, **flags):
+        argv = arguments(folder / "model", folder / "data", folder / name, steps=2, dtype="float32", **flags)
+        code, errors = quiet(script.main, argv)
+        assert code == 0, errors
+        return metrics(folder / name)
+
+    return train
+
+
+def difference(ours, theirs):
+    """How many numbers two runs told, and the largest relative difference."""
+    pairs = [(a[key], b[key]) for a, b in zip(ours, theirs) for key in a if isinstance(a[key], float)]
+    return {"numbers": len(pairs), "largest difference": max(abs(a - b) / max(abs(a), 1e-3) for a, b in pairs)}
+
+
+def parity(size):
+    """A tiny model in fp32, here and on the CPU: greedy and drawn tokens, two SFT and two RL steps."""
     import train_rl
     import train_sft
     from support.engine import sample
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tiny_checkpoint(folder / "model", layers=2)
-        small_data(folder / "data")
+        train = trainer(folder)
+        from helpers import question
+
         processor = qwen.Processor.from_pretrained(folder / "model")
         prompts = [processor.encode(question(f"{i} what?"), add_generation_prompt=True) for i in range(4)]
         models = [qwen.load_pretrained(folder / "model", device).eval() for device in ("cpu", size.device)]
-        for name, how in ("greedy", dict(temperature=0)), ("drawn", {}), ("replayed", {}):
-            models[1].compiled = name == "replayed"  # a step of decoding as a CUDA graph
+
+        def compare(how):
             ours, here = (sample(m, prompts, 2, max_tokens=16, shared=[5] * 4, **how) for m in models)
             pairs = [(a, b) for x, y in zip(ours, here) for a, b in zip(x, y)]
             off = max(abs(u - v) for a, b in pairs for u, v in zip(a.logprobs, b.logprobs))
-            same = sum(a.tokens == b.tokens for a, b in pairs)
-            yield {"": f"{name} responses", "equal": f"{same} of {len(pairs)}", "largest difference": off}
+            return {
+                "equal": f"{sum(a.tokens == b.tokens for a, b in pairs)} of {len(pairs)}",
+                "largest difference": off,
+            }
+
+        for name, how in ("greedy", dict(temperature=0)), ("drawn", {}), ("replayed", {}):
+            models[1].compiled = name == "replayed"  # a step of decoding as a CUDA graph
+            yield attempt({"": f"{name} responses"}, lambda: compare(how))
         for stage, script, more in ("SFT", train_sft, {}), ("RL", train_rl, dict(max_response=8)):
-            rows = []
-            for name, device in ("cpu", "cpu"), ("here", size.device):
-                out = folder / f"{stage}-{name}"
-                flags = dict(steps=2, dtype="float32", device=device, **more)
-                code, errors = quiet(script.main, arguments(folder / "model", folder / "data", out, **flags))
-                assert code == 0, errors
-                rows.append(metrics(out))
-            numbers = [(a[key], b[key]) for a, b in zip(*rows) for key in a if isinstance(a[key], float)]
-            off = max(abs(a - b) / max(abs(a), 1e-3) for a, b in numbers)
-            yield {"": f"two {stage} steps, {len(numbers)} metrics", "largest difference": off}
+            run = lambda device: train(script, f"{stage}-{device}", device=device, overwrite=True, **more)
+            yield attempt({"": f"two {stage} steps"}, lambda: difference(run("cpu"), run(size.device)))
 
 
 def kernels(size):
-    """The kernels' own tests, compiled; and the same bits from every one of many sweeps, as a race would not give."""
-    from kernels import logprob_triton
-
-    files = [f"tests/test_{name}.py" for name in ("logprob", "advantage", "decode")]
-    files = files if size.device == "cuda" else files[1:2]
-    leave = "not interpreted and not wrong_versions and not fsdp and not compile"
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", leave]
-    done = subprocess.run(run, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    failed = " ".join(line.split("::")[-1] for line in done.stdout.splitlines() if line.startswith("FAILED"))
-    yield {"": "tests", "found": f"exit code {done.returncode} {failed}"}
+    """The same bits from every one of many sweeps, as a race would not give; then the kernels' own tests, compiled."""
     if size.device == "cuda":
-        D, V = size.head
+        from kernels import logprob_triton
+
+        V = size.head[1]
         logits, y = 3 * torch.randn(1152, V, device="cuda"), torch.randint(V, (1152,), device="cuda")
         for name, sweep in (
             ("one sweep", lambda x: logprob_triton.sweep_rows_once(x, y, 1.0, torch.bfloat16, True)),
@@ -158,10 +190,17 @@ def kernels(size):
             first = sweep(logits.clone())
             equal = [all(map(torch.equal, first, sweep(logits.clone()))) for _ in range(size.repeats)]
             yield {"": name, "found": f"{sum(equal)} of {size.repeats} bit-equal"}
+    leave = "not interpreted and not wrong_versions and not fsdp and not compile"
+    for name in ("decode", "advantage", "logprob") if size.device == "cuda" else ("advantage",):
+        run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/test_{name}.py", "-k", leave]
+        done = subprocess.run(run, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        lines = done.stdout.strip().splitlines() or [""]
+        failed = " ".join(line.split("::")[-1] for line in lines if line.startswith(("FAILED", "ERROR")))
+        yield {"": f"tests of {name}", "found": f"exit code {done.returncode}, {lines[-1].strip('= ')} {failed}"[:500]}
 
 
 def products(size):
-    """Both products of the loss by rows of a chunk, and the sweeps by block; the line for BLOCKS."""
+    """Both products of the loss by rows of a chunk, and the sweeps by block; the best is BLOCKS' from then on."""
     D, V = size.head
     W = torch.randn(V, D, device=size.device, dtype=half(size))
     wide = dict(out_dtype=torch.float32) if size.device == "cuda" else {}
@@ -170,7 +209,7 @@ def products(size):
         d = (h @ W.T).softmax(1)
         cases = {"h W', fp32": lambda: torch.mm(h, W.T, **wide), "h W', bf16": lambda: h @ W.T}
         cases |= {"d W, fp32": lambda: torch.mm(d, W, **wide), "d W, bf16": lambda: d @ W}
-        yield {"": f"{rows} rows", **{name: milliseconds(case, size) for name, case in cases.items()}}
+        yield attempt({"": f"{rows} rows"}, lambda: {name: milliseconds(case, size) for name, case in cases.items()})
     if size.device != "cuda":
         return
     from kernels import logprob_triton
@@ -185,14 +224,16 @@ def products(size):
             "two sweeps": lambda: logprob_triton.sweep_rows(logits, y, 1.0, torch.bfloat16, True, True),
             "sums alone": lambda: logprob_triton.sweep_rows(logits, y, 1.0, torch.bfloat16, True, False),
         }
-        times = {name: milliseconds(case, size) for name, case in cases.items()}
-        found[block, warps] = times["one sweep"]
-        yield {"": f"block {block} x {warps} warps", **times}
-    yield {"": "best for one sweep", "card": card, "block": min(found, key=found.get)}
+        times = lambda: {name: milliseconds(case, size) for name, case in cases.items()}
+        row = attempt({"": f"block {block} x {warps} warps"}, times)
+        found[block, warps] = row.get("one sweep", float("inf"))
+        yield row
+    logprob_triton.BLOCKS[card] = min(found, key=found.get)
+    yield {"": "best for one sweep", "card": card, "block": logprob_triton.BLOCKS[card]}
 
 
 def bare_products(h, W, size):
-    """Milliseconds of h W^T into fp32, chunk by chunk, and of that with the product of a direction and W."""
+    """{"forward ms": of h W^T into fp32, chunk by chunk, "ms": of that with the product of a direction and W}."""
     from kernels.logprob import default_chunk
 
     chunk, wide = default_chunk(h), dict(out_dtype=torch.float32) if size.device == "cuda" else {}
@@ -204,41 +245,45 @@ def bare_products(h, W, size):
             if both:
                 torch.mm(direction[: len(rows)], W, **wide)
 
-    return [milliseconds(lambda: products(both), size) for both in (False, True)]
+    return {name: milliseconds(lambda: products(both), size) for name, both in (("forward ms", False), ("ms", True))}
 
 
 def loss(size):
     """linear_logprob, frozen and trainable head, beside the bare products and the peers; ratios to the products."""
     for N, D, V in size.loss:
         h, W, y = planted(N, D, V, half(size), size.device)
-        forward, whole = bare_products(h, W, size)
         shape = f"{N} x {D} x {V}"
-        yield {"": shape, "loss": "bare products", "forward ms": forward, "ms": whole}
+        bare = attempt({"": shape, "loss": "bare products"}, lambda: bare_products(h, W, size))
+        yield bare
         h.requires_grad_()
         for name, trainable in [(name, False) for name in RIVALS] + [("ours", True), ("Liger scaled CE", True)]:
-            row = {"": shape, "loss": f"{name}, trainable head" if trainable else name}
             W.requires_grad_(trainable)
-            try:
-                row["forward ms"] = milliseconds(lambda: step(RIVALS[name], h, W, y, False), size)
+
+            def measure():
+                row = {"forward ms": milliseconds(lambda: step(RIVALS[name], h, W, y, False), size)}
                 row["ms"] = milliseconds(lambda: step(RIVALS[name], h, W, y, True), size)
-                row["of the products"] = row["ms"] / whole
+                row["of the products"] = row["ms"] / bare.get("ms", float("nan"))
                 if size.device == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
                     step(RIVALS[name], h, W, y, True)
                     row["peak GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-            except Exception as error:  # a peer that is not there, or does not take this: its row says why
-                row["not run"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-                h.grad = W.grad = None
-            yield row
+                return row
+
+            yield attempt({"": shape, "loss": f"{name}{', trainable head' * trainable}"}, measure)
+            h.grad = W.grad = None
 
 
 def attention(size):
-    """First and second call at new lengths, with cuDNN's plans and without."""
-    H, J, C = size.heads
+    """First and second call at new lengths, with cuDNN's plans and without, and which kernel torch chooses."""
+    (H, J, C), attend, chosen = size.heads, F.scaled_dot_product_attention, []
+
+    def told(*args, **kwargs):
+        chosen.append(SDPBackend(torch._fused_sdp_choice(*args, **kwargs)).name)
+        return attend(*args, **kwargs)
+
     for cudnn in (True, False) if size.device == "cuda" else (False,):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for T in size.lengths:
             q, k, v = (torch.randn(2, n, T, C, device=size.device, dtype=half(size)) for n in (H, J, J))
             mask = torch.ones(T, T, dtype=torch.bool, device=size.device).tril()[None, None]
@@ -251,10 +296,17 @@ def attention(size):
                         torch.cuda.synchronize()
                     return 1e3 * (time.perf_counter() - start)
 
-                first, second = call(), call()
-                row = {"": f"{name}, {T} tokens, cuDNN {'on' if cudnn else 'off'}", "first ms": first}
-                yield {**row, "second ms": second}
-    torch.backends.cuda.enable_cudnn_sdp(False)
+                def measure():
+                    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+                    try:
+                        row = {"first ms": call(), "second ms": call()}
+                        with mock.patch.object(F, "scaled_dot_product_attention", told):
+                            call()
+                        return {**row, "kernel": chosen[-1]}
+                    finally:
+                        torch.backends.cuda.enable_cudnn_sdp(False)
+
+                yield attempt({"": f"{name}, {T} tokens, cuDNN {'on' if cudnn else 'off'}"}, measure)
 
 
 def random_model(size):
@@ -277,15 +329,15 @@ def random_model(size):
 
 def decode(size):
     """Steps of decoding: milliseconds beside what reading weights, keys and values takes, and the host's share."""
-    from support.engine import sample
+    from support.engine import Decoder, sample
 
     model = random_model(size).eval()
     config = model.config
     V, generator = config.vocab_size, torch.Generator().manual_seed(0)
     words = lambda n: torch.randint(10, min(V, 100_000) - 30, (n,), generator=generator)
-    weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("visual"))
+    weights = sum(p.nbytes for p in model.model.layers.parameters()) + model.head_weight.nbytes
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * half(size).itemsize
-    waited, tolist = [0.0], torch.Tensor.tolist
+    waited, stamps, tolist, step = [0.0], [], torch.Tensor.tolist, Decoder.step  # stamps: after each step
 
     def timed(self):
         start = time.perf_counter()
@@ -293,64 +345,64 @@ def decode(size):
         waited[0] += time.perf_counter() - start
         return values
 
+    def stamped(self, *args):
+        step(self, *args)
+        stamps.append((time.perf_counter(), waited[0]))
+
     cases = [(*case, False) for case in size.decode] + [(*size.decode[0], True)]
     for rows, prefix, model.compiled in cases:
         policy = words(prefix)
         prompts = [qwen.Encoded(torch.cat([policy, words(size.prompt)]), None, None) for _ in range(rows // 4)]
-        held = {}
+        held, budget = {}, prefix + rows // 4 * size.prompt + rows * size.tokens  # all rows at once
 
         def write(tokens):
-            how = dict(shared=[prefix] * len(prompts), prefixes=held, budget=10**8)
-            start = time.perf_counter()
+            how = dict(shared=[prefix] * len(prompts), prefixes=held, budget=budget)
             sample(model, prompts, 4, max_tokens=tokens, min_tokens=tokens, stop_ids=[2], **how)
-            return time.perf_counter() - start
 
-        write(2)  # compiles, and reads the policy
-        if size.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        short = write(2)
-        torch.Tensor.tolist, waited[0] = timed, 0.0
-        try:
-            seconds = (write(size.tokens) - short) / (size.tokens - 2)
-        finally:
-            torch.Tensor.tolist = tolist
-        moved = weights + per_token * (rows * size.tokens / 2 + rows // 4 * size.prompt + prefix)
-        yield {
-            "": f"{rows} rows, policy of {prefix}{', replayed' * model.compiled}",
-            "ms a step": 1e3 * seconds,
-            "tokens/s": rows / seconds,
-            "GB moved": moved / 1e9,
-            "TB/s": moved / seconds / 1e12,
-            "host ms a step": 1e3 * (seconds - waited[0] / size.tokens),
-            "peak GB": peak_gb(size),
-        }
-    yield generate(model, size, torch.stack([words(size.prompt) for _ in range(size.decode[0][0] // 4)]))
+        def measure():
+            write(2)  # compiles, and reads the policy
+            if size.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            stamps.clear()
+            with mock.patch.object(torch.Tensor, "tolist", timed), mock.patch.object(Decoder, "step", stamped):
+                write(size.tokens)
+            (began, idle), *between, (ended, idled) = stamps[WARM:-1]  # the last one ends responses
+            seconds, idle = (ended - began) / (len(between) + 1), (idled - idle) / (len(between) + 1)
+            moved = weights + per_token * (rows * size.tokens / 2 + rows // 4 * size.prompt + prefix)
+            return {
+                "ms a step": 1e3 * seconds,
+                "tokens/s": rows / seconds,
+                "GB moved": moved / 1e9,
+                "TB/s": moved / seconds / 1e12,
+                "host ms a step": 1e3 * (seconds - idle),
+                "peak GB": peak_gb(size),
+            }
+
+        yield attempt({"": f"{rows} rows, policy of {prefix}{', replayed' * model.compiled}"}, measure)
+    ids = torch.stack([words(size.prompt) for _ in range(size.decode[0][0] // 4)])
+    yield attempt({"": f"{4 * len(ids)} rows, transformers' generate"}, lambda: generate(model.config.raw, size, ids))
 
 
-def generate(model, size, ids):
-    """The row of transformers' generate on a model of the same sizes: four responses to each prompt, ids (P, T)."""
-    row = {"": f"{4 * len(ids)} rows, transformers' generate"}
-    try:
-        from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+def generate(raw, size, ids):
+    """What transformers' generate takes, on a model of the same config.json: four responses to each of ids (P, T)."""
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-        with torch.device(size.device):
-            theirs = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig.from_dict(model.config.raw))
-        theirs, ids = theirs.to(half(size)).eval(), ids.to(size.device)
-        how = dict(do_sample=True, top_k=0, num_return_sequences=4, eos_token_id=2, pad_token_id=2)
+    with torch.device(size.device):
+        theirs = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig.from_dict(raw), dtype=half(size)).eval()
+        ids = ids.to(size.device)
+    how = dict(do_sample=True, top_k=0, num_return_sequences=4, eos_token_id=2, pad_token_id=2)
 
-        def write(tokens):
-            start = time.perf_counter()
-            theirs.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, **how
-            )
-            return time.perf_counter() - start
+    def write(tokens):
+        start = time.perf_counter()
+        theirs.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, **how
+        ).tolist()
+        return time.perf_counter() - start
 
-        write(2)
-        short = write(2)
-        seconds = (write(size.tokens) - short) / (size.tokens - 2)
-        return {**row, "ms a step": 1e3 * seconds, "tokens/s": 4 * len(ids) / seconds, "peak GB": peak_gb(size)}
-    except Exception as error:  # not installed, or it does not take this config
-        return {**row, "not run": f"{type(error).__name__}: {str(error)[:100]}"}
+    write(2)
+    short = write(2)
+    seconds = (write(size.tokens) - short) / (size.tokens - 2)
+    return {"ms a step": 1e3 * seconds, "tokens/s": 4 * len(ids) / seconds, "peak GB": peak_gb(size)}
 
 
 def learn(size):
@@ -359,7 +411,7 @@ def learn(size):
     from training import compile_blocks
 
     model = random_model(size)
-    parameters = sum(p.numel() for p in model.parameters())
+    blocks, head = sum(p.numel() for p in model.model.layers.parameters()), model.head_weight.numel()
     qwen.add_lora(model, 8, 16.0)
     rows, T = size.learn
     words = lambda n: torch.randint(10, min(model.config.vocab_size, 100_000) - 30, (n,))
@@ -367,45 +419,53 @@ def learn(size):
     answers = [[words(T // 8) for _ in range(4)] for _ in range(rows)]
     whole = [(prompt, torch.cat(group)) for prompt, group in zip(prompts, answers)]
     batches = {"one by one": collate(*zip(*whole), pad_id=0), "packed": pack(model, prompts, answers, 0)}
-    for name, batch, compiled in [(n, b, False) for n, b in batches.items()] + [
-        ("compiled", batches["one by one"], True)
-    ]:
-        if compiled:
-            compile_blocks(model, "inductor" if size.device == "cuda" else "eager")
-        batch = batch.to(size.device)
+    for name in *batches, "compiled":
+        batch = batches.get(name, batches["one by one"]).to(size.device)
 
         def update():
             with torch.autocast(size.device, half(size), enabled=size.device == "cuda"):
                 logp, _ = token_logprobs(model, batch)
             logp.sum().backward()
 
-        ms, tokens = milliseconds(update, size), int((batch.attention_mask > 0).sum())
-        mfu = 4 * parameters * tokens / ms * 1e3 / PEAK  # frozen weights need no gradient of their own
-        yield {"": name, "ms": ms, "tokens/s": 1e3 * tokens / ms, "MFU": mfu, "peak GB": peak_gb(size)}
+        def measure():
+            if name == "compiled":
+                compile_blocks(model, "inductor" if size.device == "cuda" else "eager")
+            if size.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            ms, tokens = milliseconds(update, size), int(batch.attention_mask.sum())
+            # two products each, forward and for the gradient of what came in: frozen weights need none of their own
+            flops = 4 * (blocks * tokens + head * len(batch.index))
+            return {"ms": ms, "tokens/s": 1e3 * tokens / ms, "MFU": flops / ms * 1e3 / PEAK, "peak GB": peak_gb(size)}
+
+        yield attempt({"": name}, measure)
 
 
 def fsdp(size):
-    """FSDP2 with one rank: the losses of two steps beside those without it, and a run that is resumed."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import tiny_checkpoint
-    from small import arguments, metrics, quiet, small_data
-
+    """FSDP2 with one rank beside none of it: two SFT and two RL steps; and a run that has lost the second one."""
+    import train_rl
     import train_sft
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        tiny_checkpoint(folder / "model", layers=2)
-        small_data(folder / "data")
-        losses = []
-        for how in "off", "on":
-            out = folder / how
-            flags = dict(dtype="float32", device=size.device, full=True, fsdp=how, save_every=1)
-            for more in dict(steps=2), dict(steps=2, resume=True):
-                code, errors = quiet(train_sft.main, arguments(folder / "model", folder / "data", out, **flags, **more))
-                assert code == 0, errors
-            losses.append([row["loss"] for row in metrics(out)])
-        off = max(abs(a - b) for a, b in zip(*losses))
-        yield {"": "two SFT steps", "largest difference": off, "files": len(list((folder / "on" / "model").iterdir()))}
+        train = trainer(folder)
+        for stage, script, more in ("SFT", train_sft, {}), ("RL", train_rl, dict(max_response=8)):
+            flags = dict(device=size.device, full=True, save_every=1, **more)
+            run = lambda how, **again: train(script, f"{stage}-{how}", fsdp=how, **flags, **again)
+            yield attempt({"": f"two {stage} steps"}, lambda: difference(run("off"), run("on")))
+
+            def resumed():
+                out = folder / f"{stage}-on"
+                before = qwen.load_pretrained(out / "model").state_dict()
+                for lost in out / "model", out / "checkpoints" / "step-00000002":
+                    shutil.rmtree(lost)
+                rows = run("on", resume=True)
+                after = qwen.load_pretrained(out / "model").state_dict()
+                return {
+                    "numbers": len(rows),
+                    "largest difference": max(float((before[name] - after[name]).abs().max()) for name in before),
+                }
+
+            yield attempt({"": f"the second {stage} step after --resume, weights"}, resumed)
 
 
 PARTS = {  # seconds that each may take, imports included
@@ -451,7 +511,8 @@ class Results:
             lines += ["", f"## {part}", "", f"| {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) - 1)]
             for row in rows:
                 cells = [row.get(column, "") for column in columns]
-                lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+                cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "/") for cell in cells]
+                lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
 
@@ -503,39 +564,53 @@ def run(parts, size, out):
     """The parts in this process; a part that fails leaves a row that says why."""
     results = Results(out)
     for part in parts:
-        results.write(running=[part, time.time()])
         results.all["rows"].pop(part, None)
+        results.write(running=[part, time.time()])
         try:
             for row in PARTS[part][0](size):
                 results.add(part, row)
                 print(part, row, flush=True)
         except Exception as error:
-            results.add(part, {"": f"failed: {type(error).__name__}: {str(error)[:300]}"})
+            results.add(part, {"": f"failed: {type(error).__name__}: {' '.join(str(error).split())[-300:]}"})
             print(part, results.all["rows"][part][-1], flush=True)
-        if size.device == "cuda":
+        gc.collect()
+        if size.device == "cuda":  # where a fault has broken the context this raises: another process does the rest
             torch.cuda.empty_cache()
+            torch.cuda.synchronize()
     results.write(running=None)
 
 
-def supervise(start, parts, limits, out):
-    """start(parts) -> a process that runs them; past a part's limit it is ended, and started anew for the rest."""
-    parts = list(parts)
-    while parts:
-        process, part = start(parts), parts[0]
-        while process.poll() is None:
-            time.sleep(0.2)
-            part, since = Results(out).all.get("running") or (part, time.time())
-            if time.time() - since > limits[part]:
-                process.kill()
+def begin(words):
+    """A process at the head of a group: what it has started ends with it."""
+    return subprocess.Popen(words, cwd=ROOT, preexec_fn=os.setpgrp)
+
+
+def supervise(start, parts, limits, out, seconds=60 * MINUTES):
+    """start(parts) -> a process that runs them, see `begin`; past a part's limit it is ended, and started anew for the
+    rest, as long as there are seconds left.
+    """
+    parts, end = list(parts), time.time() + seconds
+    while parts and time.time() < end:
+        process, part, since = start(parts), parts[0], time.time()
+        try:
+            while process.poll() is None and time.time() < min(since + limits[part], end):
+                time.sleep(0.2)
+                part, since = Results(out).all.get("running") or (part, since)
+        finally:
+            late = process.poll() is None
+            if late:
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        results = Results(out)
-        if not results.all.get("running"):
+        if process.returncode == 0:
             return
-        part, since = results.all["running"]
-        took = f"stopped after {limits[part]} s" if time.time() - since > limits[part] else "the process died"
-        results.add(part, {"": took})
-        parts = parts[parts.index(part) + 1 :]
+        results = Results(out)
+        results.add(part, {"": f"stopped after {time.time() - since:.0f} s" if late else "the process died"})
         results.write(running=None)
+        parts = parts[parts.index(part) + 1 :]
+    results = Results(out)
+    for part in parts:
+        results.all["rows"][part] = []
+        results.add(part, {"": f"not begun: {seconds} s were over"})
 
 
 def main(argv=None):
@@ -548,23 +623,29 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process that is watched
     args = parser.parse_args(argv)
-    sys.path += sorted(map(str, Path(args.peers).glob("*.whl"))) if args.peers else []
-    args.out = args.out or (tempfile.mkdtemp() if args.tiny else str(ROOT / "benchmarks" / "results"))
+    root = ROOT if args.out is None and not args.tiny else Path(args.out or tempfile.mkdtemp())
+    args.out = args.out or str(root if args.tiny else ROOT / "benchmarks" / "results")
     check_file(Path(args.out) / "gpu.json", '"rows"')
     check_file(Path(args.out) / "gpu.md", "benchmarks.gpu")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     size = TINY if args.tiny else FULL
     if not args.here:
-        Results(args.out).write(machine=machine())
+        if args.peers:
+            folder = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, folder)
+            for wheel in Path(args.peers).glob("*.whl"):
+                zipfile.ZipFile(wheel).extractall(folder)
+            sys.path.append(folder)
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        Results(args.out).write(machine=machine(), running=None)
     if args.here or args.tiny:
         run(args.only, size, args.out)
     else:
         again = [sys.executable, "-m", "benchmarks.gpu", "--here", "--out", args.out]
-        again += ["--peers", args.peers] if args.peers else []
-        start = lambda parts: subprocess.Popen([*again, "--only", *parts], cwd=ROOT)
+        start = lambda parts: begin([*again, "--only", *parts])
         supervise(start, args.only, {part: limit for part, (_, limit) in PARTS.items()}, args.out)
     if not args.here:
-        publish(Results(args.out).all, size, Path(args.out) if args.tiny else ROOT)
+        publish(Results(args.out).all, size, root)
         print(f"{args.out}/gpu.md", flush=True)
 
 

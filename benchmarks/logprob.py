@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from data import command
 from kernels.logprob import linear_logprob
+from support.checkpoint import code_version
 from tiny.report import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,7 @@ def liger(h, W, y):
 def liger_scaled(h, W, y):
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
-    return LigerFusedLinearScaledCrossEntropyFunction.apply(h, W, y)[0]
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(h, W, y)  # on Hopper it needs nvidia-cutlass-dsl
 
 
 def liger_grpo(h, W, y):
@@ -228,8 +229,6 @@ def cpu_table(rows):
 
 
 def machine():
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(commit, cwd=ROOT, text=True, capture_output=True).stdout.strip()
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
@@ -246,7 +245,7 @@ def machine():
         "hardware": hardware,
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit,
+        "commit": code_version()[:7] or "not known",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
     }

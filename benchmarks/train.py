@@ -51,19 +51,15 @@ def batch_of(size):
 
 def ours(case, folder, size):
     """-> (model, loss()): the loss as train_sft.py and train_rl.py compute it."""
-    from support.batching import collate, pack, packing_pays, token_logprobs
+    from support.batching import collate, lay_out, token_logprobs
 
     model = qwen.load_pretrained(folder)
     if case == "sft":
         qwen.add_lora(model, 8, 16.0)
     else:
         qwen.set_trainable(model, vision=True)
-    prompts, responses = batch_of(size)
-    if case == "rl" and packing_pays(model, prompts, responses):
-        batch = pack(model, prompts, responses, 0)
-    else:
-        rows = [(prompt, tokens) for prompt, group in zip(prompts, responses) for tokens in group]
-        batch = collate(*zip(*rows), pad_id=0)
+    pairs = [(prompt, tokens) for prompt, group in zip(*batch_of(size)) for tokens in group]
+    batch = lay_out(model, pairs, 0) if case == "rl" else collate(*zip(*pairs), pad_id=0)
     return model.train(), lambda: objective(case, token_logprobs(model, batch)[0], size)
 
 

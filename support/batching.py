@@ -7,6 +7,7 @@ Axes: model.py.
 """
 
 import dataclasses
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,27 +193,58 @@ def pack(model, prompts, responses, pad_id):
     )
 
 
-def packing_pays(model, prompts, responses, most=1 << 14):
-    """Are responses packed after one prompt (dense mask) cheaper to read than one by one (causal), in operations?"""
-    c = model.config
-    per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
+def by_prompt(pairs):
+    """[(prompt, response)], those of one prompt one after the other -> prompts, and [[response]] to each."""
+    groups = [[*group] for _, group in itertools.groupby(pairs, lambda pair: id(pair[0]))]
+    return [group[0][0] for group in groups], [[response for _, response in group] for group in groups]
+
+
+def row_lengths(pairs):
+    """Tokens of each row, of responses packed after one prompt and of one a row."""
+    prompts, responses = by_prompt(pairs)
     lengths = [[len(getattr(response, "tokens", response)) for response in group] for group in responses]
-    packed = [len(prompt.input_ids) + sum(group) for prompt, group in zip(prompts, lengths)]
-    alone = [len(prompt.input_ids) + length for prompt, group in zip(prompts, lengths) for length in group]
+    packed = [len(prompt.input_ids) - 1 + sum(group) for prompt, group in zip(prompts, lengths)]
+    return packed, [len(prompt.input_ids) + length for prompt, group in zip(prompts, lengths) for length in group]
+
+
+def packing_pays(model, pairs, most=1 << 14):
+    """Are responses packed after one prompt (dense mask) cheaper to read than one by one (causal), in operations?
+
+    pairs: [(prompt, response)], those of one prompt one after the other.
+    """
+    c, (packed, alone) = model.config, row_lengths(pairs)
+    per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
     cost = lambda lengths, dense: sum(t * (per_token + dense * t) for t in lengths)
-    return max(packed) <= most and cost(packed, dense=2) < cost(alone, dense=1)
+    return max(packed, default=0) <= most and cost(packed, dense=2) < cost(alone, dense=1)
 
 
-def lay_out(model, prompts, responses, pad_id):
-    """All responses as one Batch: packed after their prompts where that pays, else one per row."""
-    if prompts and packing_pays(model, prompts, responses):
-        return pack(model, prompts, responses, pad_id)
+def padded_tokens(model, pairs):
+    """How many tokens `lay_out` makes of them, padding included."""
+    packed, alone = row_lengths(pairs)
+    lengths = packed if packing_pays(model, pairs) else alone
+    return len(lengths) * max(lengths)
+
+
+def read_together(run, model, pairs):
+    """{n: (prompt, response)} as lists of n, one for each forward pass, see Run.micro_batches.
+
+    Those of one prompt stay together where sharing it pays, else those of one length.
+    """
+    tokens = lambda part: padded_tokens(model, [pairs[n] for n in part])
+    shared = packing_pays(model, [*pairs.values()])
+    return run.micro_batches([*pairs] if shared else sorted(pairs, key=lambda n: tokens([n])), tokens)
+
+
+def lay_out(model, pairs, pad_id):
+    """[(prompt, response)] as one Batch: responses packed after their prompts where that pays, else one per row."""
+    if packing_pays(model, pairs):
+        return pack(model, *by_prompt(pairs), pad_id)
     rows = []
-    for prompt, group in zip(prompts, responses):
-        for tokens, written, pictures in map(tokens_of, group):
-            pixels, grids = pictures_of([prompt, *pictures])
-            learn = torch.cat([torch.zeros_like(prompt.input_ids, dtype=torch.bool), written])
-            rows.append((dataclasses.replace(prompt, pixel_values=pixels, grid_thw=grids), tokens, learn))
+    for prompt, response in pairs:
+        tokens, written, pictures = tokens_of(response)
+        pixels, grids = pictures_of([prompt, *pictures])
+        learn = torch.cat([torch.zeros_like(prompt.input_ids, dtype=torch.bool), written])
+        rows.append((dataclasses.replace(prompt, pixel_values=pixels, grid_thw=grids), tokens, learn))
     return collate(*zip(*rows), pad_id=pad_id)
 
 

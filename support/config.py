@@ -77,7 +77,9 @@ class Update:
     beta2: float = option(0.999, "AdamW's second-moment decay", above=0, most=0.9999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     batch_size: int = option(128, "items per update, over all ranks and micro-batches", least=1, most=1 << 20)
-    micro_batch: int = option(4, "items per forward pass; fewer need less memory, same results", least=1)
+    micro_batch: int = option(
+        4, "items per forward pass, of the longest; more of shorter ones; fewer need less memory, same results", least=1
+    )
     epochs: float = option(1.0, "passes over the data", above=0, most=1e6)
     steps: int = option(0, "updates; 0: as many as --epochs needs", least=0)
 

@@ -2,8 +2,8 @@
 
     python tests/mutations.py [--only TEXT]
 
-Takes some minutes: every mutation runs the model's tests in a process of its own, up to the first that fails (they must
-pass without any). The table of which test caught what goes to benchmarks/results/mutations.md.
+Takes a quarter of an hour: every mutation runs the tests of the files that MUTATIONS names in a process of its own, up
+to the first that fails (they must pass without any). Which test caught what: benchmarks/results/mutations.md.
 """
 
 import argparse
@@ -23,7 +23,17 @@ SLOW = (
 # Per test file, the one that is tried first: {what is wrong: (what stands in one of SOURCES, what takes its place)}.
 SOURCES = {
     name: (ROOT / f"{name.replace('.', '/')}.py").read_text()
-    for name in ("support.files", "support.pictures", "support.template", "support.layouts", "model")
+    for name in (
+        "support.files",
+        "support.pictures",
+        "support.template",
+        "support.layouts",
+        "model",
+        "data.tools",
+        "support.engine",
+        "support.dialogue",
+        "tiny.tools",
+    )
 }  # in the order of their imports
 MUTATIONS = {}
 MUTATIONS["model"] = {
@@ -38,10 +48,7 @@ MUTATIONS["model"] = {
     ),
     # vision tower
     "tanh GELU in the merger": ("nn.GELU()", 'nn.GELU(approximate="tanh")'),
-    "vision eps 1e-5": (
-        "self.norm1 = RMSNorm(config.hidden_size, eps=1e-6)",
-        "self.norm1 = RMSNorm(config.hidden_size, eps=1e-5)",
-    ),
+    "vision eps 1e-5": ("(RMSNorm(config.hidden_size, eps=1e-6) for", "(RMSNorm(config.hidden_size, eps=1e-5) for"),
     "merger eps 1e-5": (
         "self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)",
         "self.ln_q = RMSNorm(config.hidden_size, eps=1e-5)",
@@ -79,16 +86,19 @@ MUTATIONS["model"] = {
         "self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)",
         "self.input_layernorm = RMSNorm(config.hidden_size, 1e-5)",
     ),
-    "M-RoPE axes in another order": ("axis = [i % 3 for", "axis = [(i + 1) % 3 for"),
+    "M-RoPE axes in another order": ("position_ids[i % 3,", "position_ids[(i + 1) % 3,"),
     "M-RoPE sections interleaved": (
-        "for i, width in enumerate(self.config.mrope_section) for _ in range(width)]",
-        "for i in range(half)]",
+        "torch.cat(turning, -1)",
+        "position_ids[torch.arange(half) % 3].permute(1, 2, 0)[:, None]",
     ),
-    "M-RoPE sections of one size": ("for _ in range(width)]", "for _ in range(half)][::3]"),
+    "M-RoPE sections of one size": (
+        "enumerate(self.config.mrope_section)",
+        "enumerate([half // 3, half // 3, half - 2 * (half // 3)])",
+    ),
     "text rope theta fixed": ("self.config.rope_theta**exponent", "1e6**exponent"),
     "text rope in the activation type": (
-        'rearrange(position_ids[axis].float(), "f b t -> b 1 t f") * frequency',
-        '(rearrange(position_ids[axis], "f b t -> b 1 t f").to(dtype) * frequency.to(dtype))',
+        "torch.cat(turning, -1).float() * frequency",
+        "torch.cat(turning, -1).to(dtype) * frequency.to(dtype)",
     ),
     "kv heads interleaved in decoding": (
         'q = rearrange(q, "b (j r) 1 c -> b j r c", j=J)',
@@ -171,6 +181,31 @@ MUTATIONS["template"] = {
         '"processor_config.json", "chat_template.jinja", "chat_template.json"',
     ),
     "every template is taken for the official one": ("if text.strip() == OFFICIAL.strip():", "if True:"),
+}
+MUTATIONS["dialogue"] = {
+    "a call inside a thought is made": ('said = text.rpartition("</think>")[2]', "said = text"),
+    "text may follow a call": ("if OPEN in body or not closed or rest.strip():", "if OPEN in body or not closed:"),
+    "a call that failed and was mended counts twice": ("if not (wrong and call is not None and call == then)]", "]"),
+    "True is a number": ('and (kind == "boolean" or not isinstance(value, bool))', ""),
+    "results are learned from": ("mask[place : place + len(read.input_ids)] = False", "pass"),
+    "a result moves positions on by its tokens": ("row.position + int(delta[b])", "row.position"),
+    "one turn more than the limit": (
+        'len(self.turns) // 2 >= getattr(self.environment, "turns", TURNS)',
+        'len(self.turns) // 2 > getattr(self.environment, "turns", TURNS)',
+    ),
+    "a cut dialogue has answered": ("self.answered = False  # unless", "self.answered = True  # unless"),
+    "results longer than the room": ("if len(read.input_ids) > room:", "if False:"),
+}
+MUTATIONS["tools"] = {
+    "at the threshold it is still below": (
+        "if number < edge:\n                return",
+        "if number <= edge:\n                return",
+    ),
+    "accounts the other way round": ('rule["yes" if held else "no"]', 'rule["no" if held else "yes"]'),
+    "what failed is taken for done": ('(f, image) and result != "error" for', "(f, image) for"),
+    "any picture was described": ("(g, i) == (f, image) and result", "g == f and result"),
+    "arguments of another tool run": ("or not expected_keys(f, given):", "or False:"),
+    "picture 0 is the last": ('or given["image"] < 1:', "or False:"),
 }
 MUTATIONS["lora"] = {
     "an option of tomorrow passes": ("if key not in PLAIN:", "if False:"),
@@ -263,7 +298,7 @@ def main():
         )
         if not args.only:  # after every line: the whole takes long
             caught = sum(test is not None for _, test in rows)
-            head = "# Mutations of model.py and the files that it reads with\n\n"
+            head = "# Mutations of model.py, of the files that it reads with, and of dialogues with tools\n\n"
             head += f"{caught} of {len(rows)} caught; by `python tests/mutations.py`.\n\n"
             head += "| what is wrong | first test that fails |\n|---|---|\n"
             table.write_text(
@@ -295,5 +330,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
     for name in (*SOURCES, "helpers"):  # each fork imports its own
-        del sys.modules[name]
+        sys.modules.pop(name, None)
     main()

@@ -21,6 +21,7 @@ from model import Processor, load_pretrained, save_pretrained
 from rollout import PolicyRollout, Responses
 from support.batching import collate, token_logprobs
 from support.config import parse
+from training import Run
 
 REWARDS = Path(__file__).with_name("reward_functions.py")
 
@@ -66,6 +67,8 @@ class Bench:
         self.config, self.rank, self.world, self.common = config, rank, world, common
         self.device, self.fsdp, self.workers, self.gradients = torch.device("cpu"), False, 0, []
 
+    micro_batches = Run.micro_batches
+
     def sum(self, x):
         if self.world == 1:
             return x
@@ -86,10 +89,6 @@ class Bench:
 
     def gathered(self, model):
         return nullcontext()
-
-    def micro_batches(self, rows):
-        size = self.config.micro_batch
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def reduce_gradients(self, model):
         pass

@@ -188,8 +188,8 @@ def test_learning_reads_a_dialogue_exactly(model, processor, prompts, groups, fo
     if form == "packed":
         batch = pack(model, prompts[:3], some, pad)
     else:
-        batch = lay_out(model, prompts[:3], [group[:1] for group in some], pad)  # too little shared: rows
-        some = [group[:1] for group in some]
+        some = [group[:1] for group in some]  # too little shared: rows
+        batch = lay_out(model, [(prompt, group[0]) for prompt, group in zip(prompts, some)], pad)
     assert (batch.parts is None) == (form == "rows")
     with torch.no_grad():
         logp, _ = token_logprobs(model, batch)

@@ -166,9 +166,9 @@ def test_weights_stay_where_there_is_nothing_to_learn(tmp_path):
 )
 def test_micro_batches_without_rows_add_nothing(folder, drawn, monkeypatch, method, flags):
     """Under FSDP a rank with fewer of them than another, or with no group at all, reads a token of padding instead."""
-    settings = config(folder, method, micro_batch=4, beta=0.1, inner_epochs=2, **flags)
+    settings = config(folder, method, beta=0.1, inner_epochs=2, **flags)
     plain = gradients(settings, drawn, method, off_policy=True)
-    parts = lambda self, rows: [rows[:0], *(rows[i : i + 4] for i in range(0, len(rows), 4)), rows[:0]]
+    parts = lambda self, rows, tokens: [rows[:0], *(rows[i : i + 4] for i in range(0, len(rows), 4)), rows[:0]]
     monkeypatch.setattr(Bench, "micro_batches", parts)
     assert distance(gradients(settings, drawn, method, world=5, off_policy=True), plain) < 1e-6
     batch = collate(pad_id=3)
@@ -313,11 +313,12 @@ def test_replay_is_dealt_out_over_the_updates_of_a_step(folder):
 
         def encode(self, step, i):
             asked.append(i)
+            return SimpleNamespace(input_ids=[0]), [0], [True]
 
     for rank in range(2):
         replay = object.__new__(Replay)
-        replay.config, replay.run, replay.examples = settings, Bench(settings, rank, 2), Examples()
-        replay.run.micro_batches, replay.run.sum = lambda rows: [], lambda x: x
+        replay.config, replay.run, replay.examples, replay.pad_id = settings, Bench(settings, rank, 2), Examples(), 0
+        replay.run.micro_batches, replay.run.sum = lambda *_: [], lambda x: x
         for part in range(3):
             replay(None, 4, part, 3)
     assert sorted(asked) == sorted(batches(7, 5, 1, 4))

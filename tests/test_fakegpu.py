@@ -283,12 +283,37 @@ def test_a_step_of_decoding_launches_little_and_waits_once(tmp_path, monkeypatch
 
     (launches, waits), (fewer, _) = counts(3), counts(2)
     replayed = counts(3, compiled=True)
-    assert replayed == counts(2, compiled=True) and replayed[0] <= 60 and replayed[1] <= 1
+    assert replayed == counts(2, compiled=True) and replayed[0] <= 44 and replayed[1] <= 1
     print(
         f"launches a layer {launches - fewer}, besides {3 * fewer - 2 * launches}, waits {waits}, replayed {replayed}"
     )
-    assert launches - fewer <= 30 and 3 * fewer - 2 * launches <= 80
+    assert launches - fewer <= 28 and 3 * fewer - 2 * launches <= 55  # what they are: one more is seen
     assert waits <= 1, fakegpu.waits
+
+
+@pretend
+def test_the_benchmark_of_decoding_runs_on_a_gpu(monkeypatch):
+    """Its first run is on a GPU lent for minutes: the arena has what its rows need, and the graph is replayed."""
+    from types import SimpleNamespace
+
+    from benchmarks import gpu
+    from support.cache import Arena
+
+    arenas, made, random_model = [], Arena.__init__, gpu.random_model
+
+    def told(self, model, rows, capacity, room):
+        made(self, model, rows, capacity, room)
+        arenas.append((rows, rows * capacity, len(self.keys[0])))
+
+    monkeypatch.setattr(Arena, "__init__", told)
+    monkeypatch.setattr(gpu, "random_model", lambda size: fakegpu.to_gpu(random_model(gpu.TINY)))
+    monkeypatch.setattr(gpu, "generate", lambda *_: {})
+    with pretended(lambda kernel, grid, args, how: args[5].zero_()):
+        rows = list(gpu.decode(SimpleNamespace(**{**vars(gpu.TINY), "device": GPU})))
+        assert fakegpu.Graph.replays > 0
+    assert not [row for row in rows if "not run" in row] and len(rows) == len(gpu.TINY.decode) + 2
+    whole = [(n, prefix + n // 4 * gpu.TINY.prompt + n * gpu.TINY.tokens) for n, prefix in gpu.TINY.decode]
+    assert {(n, S) for n, own, S in arenas} == set(whole) and all(own < S for n, own, S in arenas)
 
 
 @pytest.mark.skipif(HERE, reason="this is the process of its own")

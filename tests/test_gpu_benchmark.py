@@ -1,12 +1,13 @@
 """benchmarks/gpu.py, the first thing to run on a GPU, at toy sizes on a CPU; what takes too long is ended."""
 
+import contextlib
 import json
 import re
-import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -17,6 +18,7 @@ def test_every_part_runs_and_every_row_is_kept(tmp_path):
     assert list(result["rows"]) == [part for part in gpu.PARTS if part != "kernels"] and not result["running"]
     rows = [(part, row) for part, found in result["rows"].items() for row in found]
     assert not [pair for pair in rows if "failed" in pair[1][""] or "died" in pair[1][""]]
+    assert {part for part, row in rows if "not run" in row} <= {"loss", "decode"}  # what is not installed
     assert len({row["loss"] for part, row in rows if part == "loss"} & {"ours", "eager", "bare products"}) == 3
     equal = [row for part, row in rows if part == "parity"]
     assert all(row["largest difference"] == 0 for row in equal), "on one device there is nothing to differ"
@@ -43,9 +45,13 @@ def test_the_best_block_of_a_card_replaces_the_one_before(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("fault", ["stuck", "dead"])
 def test_a_part_that_hangs_or_dies_costs_the_others_nothing(tmp_path, fault):
-    """A kernel may never come back: only another process can end it. Rows made before stay."""
+    """A kernel may never come back: only another process can end it. Rows made before stay.
+
+    What it has started ends with it.
+    """
+    child = tmp_path / "child"
     worker = f"""
-import json, os, pathlib, sys, time  # in the form of gpu.Results, without its imports
+import json, os, pathlib, subprocess, sys, time  # in the form of gpu.Results, without its imports
 path = pathlib.Path({str(tmp_path / "gpu.json")!r})
 rows = json.loads(path.read_text())["rows"] if path.exists() else {{}}
 def write(running):
@@ -54,13 +60,35 @@ def write(running):
 for part in sys.argv[1:]:
     rows[part] = [{{"": "a row"}}]
     write(running=[part, time.time()])
-    part == "second" and (time.sleep(600) if {fault!r} == "stuck" else os._exit(9))
+    if part == "second" and {fault!r} == "dead":
+        os._exit(9)
+    if part == "second":
+        child = subprocess.Popen(["sleep", "600"])
+        pathlib.Path({str(child)!r}).write_text(str(child.pid))
+        time.sleep(600)
 write(running=None)
 """
-    start = lambda parts: subprocess.Popen([sys.executable, "-c", worker, *parts], cwd=gpu.ROOT)
-    began = time.time()
-    gpu.supervise(start, ["first", "second", "third"], {"first": 40, "second": 2, "third": 40}, tmp_path)
+    start = lambda parts: gpu.begin([sys.executable, "-c", worker, *parts])
+    began, limits = time.time(), {"first": 40, "second": 2, "third": 40}
+    gpu.supervise(start, limits, limits, tmp_path)
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    ending = "stopped after 2 s" if fault == "stuck" else "the process died"
-    assert [row[""] for row in rows["second"]] == ["a row", ending]
+    ending = "the process died" if fault == "dead" else "stopped after"
+    assert rows["second"][0][""] == "a row" and rows["second"][1][""].startswith(ending)
     assert rows["first"] == rows["third"] == [{"": "a row"}] and time.time() - began < 300
+    if fault == "stuck":
+        with contextlib.suppress(FileNotFoundError):  # nobody may have buried it
+            assert open(f"/proc/{child.read_text()}/stat").read().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path):
+    """Who rents a GPU for a quarter of an hour gets what was done by then, in time."""
+    gpu.Results(tmp_path).write(rows={"first": [{"": "of a run before"}]})
+    gpu.supervise(None, ["first", "second"], None, tmp_path, seconds=0)
+    rows = gpu.Results(tmp_path).all["rows"]
+    assert rows == {part: [{"": "not begun: 0 s were over"}] for part in ("first", "second")}
+
+
+def test_a_case_that_fails_is_a_row_that_says_why():
+    """Memory that is not there must not cost the cases after it."""
+    row = gpu.attempt({"": "a case"}, lambda: torch.zeros(2)[5])
+    assert row[""] == "a case" and row["not run"].startswith("IndexError: index 5 is out of bounds")

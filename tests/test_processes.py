@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -64,6 +65,20 @@ def test_a_signal_ends_all_that_was_started_and_starts_nothing_more(tmp_path, wo
     process.join(120)
     assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number)
     assert wait(lambda: not any(map(alive, children))) and not (tmp_path / "2.pid").exists()
+
+
+def test_a_signal_ends_a_command_that_is_just_being_started(tmp_path, monkeypatch):
+    """On a busy machine its first words come before the thread that started it knows of it."""
+    Popen = subprocess.Popen
+
+    def interrupted(*args, **options):
+        command = Popen(*args, **options)
+        processes.STOPPED.set()
+        return command
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    assert processes.run(["sleep", "100"], tmp_path / "log") == -signal.SIGKILL
+    processes.STOPPED.clear()
 
 
 def test_a_command_s_exit_code_and_words_come_back(tmp_path):

@@ -281,7 +281,7 @@ def test_the_bases_card_tells_its_own_scores():
     kept = json.loads((BASE / "scores.json").read_text())
     assert (BASE / "scores.md").read_text() == score.markdown(kept["rows"], kept["about"])
     found = {row["name"]: row for row in kept["rows"]}
-    assert all(found[f"{count} tools"]["accuracy"] >= aim for count, aim in score.TOOLS.items())
+    assert all(found[f"{count} tools"]["accuracy"] >= aim for count, aim in score.TOOLS.items() if aim)
     assert found["8 tools, without the policy"]["accuracy"] < 0.02
     before = {row["name"]: row for row in json.loads((BASES["clevr"] / "scores.json").read_text())["rows"]}
     assert all(found[name]["accuracy"] > before[name]["accuracy"] - 0.02 for name in score.AIMS)

@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import model as qwen
 import train_cpt
 import train_sft
 from data import InputError
-from support.batching import Ahead, batches, collate, rng, share, token_logprobs
+from support.batching import Ahead, batches, collate, lay_out, padded_tokens, read_together, rng, share, token_logprobs
 from support.checkpoint import cut_logs
 from support.config import CommonConfig, parse
 from support.folder import LOGS
@@ -88,6 +89,56 @@ def test_shares_are_equal_in_number_nearly_in_size_and_hold_everything():
     assert {len(part) for part in parts} == {16}
     loads = [sum(sizes[i] for i in part) for part in parts]
     assert max(loads) < 1.03 * min(loads)
+
+
+def test_micro_batches_hold_what_fits_and_no_less():
+    """In order, each row once; none above the tokens of --micro-batch longest rows, none that had room for the next.
+
+    Where weights are sharded every rank reads as often as the busiest.
+    """
+    random = rng(5)
+    for _ in range(200):
+        lengths, size = random.integers(1, 50, random.integers(0, 20)).tolist(), int(random.integers(1, 5))
+        padded, most = lambda part: len(part) * max(part), size * max(lengths, default=0)
+        run = SimpleNamespace(config=SimpleNamespace(micro_batch=size), fsdp=False)
+        parts = Run.micro_batches(run, lengths, padded)
+        assert sum(parts, []) == lengths and all(parts)
+        assert all(padded(part) <= most for part in parts)
+        assert all(padded([*part, after[0]]) > most for part, after in zip(parts, parts[1:]))
+        run.fsdp, run.max = True, lambda own: own + 2
+        assert Run.micro_batches(run, lengths, padded) == [*parts, [], []]
+
+
+@pytest.mark.parametrize("responses", [1, 6])
+def test_tokens_of_a_micro_batch_are_those_that_the_model_reads(folder, responses):
+    """Padding included, packed (six after one prompt) or not: what is counted is what takes memory."""
+    model = qwen.load_pretrained(folder / "model")
+    words = lambda n: torch.arange(n) + 10
+    prompts = [qwen.Encoded(words(n), None, None) for n in (40, 55)]
+    pairs = [(prompt, words(3 + i)) for prompt in prompts for i in range(responses)]
+    batch = lay_out(model, pairs, 0)
+    assert (batch.parts is None) == (responses == 1)
+    assert padded_tokens(model, pairs) == batch.input_ids.numel()
+
+
+def test_responses_are_read_with_others_of_their_length_or_of_their_prompt(folder):
+    """Rows of all lengths in one pass are mostly padding; where a prompt is long, its responses share it instead."""
+    model, random = qwen.load_pretrained(folder / "model"), rng(1)
+    run = SimpleNamespace(config=SimpleNamespace(micro_batch=2), fsdp=False)
+    run.micro_batches = lambda rows, tokens: Run.micro_batches(run, rows, tokens)
+    words = lambda n: torch.arange(n) % 90 + 10
+    for prompt, responses in ((6, 8), (200, 8)):
+        prompts = [qwen.Encoded(words(prompt), None, None) for _ in range(4)]
+        lengths = random.integers(2, 60, 4 * responses).tolist()
+        pairs = {3 * n: (prompts[n // responses], words(length)) for n, length in enumerate(lengths)}
+        parts = read_together(run, model, pairs)
+        order = sum(parts, [])
+        if prompt > 100:
+            assert order == [*pairs]
+        else:
+            assert order == sorted(pairs, key=lambda n: len(pairs[n][1]))
+            padded = sum(len(part) * max(len(pairs[n][1]) for n in part) for part in parts)
+            assert padded < 1.25 * sum(lengths) and len(parts) < len(pairs) / 2
 
 
 def test_reading_ahead_gives_what_reading_in_line_gives():

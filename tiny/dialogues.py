@@ -24,6 +24,7 @@ from tiny.tools import run
 
 ENVIRONMENT = ["--environment", "tiny.dialogues:environment"]
 LONGEST = ["--max-response", 640]  # tokens of a dialogue, results included
+SMALL = ["--micro-batch", 8]  # most are far shorter: all 64 in one pass would be padding
 MEASURES = {  # of data.tools, and how the table calls them; the first says what is right
     "right_calls": "dialogues right % (95 %)",
     "accuracy": "answers right %",
@@ -33,8 +34,8 @@ MEASURES = {  # of data.tools, and how the table calls them; the first says what
 }
 RUNS = {  # name: (script, stage that it starts from, flags)
     "sft": ("train_sft", None, SFT),
-    "sft_grpo": ("train_rl", "sft", [*RL, *GRPO]),
-    "sft_poro": ("train_rl", "sft", [*RL, *PORO]),
+    "sft_grpo": ("train_rl", "sft", [*RL, *SMALL, *GRPO]),
+    "sft_poro": ("train_rl", "sft", [*RL, *SMALL, *PORO]),
 }
 OURS = (*RUNS, *"data others eval *.log *.draft-*".split())  # what --out holds
 

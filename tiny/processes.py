@@ -26,6 +26,8 @@ def run(words, log, **options):
     options |= {"stderr": subprocess.STDOUT, "start_new_session": True, "preexec_fn": end_with_parent}
     with open(log, "a") as file, subprocess.Popen(words, stdout=file, **options) as command:
         COMMANDS.add(command)
+        if STOPPED.is_set():  # the signal came while it was being started
+            command.kill()
         try:
             return command.wait()
         finally:

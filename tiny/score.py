@@ -1,7 +1,7 @@
 """How well does the base follow policies that it never read? Greedy answers, the policy in the prompt, unseen pictures.
 
     python -m tiny.score --out runs/score           20 policies of 48 pictures for every depth and variant: minutes
-    python -m tiny.score --world tools              20 policies of 4, 8, 14 tools, too, and 48 turns of dialogues each
+    python -m tiny.score --world tools              20 policies of 3 to 14 tools, too, and 48 turns of dialogues each
 
 And at N = 3: the policy missing; every query's picture exchanged for one that calls for another answer (right answers
 would then have to come from elsewhere); scenes in which no object hides another, from another distance, in other light;
@@ -33,7 +33,7 @@ AIMS = {
     "M, N = 3": 0.96,
     "M, N = 4": 0.90,
 }
-TOOLS = {4: 0.95, 8: 0.93, 14: 0.90}  # the same by number of tools
+TOOLS = {3: None, 4: 0.95, 6: None, 8: 0.93, 12: None, 14: 0.90}  # by number of tools; rules are about twice as many
 FOLDER = 10  # policies drawn at once: their names differ
 
 
@@ -74,17 +74,21 @@ class Scores:
         """One row: turns of dialogues under new policies of so many tools."""
 
         def make(data, number, first):
-            tools.make_dataset(data, count, number, 1, 1, self.queries, self.seed + 100 * count + first)
+            made, _ = tools.make_dataset(data, count, number, 1, 1, self.queries, self.seed + 100 * count + first)
+            return sum(len(tools.sentences(policy)) for policy in made)
 
         self.row(name, make, TOOLS[count] if not how else None, **how)
 
     def row(self, name, make, aim, change=None, **how):
-        """Answers to data that make(folder, policies, number of the first) writes; change: of the items."""
-        right, n, worst, parts = 0, 0, 1.0, {}
+        """Answers to data that make(folder, policies, number of the first) writes; change: of the items.
+
+        make returns how many rules the policies have in all, where these are counted.
+        """
+        right, n, worst, parts, rules = 0, 0, 1.0, {}, 0
         for first in range(0, self.policies, FOLDER):
             with tempfile.TemporaryDirectory() as folder:
                 data = Path(folder) / "data"
-                make(data, min(FOLDER, self.policies - first), first)
+                rules += make(data, min(FOLDER, self.policies - first), first) or 0
                 policies = load_policies(data)
                 items = load_items(data, "test.jsonl", policies)
                 items = change(items) if change else items
@@ -97,16 +101,17 @@ class Scores:
             worst = min([worst, *[one["accuracy"] for one in row["by_policy"].values()]])
         row = {"name": name, "accuracy": right / n, "interval": wilson(right, n), "n": n, "policies": self.policies}
         parts = {part: total / n for part, total in parts.items()}
+        parts |= {"rules": rules / self.policies} if rules else {}
         self.rows.append({**row, "worst_policy": worst, "aim": aim, **parts})
         print(f"{name}: {row['accuracy']:.3f}", flush=True)
 
 
 def markdown(rows, about):
-    lines, called = [], [part for part in ("tool", "arguments") if any(part in row for row in rows)]
+    lines, called = [], [part for part in ("tool", "arguments", "rules") if any(part in row for row in rows)]
     for row in rows:
         low, high = row["interval"]
         shares = [f"{row['accuracy']:.3f}", f"{low:.3f} – {high:.3f}", f"{row['worst_policy']:.2f}"]
-        shares += [f"{row[part]:.3f}" if part in row else "–" for part in called]
+        shares += [f"{row[part]:.{1 if part == 'rules' else 3}f}" if part in row else "–" for part in called]
         lines.append([row["name"], *shares, row["policies"], row["n"], row["aim"] or "–"])
     head = ["", "exact answers", "95 % interval", "worst policy", *called, "policies", "n", "aim"]
     return f"# Scores of the tiny base\n\n{about}\n\n{markdown_table(head, lines)}\n"

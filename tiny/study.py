@@ -96,7 +96,7 @@ WORLDS = {
 READERS = {f"T3 reader {share}": share for share in (20, 50, 80)}  # world: % that its base answers with P
 
 LONGEST = {2: 48, 3: 64, 4: 96, 6: 144}  # tokens of a response: one and a half times the longest right one, by depth
-LONGEST_CALL = 160
+LONGEST_CALL = 128
 
 # name: (script, the run it starts from, flags). The paper's rows first, then one question after the other. GRPO and
 # PolicyRollout are as in the demo (report.LOSS); the rows named dapo draw on for groups that can teach something.
