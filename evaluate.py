@@ -44,7 +44,9 @@ from support.stock import generate, read_generation
 class Config(Judge):
     """options"""
 
-    model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
+    model: str = option(
+        "", "a folder in the hub's layout, a hub id, a run's folder, or RUN/checkpoints/N", required=True
+    )
     adapter: str = option("", "LoRA adapter on top of --model")
     data: str = option("", "folder of policies.json and the .jsonl files", required=True)
     out: str = option("", "folder for results.json and the responses", required=True)

@@ -36,7 +36,9 @@ def redefault(base, name, default):
 class Start:
     """what is read and written"""
 
-    model: str = option("", "checkpoint: a folder in the hub's layout, a hub id, or the folder of a run", required=True)
+    model: str = option(
+        "", "a folder in the hub's layout, a hub id, a run's folder, or RUN/checkpoints/N", required=True
+    )
     init: str = option(
         "",
         "start from the stage before: its run's folder, or RUN/checkpoints/N; an adapter is continued, or merged "

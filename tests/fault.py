@@ -307,7 +307,6 @@ def main():
     parser.add_argument("--table", help="write the verdicts as a table to this .md file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run then goes on
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         rows, seconds = trials(Path(folder), args.kills, random.Random(args.seed))
     held, kills = sum(row[-1] for row in rows), sum(row[1] for row in rows)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from data import command
 
 ROOT = Path(__file__).resolve().parent.parent
+for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background and nohup ignore them, and children would, too
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 CONSTANT = {  # every test's runs are small and quiet
     "--batch-size": "4",
     "--micro-batch": "2",
