@@ -202,8 +202,8 @@ MUTATIONS["tools"] = {
         "if number <= edge:\n                return",
     ),
     "accounts the other way round": ('rule["yes" if held else "no"]', 'rule["no" if held else "yes"]'),
-    "what failed is taken for done": ('(f, image) and result != "error" for', "(f, image) for"),
-    "any picture was described": ("(g, i) == (f, image) and result", "g == f and result"),
+    "what failed is not made again": ('if last[3] == "error":', "if False:"),
+    "any picture was described": ("any((g, i) == (f, image) for", "any(g == f for"),
     "arguments of another tool run": ("or not expected_keys(f, given):", "or False:"),
     "picture 0 is the last": ('or given["image"] < 1:', "or False:"),
 }

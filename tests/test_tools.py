@@ -214,6 +214,7 @@ def test_tools_answer_what_the_pictures_show_and_refuse_the_rest(stream):
     bad = [call("read", image=9), call("read"), call("read", image="1"), call("add", expression="3 ** 4")]
     bad += [{"name": "T999_v1", "arguments": {}}, {"name": policy["tools"]["read"]["tool"], "arguments": {"image": 1}}]
     bad += [call("color", image=1, bbox=[0, 0, 1, 1]), call("locate", image=1, text="none"), call("read", image=0)]
+    bad += [call("read", image=1, k=3), call("search", text="cube"), call("count", image=1), call("mark", image=1)]
     for wrong in bad:
         with pytest.raises(ValueError, match="error"):
             run(item, wrong)

@@ -286,7 +286,7 @@ def next_turn(policy, facts, goal, profile, calls):
         return said[key]
 
     def done(f, image=None):
-        return any((g, i) == (f, image) and result != "error" for g, i, _, result in calls)
+        return any((g, i) == (f, image) for g, i, *_ in calls)  # one that failed is made again before all else
 
     def reach(f, image):
         """What has to be called now so that f can be, and the chain that leads there."""
