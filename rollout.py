@@ -284,9 +284,9 @@ class Responses:
         prompt = "policy_prompt" if with_policy else "prompt"
         return {n: (getattr(self.groups[self.rows[n][0]], prompt), self.list[n]) for n in rows}
 
-    def micro_batches(self, run, model, which):
-        """The responses marked in `which` (B,) as lists of rows that are read together."""
-        return read_together(run, model, self.pairs(which.nonzero()[:, 0].tolist()))
+    def micro_batches(self, run, model, which, with_policy=False):
+        """The responses marked in `which` (B,) as lists of rows read together, behind (P, x) if `with_policy`."""
+        return read_together(run, model, self.pairs(which.nonzero()[:, 0].tolist(), with_policy))
 
     def take(self, rows):
         """The responses `rows` as a MicroBatch, on the device."""

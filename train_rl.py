@@ -226,7 +226,7 @@ class Learner:
         sequences, tokens = self.run.sum([int(chosen.sum()), int(data.lengths[chosen].sum())])
         counts = {"sequences": sequences, "tokens of the step": step_tokens, "tokens of the update": tokens}
         weights = token_weights(self.loss.over, data.mask, counts, self.config.max_response)  # (B,R)
-        for rows in data.micro_batches(self.run, self.model, chosen & self.live(data)):
+        for rows in data.micro_batches(self.run, self.model, chosen & self.live(data), self.needs_policy_prompts):
             micro = data.take(rows)
             with self.run.autocast():
                 micro.logp, micro.entropy, micro.hidden = micro.read(self.model, self.config.temperature, self.pad_id)

@@ -215,6 +215,7 @@ def packing_pays(model, pairs, most=1 << 14):
     c, (packed, alone) = model.config, row_lengths(pairs)
     per_token = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim + 3 * c.intermediate_size  # in widths
     cost = lambda lengths, dense: sum(t * (per_token + dense * t) for t in lengths)
+    packed = [length + 1 for length in packed]  # as many as the same tokens have alone: one response is not packed
     return max(packed, default=0) <= most and cost(packed, dense=2) < cost(alone, dense=1)
 
 

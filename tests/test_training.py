@@ -16,6 +16,7 @@ import model as qwen
 import train_cpt
 import train_sft
 from data import InputError
+from rollout import Responses
 from support.batching import Ahead, batches, collate, lay_out, padded_tokens, read_together, rng, share, token_logprobs
 from support.checkpoint import cut_logs
 from support.config import CommonConfig, parse
@@ -139,6 +140,23 @@ def test_responses_are_read_with_others_of_their_length_or_of_their_prompt(folde
             assert order == sorted(pairs, key=lambda n: len(pairs[n][1]))
             padded = sum(len(part) * max(len(pairs[n][1]) for n in part) for part in parts)
             assert padded < 1.25 * sum(lengths) and len(parts) < len(pairs) / 2
+
+
+def test_what_is_also_read_behind_its_policy_is_split_by_that_length(folder):
+    """A teacher's prompt is the policy's tokens longer: passes sized without it would hold many times --micro-batch."""
+    model, data, most = qwen.load_pretrained(folder / "model"), object.__new__(Responses), 2
+    run = SimpleNamespace(config=SimpleNamespace(micro_batch=most), fsdp=False)
+    run.micro_batches = lambda rows, tokens: Run.micro_batches(run, rows, tokens)
+    words = lambda n: torch.arange(n) % 90 + 10
+    data.list = [words(length) for length in (60, 3, 4, 5, 6, 7, 8, 9)]
+    data.groups = [
+        SimpleNamespace(prompt=qwen.Encoded(words(5), None, None), policy_prompt=qwen.Encoded(words(500), None, None))
+        for _ in data.list
+    ]
+    data.rows = [(g, 0) for g in range(len(data.list))]
+    for with_policy, rows in ((False, 7), (True, most)):
+        parts = data.micro_batches(run, model, torch.ones(8), with_policy)
+        assert sorted(sum(parts, [])) == list(range(8)) and max(map(len, parts)) == rows
 
 
 def test_reading_ahead_gives_what_reading_in_line_gives():
