@@ -81,12 +81,15 @@ def open_text(path, **how):
     return open(path, encoding="utf-8-sig", **how)
 
 
-def write_text(path, text):
-    """Write a text file whole: a reader sees the old file or the new one, never half of one."""
+def write_text(path, text, synced=False):
+    """Write a text file whole: a reader sees the old file or the new one, never half of one; synced: it is on disk."""
     aside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(aside, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):

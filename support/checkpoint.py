@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import InputError
+from data import InputError, write_text
 from support.files import read_json
 from support.folder import need_room
 
@@ -270,16 +270,8 @@ def to_json(value, **layout):
 
 
 def write_json(path, value, synced=False):
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    aside = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(to_json(value, indent=1) + "\n")
-        if synced:
-            sync(aside)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    """A value as JSON, NaN as null, by `write_text`."""
+    write_text(path, to_json(value, indent=1) + "\n", synced)
 
 
 def checksum_of(value):
