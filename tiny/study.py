@@ -230,14 +230,14 @@ PAPER_PLAN = [  # (world, rows, policies, seed), in this order
 ]
 FIELD_PLAN = [  # rows that both plans have are made once
     (WIDE, [*CORE, *NEW], 2, 0),
-    *[(world, [*CORE, "pidistill", "filtered"], 2, 0) for world in READERS],
     (WIDE, [*CORE, *NEW], 5, 0),
-    *[(world, WEAK, 5, 0) for world in READERS],
+    *[(world, CURVES, 2, 0) for world in READERS],
     (f"T6{THIRD}", [*CORE, "trimpi", *TEN], 3, 0),
+    *[(world, CURVES, 5, 0) for world in READERS],
     (WIDE, [*CORE, *NEW], 5, 1),
     (f"T6{THIRD}", [*CORE, "trimpi", *TEN], 3, 1),
-    *[(world, WEAK, 5, 1) for world in READERS],
-    (WIDE, [*REST, *EXTRA, *HEAL], 5, 0),  # the older rows with the newer columns
+    *[(world, WEAK, 2, 0) for world in READERS],
+    (WIDE, [*REST, *EXTRA, *HEAL], 2, 0),  # the older rows with the newer columns
 ]
 TABLE = [*CORE, "trimpi", "trimpi_paper", "cpt_sft", "sft_dapo", "sft_poro_dapo", "cpt_sft_grpo"]
 TABLE += ["cpt_response_sft", "cpt_response_sft_grpo", *HEAL[:2]]
@@ -248,8 +248,8 @@ TOOLS_PLAN = [
     (EIGHT, TABLE, 3, 0),
     (EIGHT, CORE, 5, 1),
     (EIGHT, TABLE, 5, 0),
-    *[(f"{n} tools,{THIRD}", CORE, 3, 0) for n in (4, 14)],
     (EIGHT, CORE, 5, 2),
+    *[(f"{n} tools,{THIRD}", CORE, 3, 0) for n in (4, 14)],
     (EIGHT, TABLE[:5], 5, 1),
 ]
 PLANS = {"paper": PAPER_PLAN, "field": FIELD_PLAN, "tools": TOOLS_PLAN}
