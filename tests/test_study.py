@@ -52,6 +52,7 @@ def test_every_run_of_the_plan_is_known_and_starts_from_one_that_is():
     named = {name for _, names, *_ in plan for name in names}
     assert named <= set(study.RUNS) <= set(TITLES) and {world for world, *_ in plan} == set(study.WORLDS)
     assert {before for _, before, _ in study.RUNS.values() if before} <= set(study.RUNS)
+    assert not [world for world in study.WORLDS if "," in world]  # --worlds takes them by commas
 
 
 def test_every_run_s_flags_are_accepted_by_its_script():

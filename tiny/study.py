@@ -91,7 +91,7 @@ WORLDS = {
     "T3 four at once": "--depth 3 --policies 4 --leave-out 0.34 --queries 200 --test 50".split(),
     "T3 eight at once": "--depth 3 --policies 8 --leave-out 0.34 --queries 100 --test 25".split(),
     **{f"T3 reader {share}": "--depth 3 --leave-out 0.34".split() for share in (20, 50, 80)},
-    **{f"{n} tools, a third left out": f"--tools {n} --leave-out 0.34".split() for n in (8, 4, 14)},
+    **{f"{n} tools a third left out": f"--tools {n} --leave-out 0.34".split() for n in (8, 4, 14)},
 }
 READERS = {f"T3 reader {share}": share for share in (20, 50, 80)}  # world: % that its base answers with P
 
@@ -241,7 +241,7 @@ FIELD_PLAN = [  # rows that both plans have are made once
 ]
 TABLE = [*CORE, "trimpi", "trimpi_paper", "cpt_sft", "sft_dapo", "sft_poro_dapo", "cpt_sft_grpo"]
 TABLE += ["cpt_response_sft", "cpt_response_sft_grpo", *HEAL[:2]]
-EIGHT = f"8 tools,{THIRD}"
+EIGHT = f"8 tools{THIRD}"
 TOOLS_PLAN = [
     (EIGHT, TABLE[:5], 2, 0),
     (EIGHT, CORE, 5, 0),
@@ -249,7 +249,7 @@ TOOLS_PLAN = [
     (EIGHT, CORE, 5, 1),
     (EIGHT, TABLE, 5, 0),
     (EIGHT, CORE, 5, 2),
-    *[(f"{n} tools,{THIRD}", CORE, 3, 0) for n in (4, 14)],
+    *[(f"{n} tools{THIRD}", CORE, 3, 0) for n in (4, 14)],
     (EIGHT, TABLE[:5], 5, 1),
 ]
 PLANS = {"paper": PAPER_PLAN, "field": FIELD_PLAN, "tools": TOOLS_PLAN}
