@@ -3,7 +3,8 @@
     python -m tiny.pretrain --out runs/tiny                       about two hours on two cores; run it again to go on
     python -m tiny.pretrain --out runs/weak --vision tiny/base --pictures 12000 --text-steps 1400 --keep-every 25
                                                                   weak readers with the eyes of a finished base
-    python -m tiny.pretrain --out runs/tools --world tools --pictures 24000        goes on from tiny/base: tool policies
+    python -m tiny.pretrain --out runs/tools --world tools --pictures 24000 --seed 5 --batch 9216 --text-steps 2400
+                                                                  goes on from tiny/base: tool policies, in an hour
 
     1. pictures   96,000 scenes with the object that each pixel shows
     2. vision     size, colour, material and shape of every patch's object; full pictures and crops
